@@ -1,0 +1,18 @@
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: run test clean
+
+run:
+	$(PYTHON) sse_server.py --port 6500
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/ready: setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet pytest requests
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache __pycache__ */__pycache__

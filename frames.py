@@ -1,0 +1,217 @@
+"""Turn events into bytes, one frame being exactly one HTTP chunk, and keep the newest frames in one log.
+
+No socket, no thread and no clock in here: time and order come from the caller, bytes go back to it.
+
+On the wire a frame is eight lower-case hex digits, CRLF, the event, CRLF (RFC 9112 section 7.1). The event is the
+fields `id:`, `event:`, `data:` in this order (WHATWG HTML section 9.2.5). The length line has a fixed width, so a
+client of HTTP/1.0, which knows no chunks, is sent a plain slice of the same frame.
+"""
+import json
+import re
+from itertools import accumulate
+from bisect import bisect_right
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+MAX_EVENT = 1 << 20         # bytes of data in one event; a frame can be longer, by one `data: ` a line
+MAX_LOG = 64 << 20          # bytes of frames in the log
+MIN_HISTORY = 64            # frames the log keeps even for --history 0, so that a slow client finds its place again
+BATCH = 64 << 10            # bytes joined for one send: what a client's kernel buffer takes
+END = b"0\r\n\r\n"          # the chunk that ends a stream in order
+
+Id = Tuple[int, int]        # (milliseconds, counter within the millisecond), ordered as Redis orders stream ids
+_ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
+_LINE_END = re.compile("\r\n|\n|\r")        # these three only (WHATWG 9.2.5); str.splitlines splits at more
+_NOT_IN_A_NAME = re.compile("[\r\n\0]")
+
+
+def check_name(kind: str, name: Optional[str]) -> None:
+    """Raise ValueError if `name` could not stand on one line of a stream; `kind` says in the error what it names."""
+    if name and _NOT_IN_A_NAME.search(name):
+        raise ValueError(f"the {kind} must not contain CR, LF or NUL")
+    if name and len(_utf8(name, kind)) > 1024:
+        raise ValueError(f"the {kind} is longer than 1024 bytes")
+
+
+def encode(data: str, event: Optional[str] = None) -> bytes:
+    """Encode one event, without its id, as the fields of a stream.
+
+    Raises ValueError for an event name with CR, LF or NUL, a lone surrogate, or data over 1 MiB in UTF-8.
+    """
+    check_name("event name", event)
+    if len(_utf8(data, "data")) > MAX_EVENT:
+        raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
+    name = f"event: {event}\n" if event else ""
+    lines = "".join(f"data: {line}\r\n" for line in _LINE_END.split(data))
+    return f"{name}{lines}\r\n".encode()
+
+
+def _utf8(text: str, kind: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the {kind} has a lone surrogate and cannot be sent as UTF-8") from None
+
+
+def chunk(payload: bytes) -> bytes:
+    """Wrap the payload as one HTTP chunk, its length as eight hex digits like the original."""
+    return b"%08x\r\n%b\r\n" % (len(payload), payload)
+
+
+HEARTBEAT = chunk(b":\r\n\r\n")      # a comment: read and ignored
+
+
+def unchunk(frame: bytes) -> bytes:
+    """Return the payload of a chunk made by `chunk`."""
+    return frame[10:-2]
+
+
+def retry(milliseconds: int) -> bytes:
+    """Return a chunk that tells a client how long to wait before it reconnects."""
+    return chunk(b"retry: %d\r\n\r\n" % milliseconds)
+
+
+def gap(after: Optional[str], resumed: Optional[str], reason: str) -> bytes:
+    """Return a chunk that tells a client which frames it will not get. It has no id: the client keeps its own."""
+    return chunk(encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap"))
+
+
+def parse_id(text: str) -> Optional[Id]:
+    """Return the id that the text spells in its one canonical way, or None if it spells none."""
+    match = _ID.fullmatch(text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def format_id(id: Optional[Id]) -> Optional[str]:
+    """Return the id as text, `MILLISECONDS-N`; None stays None."""
+    return id and "%d-%d" % id
+
+
+class Frame(NamedTuple):
+    """One event, encoded once."""
+    number: int                 # its place in the log, counted from 0 and never used again
+    id: Optional[Id]
+    channel: Optional[str]
+    time: float                 # seconds, on the caller's clock, when it was appended
+    chunk: bytes
+
+
+class Log:
+    """Hold the newest frames: at most `history` of them (64 at least) and at most `size` bytes.
+
+    Kept are the frames `first <= number < next`. Nothing leaves by itself: while `fits` is false the caller evicts,
+    and so decides whether the oldest may go. Not locked: use it while holding the mutex that guards it.
+    """
+
+    def __init__(self, history: int, size: int = MAX_LOG) -> None:
+        self.first = 0
+        self.next = 0
+        self.first_id: Optional[Id] = None      # the first ever appended, kept or not
+        self.last_id: Id = (0, 0)
+        self._evicted_id: Optional[Id] = None   # of the frame that left last
+        self._count = max(MIN_HISTORY, history)
+        self._size = size
+        self._bytes = 0
+        self._frames: Dict[int, Frame] = {}
+
+    def fits(self, length: int) -> bool:
+        """Say whether a frame of `length` bytes can be appended without an eviction."""
+        kept = self.next - self.first
+        return kept == 0 or (kept < self._count and self._bytes + length <= self._size)
+
+    def evict(self) -> None:
+        """Let go of the oldest frame."""
+        frame = self._frames.pop(self.first)
+        self._bytes -= len(frame.chunk)
+        self._evicted_id = frame.id
+        self.first += 1
+
+    def append(self, payload: bytes, id: Optional[Id], channel: Optional[str], time: float) -> Frame:
+        """Append an encoded event under the next number; an id, if it has one, must be greater than the last."""
+        if id is not None:
+            assert id > self.last_id, "ids only grow"
+            self.first_id, self.last_id = self.first_id or id, id
+            payload = b"id: %d-%d\n%b" % (*id, payload)
+        frame = Frame(self.next, id, channel, time, chunk(payload))
+        self._frames[frame.number] = frame
+        self._bytes += len(frame.chunk)
+        self.next += 1
+        return frame
+
+    def next_id(self, milliseconds: int) -> Id:
+        """Return the id for an event at this time: greater than every id before it, even if the clock was set back."""
+        last = self.last_id
+        return (milliseconds, 0) if milliseconds > last[0] else (last[0], last[1] + 1)
+
+    def after(self, id: Id) -> int:
+        """Return the number of the first frame kept whose id is greater than `id`, or `next`."""
+        low, high = self.first, self.next
+        while low < high:
+            middle = (low + high) // 2
+            if self._frames[middle].id <= id:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def locate(self, last_id: str) -> Tuple[int, Optional[str]]:
+        """Return the number of the frame that follows `last_id`, and None or why there may be a gap before it.
+
+        The reason is "evicted" for an id of ours whose successors are gone, else "unknown": it is from before a
+        restart, from the future, or not ours at all. What is kept beyond it, or all of it, is then the best there is.
+        """
+        id = parse_id(last_id)
+        if id is None or id > self.last_id:
+            return self.first, "unknown"
+        number = self.after(id)
+        had = self._evicted_id if number == self.first else self._frames[number - 1].id
+        if id == had:
+            return number, None
+        return number, "evicted" if number == self.first and self.first_id and id >= self.first_id else "unknown"
+
+    def read(self, start: int, stop: int) -> Iterator[Frame]:
+        """Yield the frames `start <= number < stop`, all of which must be kept."""
+        return (self._frames[number] for number in range(start, stop))
+
+
+    def collect(self, start: int, stop: int, wants: Callable[[Frame], bool]) -> Tuple[List[Frame], int]:
+        """Return the wanted frames from `start` on, about a batch of them, and the number of the frame after these."""
+        found: List[Frame] = []
+        length = 0
+        for frame in self.read(start, stop):
+            if wants(frame):
+                length += len(frame.chunk)
+                if length > BATCH and found:
+                    return found, frame.number
+                found.append(frame)
+        return found, stop
+
+
+class Batch:
+    """Join frames once for one send, and find the frame in which a send stopped."""
+
+    def __init__(self, frames: Sequence[Frame], chunked: bool) -> None:
+        self.frames = frames
+        self._parts: List[bytes] = [frame.chunk if chunked else unchunk(frame.chunk) for frame in frames]
+        self.data = b"".join(self._parts)
+        self._ends: List[int] = []      # made by the first cut: most batches are taken whole
+
+    def cut(self, sent: int) -> Tuple[int, memoryview]:
+        """Return how many frames are begun after `sent` bytes, and what is left of the last of these."""
+        self._ends = self._ends or list(accumulate(map(len, self._parts)))
+        whole = bisect_right(self._ends, sent)
+        start = self._ends[whole - 1] if whole else 0
+        if sent == start:
+            return whole, memoryview(b"")
+        return whole + 1, memoryview(self._parts[whole])[sent - start:]
+
+
+def slices(frames: Sequence[Frame], size: int = BATCH) -> Iterator[Sequence[Frame]]:
+    """Split frames into runs of at most `size` bytes, of at least one frame each."""
+    start = length = 0
+    for index, frame in enumerate(frames):
+        length += len(frame.chunk)
+        if length > size and index > start:
+            yield frames[start:index]
+            start, length = index, len(frame.chunk)
+    if start < len(frames):
+        yield frames[start:]

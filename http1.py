@@ -1,0 +1,164 @@
+"""Turn bytes into a request or a refusal, and an answer into bytes: the part of HTTP/1.1 that this server speaks.
+
+No socket, no thread and no clock in here. `parse` is strict, because what two parsers read differently is how requests
+are smuggled (RFC 9112 section 11.2), and it is small: a head is lines, a line is one regular expression.
+"""
+import re
+from http import HTTPStatus
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from urllib.parse import parse_qs, unquote_to_bytes
+
+MAX_LINE = 8000             # bytes of the request line: what RFC 9112 section 3 wants supported
+MAX_HEAD = 16 << 10         # bytes of request line and fields
+MAX_FIELDS = 100            # as http.client has it
+METHODS = ("GET", "HEAD", "OPTIONS", "POST")
+KNOWN_METHODS = (*METHODS, "PUT", "DELETE", "PATCH", "TRACE", "CONNECT")
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*(.*?)[ \t]*")
+_BAD_BYTE = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
+_BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+_ABSOLUTE = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
+_SINGLE = {"host", "content-length", "transfer-encoding", "authorization", "origin", "last-event-id", "expect"}
+
+
+class Refusal(Exception):
+    """A request that is answered with an error: its status, a text that says what to do, and further fields."""
+
+    def __init__(self, status: int, text: str, fields: Iterable[str] = ()) -> None:
+        super().__init__(status, text)
+        self.status = status
+        self.text = text
+        self.fields = tuple(fields)
+
+
+class Request(NamedTuple):
+    """The head of one request. Field names are lower-case; values are text, one byte one character (latin-1)."""
+    method: str
+    path: str                       # percent-decoded, UTF-8
+    query: Dict[str, List[str]]     # percent-decoded, in order
+    version: Tuple[int, int]
+    fields: Dict[str, str]
+
+    def parameter(self, name: str) -> Optional[str]:
+        """Return the last value that the query gives to `name`, or None."""
+        return self.query[name][-1] if name in self.query else None
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the client understands the chunked coding: not before HTTP/1.1."""
+        return self.version >= (1, 1)
+
+    @property
+    def bearer(self) -> Optional[str]:
+        """The token of `Authorization: Bearer TOKEN` (RFC 6750), or None."""
+        scheme, _, token = self.fields.get("authorization", "").partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else None
+
+    def accepts(self, media_type: str) -> bool:
+        """Say whether Accept names this media type."""
+        return media_type in self.fields.get("accept", "").lower()
+
+
+def parse(buffer: bytes) -> Optional[Tuple[Request, int]]:
+    """Parse the request head at the start of `buffer`.
+
+    Returns the request and the length of its head in bytes, or None as long as more bytes are needed. Raises Refusal
+    for what is wrong, as soon as it is seen, and in the same way however the bytes arrived.
+    """
+    start = 2 if buffer.startswith(b"\r\n") else 0      # RFC 9112 section 2.2: ignore one empty line before it
+    line_end = buffer.find(b"\r\n", start, start + MAX_LINE + 2)
+    limit = MAX_LINE + 2 if line_end < 0 else MAX_HEAD
+    end = buffer.find(b"\r\n\r\n", start, start + MAX_HEAD)
+    head = buffer[start:end + 4 if end >= 0 else start + limit]
+    if _BAD_BYTE.search(head):
+        raise Refusal(400, "The request head has a control character, or a line that does not end in CRLF.")
+    if end >= 0:
+        return _parse_head(head[:-4]), end + 4
+    if len(head) >= limit:
+        if line_end < 0:
+            raise Refusal(414, f"The request line is longer than {MAX_LINE} bytes.")
+        raise Refusal(431, f"The request head is longer than {MAX_HEAD} bytes.")
+    return None
+
+
+def _parse_head(head: bytes) -> Request:
+    request_line, *lines = head.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(request_line)
+    if not match:
+        raise Refusal(400, "The request line is not `METHOD TARGET HTTP/1.1`.")
+    version = int(match[3]), int(match[4])
+    if version[0] != 1:
+        raise Refusal(505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
+    method = match[1].decode()
+    path, query = _parse_target(match[2].decode(), method)
+    request = Request(method, path, query, version, _parse_fields(lines))
+    _check(request)
+    return request
+
+
+def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
+    if len(lines) > MAX_FIELDS:
+        raise Refusal(431, f"The request has more than {MAX_FIELDS} header fields.")
+    fields: Dict[str, str] = {}
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if not match:
+            raise Refusal(400, "A header field is not `Name: value` (no space before the colon, no folded lines).")
+        name = match[1].decode().lower()
+        if name in fields and name in _SINGLE:
+            raise Refusal(400, f"The header field {name} is given more than once.")
+        fields[name] = match[2].decode("latin-1")
+    return fields
+
+
+def _parse_target(target: str, method: str) -> Tuple[str, Dict[str, List[str]]]:
+    """Split and decode a request target: origin-form, absolute-form, or `*` for OPTIONS (RFC 9112 section 3.2)."""
+    absolute = _ABSOLUTE.match(target)
+    if absolute:
+        target = target[absolute.end():]
+        target = target if target.startswith("/") else "/" + target
+    elif method not in METHODS or target == "*" and method == "OPTIONS":
+        return target, {}
+    path, _, query = target.partition("?")
+    if not path.startswith("/") or "#" in target:
+        raise Refusal(400, "The request target is not a path that starts with /.")
+    if _BAD_PERCENT.search(target):
+        raise Refusal(400, "The request target has a % that two hex digits do not follow.")
+    try:
+        decoded = unquote_to_bytes(path).decode() if "%" in path else path
+        parameters = parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS) if query else {}
+    except UnicodeDecodeError:
+        raise Refusal(400, "The request target is not UTF-8.") from None
+    except ValueError:
+        raise Refusal(400, f"The query has more than {MAX_FIELDS} parameters.") from None
+    return decoded, parameters
+
+
+def _check(request: Request) -> None:
+    """Refuse what is well-formed and still not to be served."""
+    if request.method not in METHODS:
+        if request.method in KNOWN_METHODS:
+            raise Refusal(405, "Use GET for events, POST to publish.", [f"Allow: {', '.join(METHODS)}"])
+        raise Refusal(501, f"This server knows the methods {', '.join(METHODS)}.")
+    if "host" not in request.fields and request.version >= (1, 1):
+        raise Refusal(400, "HTTP/1.1 needs the header field Host.")
+    length = request.fields.get("content-length", "0")
+    if not (length.isascii() and length.isdigit() and len(length) < 16):
+        raise Refusal(400, "Content-Length is not a number.")
+    has_coding = "transfer-encoding" in request.fields
+    if has_coding and "content-length" in request.fields:
+        raise Refusal(400, "Content-Length and Transfer-Encoding exclude each other.")
+    if request.method != "POST" and (has_coding or length.strip("0")):
+        raise Refusal(400, f"A {request.method} request has no body here.")
+
+
+def answer(status: int, body: bytes = b"", fields: Iterable[str] = (), *, content_type: str = "text/plain; charset=utf-8",
+           keep_alive: bool = False, head_only: bool = False) -> bytes:
+    """Return a whole answer as bytes: status line, Content-Length, whether the connection is kept, `fields`, body."""
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    if status != 204:           # RFC 9110 section 8.6: no Content-Length there
+        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+    lines += [f"Connection: {'keep-alive' if keep_alive else 'close'}", *fields, "", ""]
+    return "\r\n".join(lines).encode() + (b"" if head_only else body)

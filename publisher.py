@@ -1,0 +1,480 @@
+"""Turn events into sends: every event goes into one log, every client is a cursor moving along it.
+
+`publish` may be called from any thread: it encodes, appends to the log, wakes the publisher thread and returns.
+`register` hands a socket over. From then on only the publisher thread touches it: no registered socket ever blocks,
+so nobody waits for a client. What is new in the log is joined once and sent to all current clients. A client whose
+socket takes only a part becomes lagging: it is watched for writability and reads on from its own cursor until it is
+current again.
+
+Who owns what (the publisher thread owns whatever is not named here):
+
+    attribute                           guarded by   changed by              read by
+    _log, _joining, _woken, _stop_by    the mutex    publish, register,      publisher
+                                                     stop, publisher
+    _clients                            the mutex    register, publisher     any thread, by len()
+    _next                               the mutex    publisher               publish
+    _groups, _channels, _lagging,       -            publisher               publisher
+    _selector, _sweep_at, every Client
+      and Group, registered sockets
+
+The mutex is never held across a system call.
+"""
+import logging
+import math
+import random
+import selectors
+import socket
+import threading
+import time
+from typing import Callable, Dict, FrozenSet, Iterable, List, Optional, Sequence, Tuple, Union
+
+import frames
+from frames import Batch, Frame, Log
+
+STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
+SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
+STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
+RECHECK = 1.0           # seconds between two looks at a condition, should its notification get lost
+
+Bytes = Union[bytes, memoryview]
+
+log = logging.getLogger("sse_server")
+
+
+class Stopped(RuntimeError):
+    """The publisher does not run (yet, or any more), so it takes no event."""
+
+
+class Group:
+    """Clients that are sent the same bytes: those with the same set of channels and the same framing."""
+    __slots__ = ("channels", "chunked", "current", "size", "sent_at", "last")
+
+    def __init__(self, channels: FrozenSet[str], chunked: bool) -> None:
+        self.channels = channels
+        self.chunked = chunked
+        self.current: Dict["Client", None] = {}     # ordered set: the clients that have had every frame
+        self.size = 0                               # current and lagging clients
+        self.sent_at = -math.inf                    # when all current clients were last sent something
+        self.last: Tuple[int, Optional[frames.Id]] = (-1, None)     # number and id of the last frame sent to all
+
+    def framed(self, chunk: bytes) -> bytes:
+        """Return a chunk as this group's clients get it."""
+        return chunk if self.chunked else frames.unchunk(chunk)
+
+    def wants(self, frame: Frame) -> bool:
+        return frame.channel is None or frame.channel in self.channels
+
+
+class Client:
+    """One connected socket and its cursor.
+
+    `cursor` and `rest` are valid while the client is lagging. While it is current, `cursor` is the number of the
+    frame with which it became current: what it is due next is what the publisher sends next.
+    """
+    __slots__ = ("sock", "peer", "group", "place", "cursor", "rest", "after", "sent_at")
+
+    def __init__(self, sock: socket.socket, peer: str, group: Group, rest: bytes, after: Optional[frames.Id]) -> None:
+        self.sock = sock
+        self.peer = peer            # for the log, as it is not known any more after a reset
+        self.group = group
+        self.place = -1             # index in the list of clients
+        self.cursor = 0             # number of the next frame due
+        self.rest = rest            # bytes to send before that frame: a head, or the end of a frame begun
+        self.after = after          # id of the last frame it had before the cursor
+        self.sent_at = 0.0          # when its socket last took a byte
+
+
+class Publisher:
+    """Fan one log out to all registered clients, in one thread named `publisher`.
+
+    history: frames kept for clients that come back; 0: events have no id, as in the original.
+    heartbeat: seconds of silence after which a client is sent a comment; 0: none.
+    retry: seconds a client should wait before it reconnects, told with +-50 % jitter.
+    max_clients: how many clients can be registered at a time.
+    clock: monotonic seconds; wall: seconds since the epoch. Both are there for tests.
+    """
+
+    def __init__(self, *, history: int = 1024, heartbeat: float = 15.0, retry: float = 3.0, max_clients: int = 10000,
+                 clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
+        self._mutex = threading.Lock()      # guards what the table at the top of the file says
+        self._moved = threading.Condition(self._mutex)      # notified when _next has grown, and on stop
+        self._clients: List[Client] = []
+        self._joining: List[Client] = []    # registered, and not yet seen by the publisher
+        self._log = Log(history)
+        self._woken = False                 # a wake-up is on its way: no second one is needed
+        self._next = 0                      # number of the frame with which the next fan-out begins
+        self._stop_by: Optional[float] = None
+
+        self._ids = history > 0
+        self._heartbeat = heartbeat
+        self._retry = retry
+        self._max_clients = max_clients
+        self._clock = clock
+        self._wall = wall
+
+        self._groups: Dict[Tuple[FrozenSet[str], bool], Group] = {}
+        self._channels: Dict[str, Dict[Group, None]] = {}   # channel -> groups that want it
+        self._lagging: Dict[Client, None] = {}
+        self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
+        self._sweep_at = clock() + self._sweep_every
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._wakee = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakee.setblocking(False)
+        self._selector.register(self._wakee, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="publisher")
+
+    # Called from any thread
+
+    def start(self) -> None:
+        """Start the publisher thread. Call it once."""
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Return how many clients are registered."""
+        return len(self._clients)
+
+    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None) -> Optional[str]:
+        """Append an event to the log and return its id, None with `history=0`; the clients get it from there.
+
+        Waits for no client; only, when most of the log has not been fanned out yet, for the publisher thread.
+        Raises ValueError for what no event can hold (see `frames.encode`), Stopped after `stop`.
+        """
+        payload = frames.encode(data, event)
+        frames.check_name("channel", channel)
+        with self._mutex:
+            self._make_room(len(payload) + 64)
+            id = self._log.next_id(int(self._wall() * 1000)) if self._ids else None
+            self._log.append(payload, id, channel or None, self._clock())
+            wake, self._woken = not self._woken, True
+        if wake:
+            self._wake()
+        return frames.format_id(id)
+
+    def register(self, sock: socket.socket, head: bytes, *, peer: str = "", chunked: bool = True,
+                 channels: Iterable[str] = (), last_id: Optional[str] = None) -> bool:
+        """Hand over a non-blocking socket, to be sent `head` and then every frame after `last_id`, or every new one.
+
+        Returns False if there are `max_clients` already or the publisher is stopping: the socket is still the
+        caller's then. That and the first frame are decided under the mutex, so no frame falls between the two.
+        """
+        group = Group(frozenset(channels), chunked)     # stands for the real one, which the publisher owns
+        client = Client(sock, peer, group, head, None)
+        if self._ids:
+            client.rest += group.framed(frames.retry(self.jittered(self._retry)))
+        with self._mutex:
+            if self._stop_by is not None or len(self._clients) >= self._max_clients:
+                return False
+            self._place_cursor(client, last_id if self._ids else None)
+            client.place = len(self._clients)
+            self._clients.append(client)
+            self._joining.append(client)
+            wake, self._woken = not self._woken, True
+        if wake:
+            self._wake()
+        return True
+
+    def stop(self) -> None:
+        """Stop: for at most a second clients can take what is in the log, then all are closed. Joins the thread."""
+        with self._mutex:
+            if self._stop_by is None:
+                self._stop_by = self._clock() + STOP_TIME
+            self._moved.notify_all()
+        if self._thread.ident is None:
+            self._close()
+            return
+        self._wake()
+        self._thread.join()
+
+    @staticmethod
+    def jittered(seconds: float) -> int:
+        """Return milliseconds, +-50 %, so that clients that left together do not come back together."""
+        return round(seconds * 1000 * random.uniform(0.5, 1.5))
+
+    def _wake(self) -> None:
+        try:
+            self._waker.send(b"\0")
+        except BlockingIOError:     # it has bytes enough to wake up from
+            pass
+        except OSError:             # it has stopped since, and closed the socket
+            pass
+
+    # Requires holding the mutex
+
+    def _make_room(self, length: int) -> None:
+        """Evict until `length` more bytes fit, and wait while most of the log has not been fanned out."""
+        log = self._log
+        while True:
+            if self._stop_by is not None:
+                raise Stopped("the server is stopped")
+            if log.fits(length):
+                return
+            if (log.next - self._next) * 4 > (log.next - log.first) * 3:
+                self._moved.wait(RECHECK)
+            else:
+                log.evict()
+
+    def _place_cursor(self, client: Client, last_id: Optional[str]) -> None:
+        """Set the cursor behind the last id that the client has had; where that cannot be, begin with a gap."""
+        client.cursor = self._log.next
+        if last_id is not None:
+            client.cursor, reason = self._log.locate(last_id)
+            if reason:
+                client.rest += self._gap(client, last_id, reason)
+            else:
+                client.after = frames.parse_id(last_id)
+
+    def _gap(self, client: Client, after: Optional[str], reason: str) -> bytes:
+        """Return the gap event for a client that goes on from its cursor."""
+        due = (frame.id for frame in self._log.read(client.cursor, self._log.next) if client.group.wants(frame))
+        return client.group.framed(frames.gap(after, frames.format_id(next(due, None)), reason))
+
+    def _read_on(self, client: Client) -> Tuple[Bytes, Sequence[Frame], int]:
+        """Return what a client that is not current is due: bytes, then frames, and where its cursor is after them.
+
+        A gap is told only once the frame before it is finished, so that a client never has two of them to be sent.
+        """
+        log = self._log
+        evicted = client.cursor < log.first
+        if client.rest and (evicted or len(client.rest) >= frames.BATCH):
+            return client.rest, (), client.cursor
+        gap = b""
+        if evicted:
+            client.cursor = log.first
+            gap = self._gap(client, frames.format_id(client.after), "lagging")
+        return (bytes(client.rest) + gap, *log.collect(client.cursor, self._next, client.group.wants))
+
+    # Run by the publisher thread
+
+    def _run(self) -> None:
+        while not self._done():
+            self.turn(self._idle_time())
+        self._close()
+
+    def _done(self) -> bool:
+        with self._mutex:
+            if self._stop_by is None:
+                return False
+            served = self._next == self._log.next and not self._joining and not self._lagging
+            return served or self._clock() >= self._stop_by
+
+    def _idle_time(self) -> float:
+        """Return for how many seconds there is nothing to do if nothing happens."""
+        until = self._sweep_at if self._stop_by is None else min(self._sweep_at, self._stop_by)
+        return max(0.0, until - self._clock())
+
+    def turn(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds for something to do, and do all there is. For tests, where no thread runs."""
+        for key, events in self._selector.select(timeout):
+            self._on_ready(key.data, events)
+        with self._mutex:
+            self._woken = False
+            joining, self._joining = self._joining, []
+            new = list(self._log.read(self._next, self._log.next))
+        if new:
+            for run in frames.slices(new):
+                self._fan_out(run)
+            with self._mutex:
+                self._next = new[-1].number + 1
+                self._moved.notify_all()
+        for client in joining:
+            self._greet(client)
+        if self._clock() >= self._sweep_at:
+            self._sweep()
+
+    def _on_ready(self, client: Optional[Client], events: int) -> None:
+        if client is None:
+            self._wakee.recv(4096)
+        elif events & selectors.EVENT_READ and not self._discard_input(client):
+            return
+        elif events & selectors.EVENT_WRITE and self._advance(client):
+            self._settle(client)
+
+    def _fan_out(self, run: Sequence[Frame]) -> None:
+        """Send frames to the current clients of every group that wants them; equal bytes are joined once."""
+        batches: Dict[Tuple[int, bool], Batch] = {}
+        for group, wanted in self._wanted(run):
+            key = id(wanted), group.chunked
+            batch = batches.get(key) or batches.setdefault(key, Batch(wanted, group.chunked))
+            self._send_to_group(group, batch)
+
+    def _wanted(self, run: Sequence[Frame]) -> Iterable[Tuple[Group, Sequence[Frame]]]:
+        """Return every group that wants any of the frames, with those it wants; no other group is touched."""
+        if all(frame.channel is None for frame in run):
+            return [(group, run) for group in self._groups.values()]
+        wanted: Dict[Group, List[Frame]] = {}
+        for frame in run:
+            every = self._groups.values() if frame.channel is None else self._channels.get(frame.channel, ())
+            for group in every:
+                wanted.setdefault(group, []).append(frame)
+        return wanted.items()
+
+    def _send_to_group(self, group: Group, batch: Batch) -> None:
+        data, size = batch.data, len(batch.data)
+        short = []
+        for client in group.current:
+            try:
+                sent = client.sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:         # a reset: the rest of the fan-out goes on
+                sent = -1
+            if sent != size:
+                short.append((client, sent))
+        for client, sent in short:
+            if sent < 0:
+                self._drop(client, "reset")
+            else:
+                self._fall_behind(client, batch, sent)
+        group.sent_at = self._clock()
+        group.last = batch.frames[-1].number, batch.frames[-1].id
+
+    def _fall_behind(self, client: Client, batch: Batch, sent: int) -> None:
+        """Make a current client lagging, `sent` bytes into a batch."""
+        self._set_lagging(client)
+        client.cursor = batch.frames[0].number
+        self._move_cursor(client, batch, sent)
+
+    def _move_cursor(self, client: Client, batch: Batch, sent: int) -> None:
+        """Move a client over the frames of a batch that are begun; what is left of the last one becomes its rest."""
+        begun, client.rest = batch.cut(sent)
+        if begun:
+            client.cursor = batch.frames[begun - 1].number + 1
+            client.after = batch.frames[begun - 1].id
+
+    def _set_lagging(self, client: Client) -> None:
+        """Give a current client a cursor of its own, and wait for its socket."""
+        number, id = client.group.last
+        if number >= client.cursor:     # sent to it too, as it was current by then
+            client.after = id
+        client.cursor = self._next
+        del client.group.current[client]
+        self._watch(client)
+
+    def _watch(self, client: Client) -> None:
+        self._lagging[client] = None
+        client.sent_at = self._clock()
+        self._selector.modify(client.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
+
+    def _settle(self, client: Client) -> None:
+        """Sort a client that was just advanced: it is current, or lagging with its socket watched."""
+        is_lagging = client in self._lagging
+        if client.rest or client.cursor < self._next:
+            if not is_lagging:
+                self._watch(client)
+            return
+        if is_lagging:
+            del self._lagging[client]
+            self._selector.modify(client.sock, selectors.EVENT_READ, client)
+        client.group.current[client] = None
+
+    def _greet(self, client: Client) -> None:
+        """Send a new client its head and, if it resumes, the first batch of what it missed."""
+        group = client.group = self._groups.setdefault((client.group.channels, client.group.chunked), client.group)
+        if not group.size:
+            for channel in group.channels:
+                self._channels.setdefault(channel, {})[group] = None
+        group.size += 1
+        client.sent_at = self._clock()
+        self._selector.register(client.sock, selectors.EVENT_READ, client)
+        if self._advance(client):
+            self._settle(client)
+
+    def _advance(self, client: Client) -> bool:
+        """Send a client that is not current one batch from its cursor. Returns False if it was dropped."""
+        with self._mutex:
+            rest, due, cursor = self._read_on(client)
+        batch = Batch(due, client.group.chunked)
+        sent = self._send(client, b"".join((rest, batch.data)) if due else rest)
+        if sent is None:
+            return False
+        if sent < len(rest):
+            client.rest = memoryview(rest)[sent:]
+            return True
+        self._move_cursor(client, batch, sent - len(rest))
+        if sent == len(rest) + len(batch.data):
+            client.cursor = cursor      # beyond frames that its group does not want, too
+        return True
+
+    def _send(self, client: Client, data: Bytes) -> Optional[int]:
+        """Send what the socket takes and return how much that was; None if the client was dropped."""
+        try:
+            sent = client.sock.send(data) if data else 0
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._drop(client, "reset")
+            return None
+        if sent:
+            client.sent_at = self._clock()
+        return sent
+
+    def _discard_input(self, client: Client) -> bool:
+        """Throw away what a client sends after its request. Returns False if it was dropped, having closed."""
+        try:
+            if client.sock.recv(frames.BATCH):
+                return True
+        except BlockingIOError:
+            return True
+        except OSError:
+            self._drop(client, "reset")
+            return False
+        self._drop(client, "closed")
+        return False
+
+    def _sweep(self) -> None:
+        """Drop stalled clients, and send a comment to those that were sent nothing for a heartbeat's time."""
+        now = self._clock()
+        self._sweep_at = now + self._sweep_every
+        for client in [client for client in self._lagging if now - client.sent_at >= STALL]:
+            self._drop(client, "stalled")
+        if self._heartbeat:
+            silent_since = now - self._heartbeat
+            silent = [client for group in self._groups.values() if group.sent_at <= silent_since
+                      for client in group.current if client.sent_at <= silent_since]
+            for client in silent:
+                self._beat(client)
+
+    def _beat(self, client: Client) -> None:
+        heartbeat = client.group.framed(frames.HEARTBEAT)
+        sent = self._send(client, heartbeat)
+        if sent is not None and sent < len(heartbeat):
+            self._set_lagging(client)
+            client.rest = memoryview(heartbeat)[sent:]
+
+    def _drop(self, client: Client, reason: str) -> None:
+        """Close a client and forget it."""
+        self._selector.unregister(client.sock)
+        client.sock.close()
+        group = client.group
+        group.current.pop(client, None)
+        self._lagging.pop(client, None)
+        group.size -= 1
+        if not group.size:
+            self._forget(group)
+        with self._mutex:
+            last = self._clients.pop()
+            if last is not client:
+                self._clients[client.place] = last
+                last.place = client.place
+        level = logging.WARNING if reason == "stalled" else logging.DEBUG
+        log.log(level, "%s dropped: %s", client.peer, reason)
+
+    def _forget(self, group: Group) -> None:
+        del self._groups[group.channels, group.chunked]
+        for channel in group.channels:
+            del self._channels[channel][group]
+            if not self._channels[channel]:
+                del self._channels[channel]
+
+    def _close(self) -> None:
+        """End the stream of every current client in order, and close all sockets."""
+        for client in [client for group in self._groups.values() if group.chunked for client in group.current]:
+            self._send(client, frames.END)
+        with self._mutex:
+            clients, self._clients = self._clients, []
+        for client in clients:
+            client.sock.close()
+        self._selector.close()
+        self._waker.close()
+        self._wakee.close()

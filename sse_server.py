@@ -1,0 +1,436 @@
+"""Turn connections into registered clients: the command line, the accept loop, the handshake; start and stop.
+
+    python sse_server.py --port 6500        streams the clock; Enter stops it
+    curl -N http://127.0.0.1:6500/token     watches it
+
+Threads: `accept` accepts, and answers on the spot what has wholly arrived; a short-lived `handshake-N` looks after any
+other request; `publisher` (publisher.py) owns every registered socket; `source` (sources.py) makes events; main waits.
+
+Who owns what:
+
+    attribute           guarded by          changed by                      read by
+    _handshakes         _handshakes_lock    accept loop, handshakes, stop   the same
+    _stopping           itself              stop                            all
+    _started, _stopped  _lifecycle          start, stop                     the same; publish
+    _out_of_descriptors -                   accept loop                     accept loop
+    every Handshake     -                   accept loop, then its thread    only `cut` is for others
+"""
+import argparse
+import errno
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+from itertools import count
+from pathlib import Path
+from typing import Dict, List, NoReturn, Optional, Sequence, Tuple
+
+import http1
+import sources
+from http1 import Refusal, Request
+from publisher import STALL, Publisher, Stopped
+
+HEAD_TIME = 10.0            # seconds for one request to arrive, however it dribbles
+LINGER_TIME = 1.0           # seconds for a refused client to read why before its connection is cut
+MAX_HANDSHAKES = 256        # unfinished requests; the oldest makes room for the next
+BACKLOG = 1024              # connections the kernel holds ready for accept
+SEND_BUFFER = 64 << 10      # bytes of kernel memory for each client; else it takes 4 MiB for a stalled one
+ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
+PAGE = Path(__file__).with_name("index.html")
+HTML = "text/html; charset=utf-8"
+
+log = logging.getLogger("sse_server")
+
+
+class SSEServer(socketserver.ThreadingTCPServer):
+    """Serve one stream of events to every client that asks for it.
+
+    host, port: where to listen, from the constructor on (OSError if that cannot be); port 0 picks a free one.
+    history, heartbeat, retry, max_clients: see `publisher.Publisher`.
+
+    Use it as a context manager, or call `start` and `stop`. All methods may be called from any thread.
+    """
+    allow_reuse_address = True
+    request_queue_size = BACKLOG
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 0, heartbeat: float = 15.0,
+                 retry: float = 3.0, max_clients: int = 10000) -> None:
+        self._handshakes_lock = threading.Lock()
+        self._handshakes: Dict["Handshake", threading.Thread] = {}      # the oldest first
+        self._lifecycle = threading.RLock()
+        self._started = False
+        self._stopped = False
+        self._stopping = threading.Event()
+        self._numbers = count(1)
+        self._out_of_descriptors = False
+        self._page = PAGE.read_bytes()
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), Handshake)
+        self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
+        self._acceptor = threading.Thread(target=self.serve_forever, name="accept")
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds it."""
+        host = self.server_address[0]
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def clients(self) -> int:
+        """How many clients are registered."""
+        return len(self._publisher)
+
+    def start(self) -> "SSEServer":
+        """Start the threads. Does nothing if they run; raises Stopped after `stop`: then make a new server."""
+        with self._lifecycle:
+            if self._stopped:
+                raise Stopped("the server was stopped; make a new one")
+            if not self._started:
+                self._started = True
+                self._publisher.start()
+                self._acceptor.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop within 3 seconds: clients get what is in the log, their streams end, threads and sockets are gone.
+
+        Does nothing the second time; returns when the server has stopped, whoever stops it.
+        """
+        self._stopping.set()
+        with self._lifecycle:
+            if self._stopped:
+                return
+            self._stopped = True
+            if self._started:
+                self._connect_to_self()
+                self._acceptor.join()
+            self._cut_handshakes()
+            self._publisher.stop()
+            self.server_close()
+
+    def publish(self, data: str, event: Optional[str] = None) -> Optional[str]:
+        """Publish an event to all clients and return its id (None with `history=0`). See `Publisher.publish`."""
+        if not self._started:
+            raise Stopped("the server has not been started")
+        return self._publisher.publish(data, event)
+
+    def __enter__(self) -> "SSEServer":
+        return self.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def _connect_to_self(self) -> None:
+        """Unblock accept, which then sees the stop flag."""
+        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.server_address[0], self.server_address[0])
+        try:
+            socket.create_connection((host, self.port), timeout=1.0).close()
+        except OSError:         # no descriptor is left, or the backlog is full: this works on Linux without either
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def _cut_handshakes(self) -> None:
+        with self._handshakes_lock:
+            unfinished = list(self._handshakes.items())
+        for handshake, _ in unfinished:
+            handshake.cut()
+        for _, thread in unfinished:
+            if thread is not threading.current_thread():
+                thread.join(1.0)
+
+    # Called in the constructor, by socketserver
+
+    def server_activate(self) -> None:
+        """Listen. What is set on a listening socket holds for the accepted ones, and so costs nothing for each."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL * 1000))
+        super().server_activate()
+
+    # Run by the accept loop
+
+    def serve_forever(self, poll_interval: float = 0) -> None:
+        """Accept until the stop flag is set; `stop` connects to unblock it, so there is nothing to poll."""
+        while not self._stopping.is_set():
+            try:
+                sock, address = self.get_request()
+            except OSError as error:
+                self._accept_failed(error)
+                continue
+            self._out_of_descriptors = False
+            self.process_request(sock, address)
+
+    def _accept_failed(self, error: OSError) -> None:
+        """Pause when there is nothing to accept with: the connections wait in the backlog meanwhile."""
+        if error.errno == errno.ECONNABORTED or self._stopping.is_set():
+            return
+        if not self._out_of_descriptors:
+            log.warning("cannot accept (%s); trying again until it works", error.strerror)
+        self._out_of_descriptors = True
+        self._stopping.wait(ACCEPT_PAUSE)
+
+    def process_request(self, sock: socket.socket, address: Sequence) -> None:
+        """Answer a request that has wholly arrived; leave any other to a handshake thread."""
+        handshake = Handshake(self, sock, "%s:%d" % address[:2])
+        if self._stopping.is_set():
+            sock.close()
+        elif not handshake.run_at_once():
+            self._start_handshake(handshake)
+
+    def _start_handshake(self, handshake: "Handshake") -> None:
+        thread = threading.Thread(target=handshake.run, name=f"handshake-{next(self._numbers)}")
+        with self._handshakes_lock:
+            oldest = next(iter(self._handshakes)) if len(self._handshakes) >= MAX_HANDSHAKES else None
+            self._handshakes.pop(oldest, None)
+            self._handshakes[handshake] = thread
+        if oldest:
+            oldest.cut()
+        thread.start()
+
+    # Called by handshakes, in the accept loop or in a thread of theirs
+
+    def handshake_done(self, handshake: "Handshake") -> None:
+        """Forget a handshake whose thread ends."""
+        with self._handshakes_lock:
+            self._handshakes.pop(handshake, None)
+
+    def respond(self, request: Request) -> Tuple[bytes, bool]:
+        """Return the answer to a request, and whether it is the head of a stream that is to be registered."""
+        if request.method == "POST":
+            raise Refusal(403, "Publishing is not enabled on this server.")
+        if request.method == "OPTIONS":
+            return http1.answer(204, fields=self._preflight(request)), False
+        head_only = request.method == "HEAD"
+        if request.path == "/favicon.ico":
+            raise Refusal(404, "There is no icon here.")
+        if request.path == "/" and request.accepts("text/html"):
+            return http1.answer(200, self._page, content_type=HTML, head_only=head_only), False
+        return self._stream_head(request), not head_only
+
+    def register(self, sock: socket.socket, request: Request, head: bytes, peer: str) -> None:
+        """Hand a socket over to the publisher. Raises Refusal if there are too many clients; it is not taken then."""
+        sock.setblocking(False)
+        if not self._publisher.register(sock, head, peer=peer, chunked=request.chunked):
+            raise Refusal(503, "There are as many clients as this server takes. Try again later.", ["Retry-After: 5"])
+
+    def refuse(self, refusal: Refusal) -> bytes:
+        """Return the answer that tells a client what was wrong."""
+        return http1.answer(refusal.status, f"{refusal.text}\n".encode(), [*refusal.fields, *self._cross_origin()])
+
+    def _stream_head(self, request: Request) -> bytes:
+        """Return the head of a stream: the original's four lines in their order, then those for proxies."""
+        lines = ["HTTP/1.1 200 OK", "Content-Type: text/event-stream",
+                 "Transfer-Encoding: chunked" if request.chunked else "Connection: close", *self._cross_origin(),
+                 "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", "", ""]
+        return "\r\n".join(lines).encode()
+
+    def _cross_origin(self) -> List[str]:
+        """Return the fields that let pages of other origins read an answer."""
+        return ["Access-Control-Allow-Origin: *"]
+
+    def _preflight(self, request: Request) -> List[str]:
+        return [*self._cross_origin(), f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
+                "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, Last-Event-ID",
+                "Access-Control-Max-Age: 86400"]
+
+
+class Handshake:
+    """One connection, from accept until it is answered or its socket is handed to the publisher.
+
+    `run_at_once` is for the accept loop and never waits. If it returns False, `run` goes on in a thread and waits for
+    the peer, for HEAD_TIME in all. `cut` may be called from any thread, and makes `run` return.
+    """
+
+    def __init__(self, server: SSEServer, sock: socket.socket, peer: str) -> None:
+        self._lock = threading.Lock()       # guards _may_be_cut, so that `cut` never meets a registered socket
+        self._may_be_cut = True
+        self._sock: Optional[socket.socket] = sock      # None once the publisher owns it
+        self._server = server
+        self._peer = peer
+        self._received = b""                # of the request, so far
+        self._deadline = time.monotonic() + HEAD_TIME
+
+    def cut(self) -> None:
+        """Make room: end the connection if it is still in the handshake."""
+        with self._lock:
+            if self._may_be_cut:
+                _shut(self._sock, socket.SHUT_RDWR)
+
+    # Run by the accept loop
+
+    def run_at_once(self) -> bool:
+        """Register the client if its request for the stream is all there. Else return False: `run` is to go on."""
+        self._sock.setblocking(False)
+        try:
+            self._received = self._sock.recv(http1.MAX_HEAD)
+            parsed = http1.parse(self._received)
+            if parsed is None or parsed[0].method != "GET":
+                return False
+            head, is_stream = self._server.respond(parsed[0])
+            if is_stream:
+                self._hand_over(parsed[0], head)
+            return is_stream
+        except (Refusal, OSError):      # `run` meets it again, and has time for it
+            return False
+
+    def _hand_over(self, request: Request, head: bytes) -> None:
+        with self._lock:
+            self._may_be_cut = False
+        self._server.register(self._sock, request, head, self._peer)
+        self._sock = None
+
+    # Run by a thread of its own
+
+    def run(self) -> None:
+        """Answer one request, or hand the socket over."""
+        try:
+            self._serve()
+        except OSError as error:
+            log.debug("%s left during its request: %s", self._peer, error)
+        finally:
+            with self._lock:
+                self._may_be_cut = False
+            if self._sock is not None:
+                self._sock.close()
+            self._server.handshake_done(self)
+
+    def _serve(self) -> None:
+        try:
+            request = self._read_head()
+            if request is None:
+                return
+            answer, is_stream = self._server.respond(request)
+            if is_stream:
+                self._hand_over(request, answer)
+            else:
+                self._send(answer)
+        except Refusal as refusal:
+            log.debug("%s refused: %d %s", self._peer, refusal.status, refusal.text)
+            self._send(self._server.refuse(refusal))
+            self._linger()
+
+    def _read_head(self) -> Optional[Request]:
+        """Return the request, None if the client closes before it is whole. Raises Refusal."""
+        while True:
+            parsed = http1.parse(self._received)
+            if parsed:
+                self._received = self._received[parsed[1]:]
+                return parsed[0]
+            received = self._receive()
+            if not received:
+                return None
+            self._received += received
+
+    def _receive(self) -> bytes:
+        left = self._deadline - time.monotonic()
+        try:
+            self._sock.settimeout(max(left, 0.001))
+            return self._sock.recv(http1.MAX_HEAD)
+        except socket.timeout:
+            raise Refusal(408, f"The request took longer than {HEAD_TIME:g} seconds.") from None
+
+    def _send(self, answer: bytes) -> None:
+        self._sock.settimeout(LINGER_TIME)
+        self._sock.sendall(answer)
+
+    def _linger(self) -> None:
+        """Let a refused client read why: closing while it still sends would reset the connection and the answer."""
+        _shut(self._sock, socket.SHUT_WR)
+        until = time.monotonic() + LINGER_TIME
+        while self._sock.recv(http1.MAX_HEAD) and time.monotonic() < until:
+            pass
+
+
+def _shut(sock: socket.socket, how: int) -> None:
+    try:
+        sock.shutdown(how)
+    except OSError:         # the peer was faster
+        pass
+
+
+def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the command line; a bad one ends the process with one line on standard error and status 2."""
+    parser = Parser(prog="sse_server.py", description="A small Server-Sent Events server.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    parser.add_argument("--port", type=port_number, default=6500, help="port to listen on; 0 picks one (default 6500)")
+    parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS",
+                        help="time between two ticks of the clock (default 1)")
+    parser.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
+    return parser.parse_args(arguments)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def port_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the server until Enter, SIGINT or SIGTERM. Returns the exit status. Call it in the main thread."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
+    try:
+        server = SSEServer(options.host, options.port)
+    except OSError as error:
+        print(f"sse_server.py: cannot listen on {options.host} port {options.port}: {error.strerror}", file=sys.stderr)
+        return 2
+    wakee, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)      # that it came is read from the wake-up socket
+    print(f"Press enter to terminate\nListening on {server.url}", flush=True)
+    stopping = threading.Event()
+    source = threading.Thread(target=sources.clock, args=(server.publish, stopping, options.interval), name="source")
+    with server:
+        source.start()
+        wait_for_stop(wakee)
+        stopping.set()
+        source.join()
+    return 0
+
+
+def wait_for_stop(wakee: socket.socket) -> None:
+    """Return on Enter or when `wakee` can be read. The end of standard input is no Enter: services have none."""
+    watched = [wakee] if sys.stdin is None else [wakee, sys.stdin.fileno()]
+    while True:
+        ready = select.select(watched, [], [])[0]
+        if wakee in ready:
+            return
+        typed = os.read(ready[0], 4096)
+        if b"\n" in typed:
+            return
+        if not typed:
+            watched.remove(ready[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

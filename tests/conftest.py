@@ -1,0 +1,33 @@
+"""What holds for every test: no thread and no descriptor is left behind."""
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from helpers import wait_until     # noqa: E402
+from sse_server import SSEServer   # noqa: E402
+
+
+def descriptors() -> set:
+    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    return set(os.listdir(folder))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    threads, before = set(threading.enumerate()), len(descriptors())
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread not in threads]
+    assert not left, f"threads left: {left}"
+    wait_until(lambda: len(descriptors()) <= before, timeout=2)
+
+
+@pytest.fixture
+def server():
+    """A running server on a free port that publishes only what the test does."""
+    with SSEServer(port=0) as server:
+        yield server

@@ -1,0 +1,156 @@
+"""Real sockets and real processes for the tests: clients that wait on conditions, and servers on a free port."""
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator, Optional
+
+import pytest
+
+from wire import Decoder
+
+TOP = Path(__file__).resolve().parent.parent
+PATIENCE = 20.0         # seconds until a condition that is waited for counts as failed
+GET = b"GET /token HTTP/1.1\r\nHost: test\r\n\r\n"
+
+
+def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
+    """Poll until the condition holds. For state that has no event to wait on."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"still not so after {timeout} s"
+        time.sleep(0.002)
+
+
+def connect(port: int, **options) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, **options)
+
+
+class Client:
+    """A client on a real socket whose stream is decoded strictly."""
+
+    def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None, last_id: str = "") -> None:
+        self.sock = socket.socket()
+        self.sock.settimeout(PATIENCE)
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.connect(("127.0.0.1", port))
+        self.sock.sendall(request)
+        self.stream = Decoder(chunked=b"HTTP/1.0" not in request, last_id=last_id)
+        self.closed = False
+
+    def receive(self, size: int = 65536) -> bytes:
+        data = self.sock.recv(size)
+        self.closed = not data
+        self.stream.feed(data)
+        return data
+
+    def read_until(self, condition: Callable[[Decoder], object]) -> "Client":
+        """Receive until the condition holds of the stream; fail if it ends before."""
+        while not condition(self.stream):
+            assert self.receive(), f"the stream ended early: {self.stream.events[-3:]}, {self.stream.partial!r}"
+        return self
+
+    def read_events(self, number: int) -> list:
+        """Receive until there are so many events in all, and return them."""
+        return self.read_until(lambda stream: len(stream.events) >= number).stream.events
+
+    def read_to_end(self) -> Decoder:
+        while self.receive():
+            pass
+        return self.stream
+
+    def open(self) -> "Client":
+        """Receive until the head is there."""
+        return self.read_until(lambda stream: stream.head)
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def reset(self) -> None:
+        """Close with a reset instead of an orderly end."""
+        reset(self.sock)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+def ask(port: int, request: bytes) -> bytes:
+    """Send bytes and return everything that comes back until the server closes."""
+    with connect(port) as sock:
+        sock.sendall(request)
+        received = b""
+        while True:
+            try:
+                data = sock.recv(65536)
+            except ConnectionResetError:
+                return received
+            if not data:
+                return received
+            received += data
+
+
+class Server:
+    """`python sse_server.py` as a process, on a free port."""
+
+    def __init__(self, *arguments: str, stdin=subprocess.PIPE, env: Optional[dict] = None) -> None:
+        command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env={**os.environ, **(env or {})})
+        self.errors = None
+        self.output = b""
+        while not re.search(rb":([0-9]+)\n", self.output):
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read().decode()
+            self.output += line
+        self.port = int(re.search(rb":([0-9]+)\n", self.output)[1])
+
+    def stop(self, by: Optional[int] = None) -> int:
+        """Stop it, by Enter or by a signal, and return its exit status."""
+        if by is None:
+            self.process.stdin.write(b"\n")
+            self.process.stdin.flush()
+        else:
+            self.process.send_signal(by)
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> str:
+        """Make sure it is gone, and return what it wrote to standard error."""
+        if self.process.poll() is None:
+            self.process.kill()
+        if self.errors is None:
+            self.errors = self.process.communicate()[1].decode()
+        return self.errors
+
+
+@contextmanager
+def serving(*arguments: str, **options) -> Iterator[Server]:
+    """Run a server process; it must write nothing to standard error unless the test reads it first."""
+    server = Server(*arguments, **options)
+    try:
+        yield server
+    finally:
+        errors = server.close()
+        assert "Traceback" not in errors, errors
+
+
+def need(command: str, package: str) -> str:
+    """Return the path of a program that a test cannot do without: skip where it is missing, but fail in CI."""
+    path = shutil.which(command)
+    if not path:
+        reason = f"{command} is not installed (Debian package {package})"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return path

@@ -1,0 +1,135 @@
+"""What comes in at the door: silent, garbled and broken connections cost nobody else anything."""
+import os
+import random
+import socket
+import threading
+
+import pytest
+
+import http1
+import sse_server
+from helpers import GET, Client, ask, connect, reset, wait_until
+
+
+def test_a_silent_connection_does_not_hold_up_the_next(server):
+    silent = [connect(server.port) for _ in range(20)]
+    with Client(server.port) as client:
+        client.open()
+        server.publish("on time")
+        assert client.read_events(1)[0].data == "on time"
+    for sock in silent:
+        sock.close()
+
+
+def test_a_request_may_arrive_a_byte_at_a_time(server):
+    with Client(server.port, b"") as client:
+        for index in range(len(GET)):
+            client.sock.sendall(GET[index:index + 1])
+        assert client.open().stream.status == 200
+
+
+def test_a_client_that_stops_reading_does_not_hold_up_the_others(server):
+    with Client(server.port, receive_buffer=4096) as deaf, Client(server.port) as client:
+        deaf.open(), client.open()
+        wait_until(lambda: server.clients == 2)
+        for number in range(500):
+            server.publish(f"{number} " + "x" * 10000)
+            assert client.read_events(number + 1)[number].data.startswith(f"{number} ")
+
+
+@pytest.mark.parametrize("garbage, status", [
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    (b"hello\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\n\n", 400),
+    (b"GET /" + b"a" * 9000, 414),
+    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 4000, 431),
+    (b"GET / HTTP/1.1\r\nX: " + b"y" * 20000, 431),
+    (bytes(range(256)) * 40, 400),
+], ids=["tls", "hello", "bare LF", "long line", "many fields", "endless head", "binary"])
+def test_garbage_is_answered_and_closed(server, garbage, status):
+    with Client(server.port) as client:
+        client.open()
+        answer = ask(server.port, garbage)
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and b"Connection: close" in answer
+        server.publish("unharmed")
+        assert client.read_events(1)[0].data == "unharmed"
+    wait_until(lambda: server.clients == 0)
+
+
+def test_a_head_that_never_ends_is_cut(server, monkeypatch):
+    monkeypatch.setattr(sse_server, "HEAD_TIME", 0.2)
+    assert ask(server.port, b"GET / HT").startswith(b"HTTP/1.1 408 ")
+
+
+def test_resets_at_any_moment(server):
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    with Client(server.port) as client:
+        client.open()
+        for number in range(300):
+            sock = connect(server.port)
+            sock.sendall(GET[:draw.randrange(len(GET) + 1)])
+            reset(sock) if draw.random() < 0.7 else sock.close()
+            if number % 10 == 0:
+                server.publish(str(number))
+        server.publish("end")
+        events = client.read_until(lambda stream: stream.events and stream.events[-1].data == "end").stream.events
+        assert [event.data for event in events] == [*map(str, range(0, 300, 10)), "end"], f"seed {seed}"
+        wait_until(lambda: server.clients == 1)
+
+
+def test_a_browser_gets_the_page_and_others_the_stream(server):
+    page = ask(server.port, b"GET / HTTP/1.1\r\nHost: x\r\nAccept: text/html,*/*;q=0.8\r\n\r\n")
+    head, _, body = page.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n") and b"Content-Type: text/html; charset=utf-8" in head
+    assert body == sse_server.PAGE.read_bytes()
+    for accept in (b"*/*", b"text/event-stream"):
+        with Client(server.port, b"GET / HTTP/1.1\r\nHost: x\r\nAccept: " + accept + b"\r\n\r\n") as client:
+            assert client.open().stream.fields["Content-Type"] == "text/event-stream"
+
+
+def test_head_gets_the_head_and_registers_nobody(server):
+    with Client(server.port) as client:
+        head = client.open().stream.head
+        answer = ask(server.port, GET.replace(b"GET", b"HEAD"))
+        assert answer.decode().split("\r\n") == [*head, "", ""]
+        assert server.clients == 1
+
+
+def test_favicon_and_preflight(server):
+    assert ask(server.port, b"GET /favicon.ico HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 404 ")
+    answer = ask(server.port, b"OPTIONS /token HTTP/1.1\r\nHost: x\r\nOrigin: http://a.test\r\n"
+                              b"Access-Control-Request-Method: POST\r\n\r\n").decode()
+    assert answer.startswith("HTTP/1.1 204 ") and "Access-Control-Allow-Origin: *\r\n" in answer
+    assert "Last-Event-ID" in answer and "Access-Control-Max-Age" in answer
+
+
+def test_start_and_stop_can_be_called_twice_and_from_any_thread():
+    server = sse_server.SSEServer(port=0).start()
+    assert server.start() is server
+    threads = [threading.Thread(target=server.stop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    server.stop()
+    with pytest.raises(sse_server.Stopped):
+        server.start()
+    with pytest.raises(sse_server.Stopped):
+        server.publish("too late")
+
+
+def test_a_server_that_was_never_started_can_be_stopped():
+    server = sse_server.SSEServer(port=0)
+    with pytest.raises(sse_server.Stopped):
+        server.publish("too early")
+    server.stop()
+
+
+def test_stop_cuts_requests_that_have_not_arrived(server):
+    with connect(server.port) as silent:
+        silent.sendall(b"GET /to")
+        wait_until(lambda: any(t.name.startswith("handshake-") for t in threading.enumerate()))
+        server.stop()
+        assert silent.recv(1) == b""

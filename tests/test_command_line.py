@@ -1,0 +1,157 @@
+"""`python sse_server.py` as people and service managers run it: every test is a real process."""
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import requests
+
+from helpers import PATIENCE, TOP, Client, connect, serving
+
+FAST = ("--interval", "0.02")
+
+
+@pytest.mark.parametrize("by", [None, signal.SIGINT, signal.SIGTERM], ids=["enter", "SIGINT", "SIGTERM"])
+def test_stops_within_a_second_with_status_0_and_the_end_chunk(by):
+    with serving(*FAST) as server, Client(server.port) as client:
+        client.read_events(2)
+        began = time.monotonic()
+        assert server.stop(by) == 0
+        assert time.monotonic() - began < 1
+        assert client.read_to_end().ended
+        assert server.close() == ""
+
+
+def test_says_where_it_listens_before_it_serves():
+    with serving() as server:
+        lines = server.output.decode().splitlines()
+        assert lines == ["Press enter to terminate", f"Listening on http://127.0.0.1:{server.port}"]
+        server.stop()
+
+
+def test_end_of_standard_input_does_not_stop_it():
+    with serving(*FAST, stdin=subprocess.DEVNULL) as server, Client(server.port) as client:
+        client.read_events(3)
+        assert server.process.poll() is None
+        assert server.stop(signal.SIGTERM) == 0
+        assert client.read_to_end().ended
+
+
+def test_runs_without_any_standard_input():
+    command = f'exec "{sys.executable}" "{TOP}/sse_server.py" --port 0 <&-'
+    with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() and process.stdout.readline()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_typing_without_enter_does_not_stop_it():
+    with serving(*FAST) as server, Client(server.port) as client:
+        server.process.stdin.write(b"not yet")
+        server.process.stdin.flush()
+        client.read_events(3)
+        assert server.process.poll() is None
+        assert server.stop() == 0
+
+
+def test_curl_ticks_and_ends_with_status_0():
+    curl = shutil.which("curl") or pytest.skip("curl is not installed")
+    with serving(*FAST) as server:
+        process = subprocess.Popen([curl, "-sN", f"http://127.0.0.1:{server.port}/token"], stdout=subprocess.PIPE)
+        with process:
+            lines = [process.stdout.readline() for _ in range(4)]
+            assert any(line.startswith(b"data: ") and line.endswith(b"\r\n") for line in lines)
+            server.stop()
+            process.stdout.read()
+            assert process.wait(PATIENCE) == 0
+
+
+def test_requests_iterates_and_ends_without_an_exception():
+    with serving(*FAST) as server:
+        with requests.get(f"http://127.0.0.1:{server.port}/token", stream=True, timeout=PATIENCE) as response:
+            lines = response.iter_lines()
+            assert next(line for line in lines if line.startswith(b"data: "))
+            server.stop()
+            assert all(line[:6] in (b"", b"data: ", b"event:") for line in lines)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--port", "65536"], "'65536' is not a port from 0 to 65535"),
+    (["--port", "x"], "'x' is not a port"),
+    (["--port", "-1"], "'-1' is not a port"),
+    (["--interval", "0"], "'0' is not a number of seconds above 0"),
+    (["--interval", "nan"], "'nan' is not a number of seconds above 0"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--host", "256.0.0.1", "--port", "0"], "cannot listen on 256.0.0.1 port 0"),
+    (["--host", "192.0.2.1", "--port", "0"], "cannot listen on 192.0.2.1 port 0"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_bad_flag_is_one_line_and_status_2(arguments, said):
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", *arguments], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stdout == ""
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_busy_port_is_one_line_and_status_2():
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", port], capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"sse_server.py: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+
+
+def test_works_from_any_folder_with_nothing_installed(tmp_path):
+    command = [sys.executable, "-E", "-s", "-S", str(TOP / "sse_server.py"), "--port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with process:
+        assert process.stdout.readline() and process.stdout.readline()
+        process.communicate(b"\n", timeout=PATIENCE)
+        assert process.returncode == 0
+
+
+def test_ipv6():
+    if not socket.has_ipv6:
+        pytest.skip("this Python has no IPv6")
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with serving("--host", "::1") as server:
+        assert f"http://[::1]:{server.port}" in server.output.decode()
+        assert server.stop() == 0
+
+
+def test_a_port_can_be_used_again_at_once():
+    with serving(*FAST) as server, Client(server.port) as client:
+        client.read_events(1)
+        assert server.stop() == 0
+        again = subprocess.Popen([sys.executable, TOP / "sse_server.py", "--port", str(server.port)],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with again:
+            assert again.stdout.readline() and again.stdout.readline()
+            again.communicate(b"\n", timeout=PATIENCE)
+            assert again.returncode == 0
+
+
+def test_verbose_says_who_left_and_no_more():
+    with serving("--verbose", *FAST) as server:
+        with Client(server.port) as client:
+            client.read_events(1)
+        connect(server.port).close()
+        server.stop()
+        assert all(" dropped: " in line or " left " in line for line in server.close().splitlines())
+
+
+def test_stop_is_bounded_even_with_a_client_that_does_not_read():
+    with serving("--interval", "0.0005") as server, Client(server.port, receive_buffer=4096) as deaf:
+        with Client(server.port) as client:
+            client.read_events(3000)
+            began = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - began < 3
+            assert client.read_to_end().ended
+        assert deaf.sock.recv(1)
