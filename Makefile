@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test clean
+.PHONY: run test bench clean
 
 run:
 	$(PYTHON) sse_server.py --port 6500
@@ -16,3 +16,6 @@ $(VENV)/ready: setup.cfg
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache __pycache__ */__pycache__
+
+bench:
+	$(PYTHON) benchmarks/bench.py

@@ -8,13 +8,15 @@ client of HTTP/1.0, which knows no chunks, is sent a plain slice of the same fra
 """
 import json
 import re
-from itertools import accumulate
 from bisect import bisect_right
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections import OrderedDict
+from itertools import accumulate
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 MAX_EVENT = 1 << 20         # bytes of data in one event; a frame can be longer, by one `data: ` a line
 MAX_LOG = 64 << 20          # bytes of frames in the log
 MIN_HISTORY = 64            # frames the log keeps even for --history 0, so that a slow client finds its place again
+MAX_CHANNELS = 10000        # channels of which the log remembers what left it; older ones share one memory
 BATCH = 64 << 10            # bytes joined for one send: what a client's kernel buffer takes
 END = b"0\r\n\r\n"          # the chunk that ends a stream in order
 
@@ -60,9 +62,9 @@ def chunk(payload: bytes) -> bytes:
 HEARTBEAT = chunk(b":\r\n\r\n")      # a comment: read and ignored
 
 
-def unchunk(frame: bytes) -> bytes:
-    """Return the payload of a chunk made by `chunk`."""
-    return frame[10:-2]
+def unchunk(frame: bytes) -> memoryview:
+    """Return the payload of a chunk made by `chunk`, without a copy of it."""
+    return memoryview(frame)[10:-2]
 
 
 def retry(milliseconds: int) -> bytes:
@@ -95,6 +97,12 @@ class Frame(NamedTuple):
     chunk: bytes
 
 
+class Evicted(NamedTuple):
+    """What is remembered of a frame that left the log."""
+    number: int
+    id: Id
+
+
 class Log:
     """Hold the newest frames: at most `history` of them (64 at least) and at most `size` bytes.
 
@@ -107,7 +115,8 @@ class Log:
         self.next = 0
         self.first_id: Optional[Id] = None      # the first ever appended, kept or not
         self.last_id: Id = (0, 0)
-        self._evicted_id: Optional[Id] = None   # of the frame that left last
+        self._evicted: "OrderedDict[Optional[str], Evicted]" = OrderedDict()    # the last that left, by channel
+        self._forgotten = Evicted(-1, (0, 0))       # the same for every channel that is not in there
         self._count = max(MIN_HISTORY, history)
         self._size = size
         self._bytes = 0
@@ -122,8 +131,11 @@ class Log:
         """Let go of the oldest frame."""
         frame = self._frames.pop(self.first)
         self._bytes -= len(frame.chunk)
-        self._evicted_id = frame.id
         self.first += 1
+        self._evicted[frame.channel] = Evicted(frame.number, frame.id or (0, 0))
+        self._evicted.move_to_end(frame.channel)
+        if len(self._evicted) > MAX_CHANNELS:
+            self._forgotten = self._evicted.popitem(last=False)[1]
 
     def append(self, payload: bytes, id: Optional[Id], channel: Optional[str], time: float) -> Frame:
         """Append an encoded event under the next number; an id, if it has one, must be greater than the last."""
@@ -153,28 +165,38 @@ class Log:
                 high = middle
         return low
 
-    def locate(self, last_id: str) -> Tuple[int, Optional[str]]:
+    def locate(self, last_id: str, channels: Iterable[str] = ()) -> Tuple[int, Optional[str]]:
         """Return the number of the frame that follows `last_id`, and None or why there may be a gap before it.
 
-        The reason is "evicted" for an id of ours whose successors are gone, else "unknown": it is from before a
-        restart, from the future, or not ours at all. What is kept beyond it, or all of it, is then the best there is.
+        The reason is "evicted" for an id of ours after which frames on these channels, or on none, are gone; else
+        "unknown": the id is from before a restart, from the future, or not ours at all. What is kept beyond it, or
+        all of it, is then the best there is.
         """
         id = parse_id(last_id)
         if id is None or id > self.last_id:
             return self.first, "unknown"
         number = self.after(id)
-        had = self._evicted_id if number == self.first else self._frames[number - 1].id
-        if id == had:
-            return number, None
-        return number, "evicted" if number == self.first and self.first_id and id >= self.first_id else "unknown"
+        if number > self.first:
+            return number, None if self._frames[number - 1].id == id else "unknown"
+        if not self.first_id or id < self.first_id:
+            return number, "unknown"
+        return number, "evicted" if self._last_evicted(channels).id > id else None
+
+    def lost(self, cursor: int, channels: Iterable[str]) -> bool:
+        """Say whether a frame on these channels, or on none, has left the log since it was at `cursor`."""
+        return self._last_evicted(channels).number >= cursor
+
+    def _last_evicted(self, channels: Iterable[str]) -> "Evicted":
+        return max(self._evicted.get(channel, self._forgotten) for channel in (None, *channels))
 
     def read(self, start: int, stop: int) -> Iterator[Frame]:
         """Yield the frames `start <= number < stop`, all of which must be kept."""
         return (self._frames[number] for number in range(start, stop))
 
 
-    def collect(self, start: int, stop: int, wants: Callable[[Frame], bool]) -> Tuple[List[Frame], int]:
-        """Return the wanted frames from `start` on, about a batch of them, and the number of the frame after these."""
+    def collect(self, start: int, stop: int, wants: Callable[[Frame], bool] = lambda frame: True
+                ) -> Tuple[List[Frame], int]:
+        """Return the wanted frames from `start` on, at most a batch of them, and the number of the frame after these."""
         found: List[Frame] = []
         length = 0
         for frame in self.read(start, stop):
@@ -191,7 +213,7 @@ class Batch:
 
     def __init__(self, frames: Sequence[Frame], chunked: bool) -> None:
         self.frames = frames
-        self._parts: List[bytes] = [frame.chunk if chunked else unchunk(frame.chunk) for frame in frames]
+        self._parts: List[Union[bytes, memoryview]] = [frame.chunk if chunked else unchunk(frame.chunk) for frame in frames]
         self.data = b"".join(self._parts)
         self._ends: List[int] = []      # made by the first cut: most batches are taken whole
 
@@ -204,14 +226,3 @@ class Batch:
             return whole, memoryview(b"")
         return whole + 1, memoryview(self._parts[whole])[sent - start:]
 
-
-def slices(frames: Sequence[Frame], size: int = BATCH) -> Iterator[Sequence[Frame]]:
-    """Split frames into runs of at most `size` bytes, of at least one frame each."""
-    start = length = 0
-    for index, frame in enumerate(frames):
-        length += len(frame.chunk)
-        if length > size and index > start:
-            yield frames[start:index]
-            start, length = index, len(frame.chunk)
-    if start < len(frames):
-        yield frames[start:]

@@ -16,7 +16,7 @@ KNOWN_METHODS = (*METHODS, "PUT", "DELETE", "PATCH", "TRACE", "CONNECT")
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*(.*?)[ \t]*")
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):(.*)")
 _BAD_BYTE = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 _BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _ABSOLUTE = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
@@ -56,31 +56,38 @@ class Request(NamedTuple):
         scheme, _, token = self.fields.get("authorization", "").partition(" ")
         return token.strip() if scheme.lower() == "bearer" else None
 
+    @property
+    def last_id(self) -> Optional[str]:
+        """The id after which the client wants to go on: Last-Event-ID, else ?lastEventId= as old polyfills send it."""
+        header = self.fields.get("last-event-id")
+        if header is None:
+            return self.parameter("lastEventId")
+        return header.encode("latin-1").decode(errors="replace")
+
     def accepts(self, media_type: str) -> bool:
         """Say whether Accept names this media type."""
         return media_type in self.fields.get("accept", "").lower()
 
 
-def parse(buffer: bytes) -> Optional[Tuple[Request, int]]:
-    """Parse the request head at the start of `buffer`.
+def parse(buffer: bytes, seen: int = 0) -> Optional[Tuple[Request, int]]:
+    """Parse the request head at the start of `buffer`, of which an earlier call has looked at `seen` bytes.
 
     Returns the request and the length of its head in bytes, or None as long as more bytes are needed. Raises Refusal
-    for what is wrong, as soon as it is seen, and in the same way however the bytes arrived.
+    for what is wrong, as soon as it is seen, and in the same way however the bytes arrived. Takes linear time.
     """
     start = 2 if buffer.startswith(b"\r\n") else 0      # RFC 9112 section 2.2: ignore one empty line before it
     line_end = buffer.find(b"\r\n", start, start + MAX_LINE + 2)
-    limit = MAX_LINE + 2 if line_end < 0 else MAX_HEAD
-    end = buffer.find(b"\r\n\r\n", start, start + MAX_HEAD)
-    head = buffer[start:end + 4 if end >= 0 else start + limit]
-    if _BAD_BYTE.search(head):
+    limit = start + (MAX_LINE + 2 if line_end < 0 else MAX_HEAD)
+    end = buffer.find(b"\r\n\r\n", max(line_end, seen - 3), limit) if line_end >= 0 else -1
+    if _BAD_BYTE.search(buffer, max(start, seen - 1), end + 4 if end >= 0 else limit):
         raise Refusal(400, "The request head has a control character, or a line that does not end in CRLF.")
     if end >= 0:
-        return _parse_head(head[:-4]), end + 4
-    if len(head) >= limit:
-        if line_end < 0:
-            raise Refusal(414, f"The request line is longer than {MAX_LINE} bytes.")
-        raise Refusal(431, f"The request head is longer than {MAX_HEAD} bytes.")
-    return None
+        return _parse_head(buffer[start:end]), end + 4
+    if len(buffer) < limit:
+        return None
+    if line_end < 0:
+        raise Refusal(414, f"The request line is longer than {MAX_LINE} bytes.")
+    raise Refusal(431, f"The request head is longer than {MAX_HEAD} bytes.")
 
 
 def _parse_head(head: bytes) -> Request:
@@ -109,7 +116,8 @@ def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
         name = match[1].decode().lower()
         if name in fields and name in _SINGLE:
             raise Refusal(400, f"The header field {name} is given more than once.")
-        fields[name] = match[2].decode("latin-1")
+        value = match[2].strip(b" \t").decode("latin-1")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
 
 

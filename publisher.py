@@ -36,13 +36,19 @@ SWEEP = 1.0             # seconds between two looks for silent and stalled clien
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
 RECHECK = 1.0           # seconds between two looks at a condition, should its notification get lost
 
+STALLED, UNWATCHED = "stalled", "the system cannot watch another socket"   # why a client is dropped: worth a warning
 Bytes = Union[bytes, memoryview]
 
 log = logging.getLogger("sse_server")
 
 
+def jittered(seconds: float) -> int:
+    """Return milliseconds, +-50 %, so that clients that left together do not come back together."""
+    return round(seconds * 1000 * random.uniform(0.5, 1.5))
+
+
 class Stopped(RuntimeError):
-    """The publisher does not run (yet, or any more), so it takes no event."""
+    """The server does not run (yet, or any more), so it takes no event."""
 
 
 class Group:
@@ -59,7 +65,7 @@ class Group:
 
     def framed(self, chunk: bytes) -> bytes:
         """Return a chunk as this group's clients get it."""
-        return chunk if self.chunked else frames.unchunk(chunk)
+        return chunk if self.chunked else bytes(frames.unchunk(chunk))
 
     def wants(self, frame: Frame) -> bool:
         return frame.channel is None or frame.channel in self.channels
@@ -73,14 +79,14 @@ class Client:
     """
     __slots__ = ("sock", "peer", "group", "place", "cursor", "rest", "after", "sent_at")
 
-    def __init__(self, sock: socket.socket, peer: str, group: Group, rest: bytes, after: Optional[frames.Id]) -> None:
+    def __init__(self, sock: socket.socket, peer: str, group: Group, rest: bytes) -> None:
         self.sock = sock
         self.peer = peer            # for the log, as it is not known any more after a reset
         self.group = group
         self.place = -1             # index in the list of clients
         self.cursor = 0             # number of the next frame due
         self.rest = rest            # bytes to send before that frame: a head, or the end of a frame begun
-        self.after = after          # id of the last frame it had before the cursor
+        self.after: Optional[str] = None    # id of the last frame it had before the cursor
         self.sent_at = 0.0          # when its socket last took a byte
 
 
@@ -101,10 +107,12 @@ class Publisher:
         self._clients: List[Client] = []
         self._joining: List[Client] = []    # registered, and not yet seen by the publisher
         self._log = Log(history)
-        self._woken = False                 # a wake-up is on its way: no second one is needed
+        self._woken = False                 # the publisher will look at the log and at _joining without a wake-up
         self._next = 0                      # number of the frame with which the next fan-out begins
         self._stop_by: Optional[float] = None
 
+        if min(history, heartbeat, retry, max_clients) < 0:
+            raise ValueError("history, heartbeat, retry and max_clients must not be negative")
         self._ids = history > 0
         self._heartbeat = heartbeat
         self._retry = retry
@@ -142,10 +150,12 @@ class Publisher:
         """
         payload = frames.encode(data, event)
         frames.check_name("channel", channel)
+        if channel == "":
+            raise ValueError("the channel is empty: use None for an event that is for everyone")
         with self._mutex:
             self._make_room(len(payload) + 64)
             id = self._log.next_id(int(self._wall() * 1000)) if self._ids else None
-            self._log.append(payload, id, channel or None, self._clock())
+            self._log.append(payload, id, channel, self._clock())
             wake, self._woken = not self._woken, True
         if wake:
             self._wake()
@@ -159,9 +169,9 @@ class Publisher:
         caller's then. That and the first frame are decided under the mutex, so no frame falls between the two.
         """
         group = Group(frozenset(channels), chunked)     # stands for the real one, which the publisher owns
-        client = Client(sock, peer, group, head, None)
+        client = Client(sock, peer, group, head)
         if self._ids:
-            client.rest += group.framed(frames.retry(self.jittered(self._retry)))
+            client.rest += group.framed(frames.retry(jittered(self._retry)))
         with self._mutex:
             if self._stop_by is not None or len(self._clients) >= self._max_clients:
                 return False
@@ -185,11 +195,6 @@ class Publisher:
             return
         self._wake()
         self._thread.join()
-
-    @staticmethod
-    def jittered(seconds: float) -> int:
-        """Return milliseconds, +-50 %, so that clients that left together do not come back together."""
-        return round(seconds * 1000 * random.uniform(0.5, 1.5))
 
     def _wake(self) -> None:
         try:
@@ -218,16 +223,15 @@ class Publisher:
         """Set the cursor behind the last id that the client has had; where that cannot be, begin with a gap."""
         client.cursor = self._log.next
         if last_id is not None:
-            client.cursor, reason = self._log.locate(last_id)
+            client.after = last_id
+            client.cursor, reason = self._log.locate(last_id, client.group.channels)
             if reason:
-                client.rest += self._gap(client, last_id, reason)
-            else:
-                client.after = frames.parse_id(last_id)
+                client.rest += self._gap(client.group, client.cursor, last_id, reason)
 
-    def _gap(self, client: Client, after: Optional[str], reason: str) -> bytes:
-        """Return the gap event for a client that goes on from its cursor."""
-        due = (frame.id for frame in self._log.read(client.cursor, self._log.next) if client.group.wants(frame))
-        return client.group.framed(frames.gap(after, frames.format_id(next(due, None)), reason))
+    def _gap(self, group: Group, cursor: int, after: Optional[str], reason: str) -> bytes:
+        """Return the gap event for a client that goes on from `cursor`."""
+        due = (frame.id for frame in self._log.read(cursor, self._log.next) if group.wants(frame))
+        return group.framed(frames.gap(after, frames.format_id(next(due, None)), reason))
 
     def _read_on(self, client: Client) -> Tuple[Bytes, Sequence[Frame], int]:
         """Return what a client that is not current is due: bytes, then frames, and where its cursor is after them.
@@ -235,28 +239,33 @@ class Publisher:
         A gap is told only once the frame before it is finished, so that a client never has two of them to be sent.
         """
         log = self._log
-        evicted = client.cursor < log.first
-        if client.rest and (evicted or len(client.rest) >= frames.BATCH):
+        lost = client.cursor < log.first and log.lost(client.cursor, client.group.channels)
+        if client.rest and (lost or len(client.rest) >= frames.BATCH):
             return client.rest, (), client.cursor
-        gap = b""
-        if evicted:
-            client.cursor = log.first
-            gap = self._gap(client, frames.format_id(client.after), "lagging")
-        return (bytes(client.rest) + gap, *log.collect(client.cursor, self._next, client.group.wants))
+        cursor = max(client.cursor, log.first)
+        told = self._gap(client.group, cursor, client.after, "lagging") if lost else b""
+        return (bytes(client.rest) + told, *log.collect(cursor, max(cursor, self._next), client.group.wants))
+
+    def _has_work(self) -> bool:
+        return self._next < self._log.next or bool(self._joining)
 
     # Run by the publisher thread
 
     def _run(self) -> None:
-        while not self._done():
-            self.turn(self._idle_time())
-        self._close()
+        try:
+            while not self._done():
+                self.turn(self._idle_time())
+        finally:        # also if there is a fault in here: nobody may wait for a thread that is gone
+            with self._mutex:
+                self._stop_by = self._clock()
+                self._moved.notify_all()
+            self._close()
 
     def _done(self) -> bool:
         with self._mutex:
             if self._stop_by is None:
                 return False
-            served = self._next == self._log.next and not self._joining and not self._lagging
-            return served or self._clock() >= self._stop_by
+            return not (self._has_work() or self._lagging) or self._clock() >= self._stop_by
 
     def _idle_time(self) -> float:
         """Return for how many seconds there is nothing to do if nothing happens."""
@@ -264,18 +273,22 @@ class Publisher:
         return max(0.0, until - self._clock())
 
     def turn(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds for something to do, and do all there is. For tests, where no thread runs."""
-        for key, events in self._selector.select(timeout):
+        """Wait at most `timeout` seconds for something to do, and do some: one batch, so that nothing waits for long.
+
+        It is public for tests, where no thread runs.
+        """
+        with self._mutex:
+            self._woken = self._has_work()
+        for key, events in self._selector.select(0 if self._woken else timeout):
             self._on_ready(key.data, events)
         with self._mutex:
-            self._woken = False
+            self._woken = True      # until the next look, and that saves whoever publishes in a burst a system call
             joining, self._joining = self._joining, []
-            new = list(self._log.read(self._next, self._log.next))
-        if new:
-            for run in frames.slices(new):
-                self._fan_out(run)
+            run, after_run = self._log.collect(self._next, self._log.next)
+        if run:
+            self._fan_out(run)
             with self._mutex:
-                self._next = new[-1].number + 1
+                self._next = after_run
                 self._moved.notify_all()
         for client in joining:
             self._greet(client)
@@ -340,13 +353,13 @@ class Publisher:
         begun, client.rest = batch.cut(sent)
         if begun:
             client.cursor = batch.frames[begun - 1].number + 1
-            client.after = batch.frames[begun - 1].id
+            client.after = frames.format_id(batch.frames[begun - 1].id) or client.after
 
     def _set_lagging(self, client: Client) -> None:
         """Give a current client a cursor of its own, and wait for its socket."""
         number, id = client.group.last
-        if number >= client.cursor:     # sent to it too, as it was current by then
-            client.after = id
+        if id and number >= client.cursor:      # sent to it too, as it was current by then
+            client.after = frames.format_id(id)
         client.cursor = self._next
         del client.group.current[client]
         self._watch(client)
@@ -359,7 +372,7 @@ class Publisher:
     def _settle(self, client: Client) -> None:
         """Sort a client that was just advanced: it is current, or lagging with its socket watched."""
         is_lagging = client in self._lagging
-        if client.rest or client.cursor < self._next:
+        if client.rest or client.cursor != self._next:      # it can be ahead, if it joined while there was more to do
             if not is_lagging:
                 self._watch(client)
             return
@@ -376,7 +389,11 @@ class Publisher:
                 self._channels.setdefault(channel, {})[group] = None
         group.size += 1
         client.sent_at = self._clock()
-        self._selector.register(client.sock, selectors.EVENT_READ, client)
+        try:
+            self._selector.register(client.sock, selectors.EVENT_READ, client)
+        except OSError:         # the system watches no more sockets
+            self._drop(client, UNWATCHED)
+            return
         if self._advance(client):
             self._settle(client)
 
@@ -388,8 +405,9 @@ class Publisher:
         sent = self._send(client, b"".join((rest, batch.data)) if due else rest)
         if sent is None:
             return False
-        if sent < len(rest):
+        if 0 < sent < len(rest):
             client.rest = memoryview(rest)[sent:]
+        if sent < len(rest):        # if nothing was sent nothing has changed, and a gap is told anew, as it is then
             return True
         self._move_cursor(client, batch, sent - len(rest))
         if sent == len(rest) + len(batch.data):
@@ -427,7 +445,7 @@ class Publisher:
         now = self._clock()
         self._sweep_at = now + self._sweep_every
         for client in [client for client in self._lagging if now - client.sent_at >= STALL]:
-            self._drop(client, "stalled")
+            self._drop(client, STALLED)
         if self._heartbeat:
             silent_since = now - self._heartbeat
             silent = [client for group in self._groups.values() if group.sent_at <= silent_since
@@ -444,7 +462,8 @@ class Publisher:
 
     def _drop(self, client: Client, reason: str) -> None:
         """Close a client and forget it."""
-        self._selector.unregister(client.sock)
+        if reason != UNWATCHED:
+            self._selector.unregister(client.sock)
         client.sock.close()
         group = client.group
         group.current.pop(client, None)
@@ -457,7 +476,7 @@ class Publisher:
             if last is not client:
                 self._clients[client.place] = last
                 last.place = client.place
-        level = logging.WARNING if reason == "stalled" else logging.DEBUG
+        level = logging.WARNING if reason in (STALLED, UNWATCHED) else logging.DEBUG
         log.log(level, "%s dropped: %s", client.peer, reason)
 
     def _forget(self, group: Group) -> None:

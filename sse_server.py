@@ -12,7 +12,7 @@ Who owns what:
     _handshakes         _handshakes_lock    accept loop, handshakes, stop   the same
     _stopping           itself              stop                            all
     _started, _stopped  _lifecycle          start, stop                     the same; publish
-    _out_of_descriptors -                   accept loop                     accept loop
+    _accept_failed_at   -                   accept loop                     accept loop
     every Handshake     -                   accept loop, then its thread    only `cut` is for others
 """
 import argparse
@@ -29,12 +29,13 @@ import threading
 import time
 from itertools import count
 from pathlib import Path
-from typing import Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
 
+import frames
 import http1
 import sources
 from http1 import Refusal, Request
-from publisher import STALL, Publisher, Stopped
+from publisher import STALL, Publisher, Stopped, jittered
 
 HEAD_TIME = 10.0            # seconds for one request to arrive, however it dribbles
 LINGER_TIME = 1.0           # seconds for a refused client to read why before its connection is cut
@@ -42,6 +43,7 @@ MAX_HANDSHAKES = 256        # unfinished requests; the oldest makes room for the
 BACKLOG = 1024              # connections the kernel holds ready for accept
 SEND_BUFFER = 64 << 10      # bytes of kernel memory for each client; else it takes 4 MiB for a stalled one
 ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
+RECOVERED = 10.0            # seconds without a failure after which the next one is worth a warning again
 PAGE = Path(__file__).with_name("index.html")
 HTML = "text/html; charset=utf-8"
 
@@ -59,7 +61,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = BACKLOG
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 0, heartbeat: float = 15.0,
+    def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 1024, heartbeat: float = 15.0,
                  retry: float = 3.0, max_clients: int = 10000) -> None:
         self._handshakes_lock = threading.Lock()
         self._handshakes: Dict["Handshake", threading.Thread] = {}      # the oldest first
@@ -68,12 +70,17 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self._stopped = False
         self._stopping = threading.Event()
         self._numbers = count(1)
-        self._out_of_descriptors = False
+        self._accept_failed_at = -math.inf
         self._page = PAGE.read_bytes()
+        self._retry = retry
+        self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), Handshake)
-        self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
+        try:
+            super().__init__((host, port), Handshake)
+        except BaseException:
+            self._publisher.stop()
+            raise
         self._acceptor = threading.Thread(target=self.serve_forever, name="accept")
 
     @property
@@ -98,8 +105,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
             if self._stopped:
                 raise Stopped("the server was stopped; make a new one")
             if not self._started:
-                self._started = True
                 self._publisher.start()
+                self._started = True
                 self._acceptor.start()
         return self
 
@@ -113,12 +120,14 @@ class SSEServer(socketserver.ThreadingTCPServer):
             if self._stopped:
                 return
             self._stopped = True
-            if self._started:
+            if self._acceptor.is_alive():
                 self._connect_to_self()
                 self._acceptor.join()
             self._cut_handshakes()
             self._publisher.stop()
             self.server_close()
+
+    shutdown = stop     # what socketserver calls it
 
     def publish(self, data: str, event: Optional[str] = None) -> Optional[str]:
         """Publish an event to all clients and return its id (None with `history=0`). See `Publisher.publish`."""
@@ -127,7 +136,11 @@ class SSEServer(socketserver.ThreadingTCPServer):
         return self._publisher.publish(data, event)
 
     def __enter__(self) -> "SSEServer":
-        return self.start()
+        try:
+            return self.start()
+        except RuntimeError:        # the system gives no more threads
+            self.stop()
+            raise
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
@@ -170,16 +183,15 @@ class SSEServer(socketserver.ThreadingTCPServer):
             except OSError as error:
                 self._accept_failed(error)
                 continue
-            self._out_of_descriptors = False
             self.process_request(sock, address)
 
     def _accept_failed(self, error: OSError) -> None:
         """Pause when there is nothing to accept with: the connections wait in the backlog meanwhile."""
         if error.errno == errno.ECONNABORTED or self._stopping.is_set():
             return
-        if not self._out_of_descriptors:
+        last, self._accept_failed_at = self._accept_failed_at, time.monotonic()
+        if self._accept_failed_at - last > RECOVERED:
             log.warning("cannot accept (%s); trying again until it works", error.strerror)
-        self._out_of_descriptors = True
         self._stopping.wait(ACCEPT_PAUSE)
 
     def process_request(self, sock: socket.socket, address: Sequence) -> None:
@@ -193,12 +205,16 @@ class SSEServer(socketserver.ThreadingTCPServer):
     def _start_handshake(self, handshake: "Handshake") -> None:
         thread = threading.Thread(target=handshake.run, name=f"handshake-{next(self._numbers)}")
         with self._handshakes_lock:
-            oldest = next(iter(self._handshakes)) if len(self._handshakes) >= MAX_HANDSHAKES else None
-            self._handshakes.pop(oldest, None)
+            if len(self._handshakes) >= MAX_HANDSHAKES:
+                oldest = next(iter(self._handshakes))
+                self._handshakes[oldest] = self._handshakes.pop(oldest)     # it goes to the end until its thread ends
+                oldest.cut()
             self._handshakes[handshake] = thread
-        if oldest:
-            oldest.cut()
-        thread.start()
+            try:
+                thread.start()
+            except RuntimeError:        # the system gives no more threads
+                del self._handshakes[handshake]
+                handshake.close()
 
     # Called by handshakes, in the accept loop or in a thread of theirs
 
@@ -220,15 +236,22 @@ class SSEServer(socketserver.ThreadingTCPServer):
             return http1.answer(200, self._page, content_type=HTML, head_only=head_only), False
         return self._stream_head(request), not head_only
 
-    def register(self, sock: socket.socket, request: Request, head: bytes, peer: str) -> None:
-        """Hand a socket over to the publisher. Raises Refusal if there are too many clients; it is not taken then."""
+    def register(self, sock: socket.socket, request: Request, head: bytes, peer: str) -> bool:
+        """Hand a socket over to the publisher. Returns False, and the socket stays the caller's, if it takes no more."""
         sock.setblocking(False)
-        if not self._publisher.register(sock, head, peer=peer, chunked=request.chunked):
-            raise Refusal(503, "There are as many clients as this server takes. Try again later.", ["Retry-After: 5"])
+        return self._publisher.register(sock, head, peer=peer, chunked=request.chunked, last_id=request.last_id)
 
-    def refuse(self, refusal: Refusal) -> bytes:
+    def turn_away(self, request: Request, head: bytes) -> bytes:
+        """Return the answer to a client that cannot be registered. Raises Refusal for one that is no EventSource."""
+        if not request.accepts("text/event-stream"):
+            raise Refusal(503, "This server takes no more clients now. Try again later.", ["Retry-After: 10"])
+        retry = frames.retry(jittered(10 * max(1.0, self._retry)))      # EventSource would give up for good on a 503
+        return head + (retry + frames.END if request.chunked else frames.unchunk(retry))
+
+    def refuse(self, refusal: Refusal, head_only: bool) -> bytes:
         """Return the answer that tells a client what was wrong."""
-        return http1.answer(refusal.status, f"{refusal.text}\n".encode(), [*refusal.fields, *self._cross_origin()])
+        fields = [*refusal.fields, *self._cross_origin()]
+        return http1.answer(refusal.status, f"{refusal.text}\n".encode(), fields, head_only=head_only)
 
     def _stream_head(self, request: Request) -> bytes:
         """Return the head of a stream: the original's four lines in their order, then those for proxies."""
@@ -255,9 +278,8 @@ class Handshake:
     """
 
     def __init__(self, server: SSEServer, sock: socket.socket, peer: str) -> None:
-        self._lock = threading.Lock()       # guards _may_be_cut, so that `cut` never meets a registered socket
-        self._may_be_cut = True
-        self._sock: Optional[socket.socket] = sock      # None once the publisher owns it
+        self._lock = threading.Lock()       # guards _sock, so that `cut` never meets one that the publisher owns
+        self._sock: Optional[socket.socket] = sock      # None once it is handed over or closed
         self._server = server
         self._peer = peer
         self._received = b""                # of the request, so far
@@ -266,8 +288,14 @@ class Handshake:
     def cut(self) -> None:
         """Make room: end the connection if it is still in the handshake."""
         with self._lock:
-            if self._may_be_cut:
+            if self._sock is not None:
                 _shut(self._sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._sock is not None:
+                self._sock.close()
+                self._sock = None
 
     # Run by the accept loop
 
@@ -280,17 +308,16 @@ class Handshake:
             if parsed is None or parsed[0].method != "GET":
                 return False
             head, is_stream = self._server.respond(parsed[0])
-            if is_stream:
-                self._hand_over(parsed[0], head)
-            return is_stream
+            return is_stream and self._hand_over(parsed[0], head)
         except (Refusal, OSError):      # `run` meets it again, and has time for it
             return False
 
-    def _hand_over(self, request: Request, head: bytes) -> None:
+    def _hand_over(self, request: Request, head: bytes) -> bool:
         with self._lock:
-            self._may_be_cut = False
-        self._server.register(self._sock, request, head, self._peer)
-        self._sock = None
+            taken = self._server.register(self._sock, request, head, self._peer)
+            if taken:
+                self._sock = None
+        return taken
 
     # Run by a thread of its own
 
@@ -301,34 +328,34 @@ class Handshake:
         except OSError as error:
             log.debug("%s left during its request: %s", self._peer, error)
         finally:
-            with self._lock:
-                self._may_be_cut = False
-            if self._sock is not None:
-                self._sock.close()
+            self.close()
             self._server.handshake_done(self)
 
     def _serve(self) -> None:
+        request = None
         try:
             request = self._read_head()
             if request is None:
                 return
             answer, is_stream = self._server.respond(request)
-            if is_stream:
-                self._hand_over(request, answer)
-            else:
+            if is_stream and not self._hand_over(request, answer):
+                answer, is_stream = self._server.turn_away(request, answer), False
+            if not is_stream:
                 self._send(answer)
         except Refusal as refusal:
             log.debug("%s refused: %d %s", self._peer, refusal.status, refusal.text)
-            self._send(self._server.refuse(refusal))
+            self._send(self._server.refuse(refusal, head_only=request is not None and request.method == "HEAD"))
             self._linger()
 
     def _read_head(self) -> Optional[Request]:
         """Return the request, None if the client closes before it is whole. Raises Refusal."""
+        seen = 0
         while True:
-            parsed = http1.parse(self._received)
+            parsed = http1.parse(self._received, seen)
             if parsed:
                 self._received = self._received[parsed[1]:]
                 return parsed[0]
+            seen = len(self._received)
             received = self._receive()
             if not received:
                 return None
@@ -337,7 +364,9 @@ class Handshake:
     def _receive(self) -> bytes:
         left = self._deadline - time.monotonic()
         try:
-            self._sock.settimeout(max(left, 0.001))
+            if left <= 0:
+                raise socket.timeout
+            self._sock.settimeout(left)
             return self._sock.recv(http1.MAX_HEAD)
         except socket.timeout:
             raise Refusal(408, f"The request took longer than {HEAD_TIME:g} seconds.") from None
@@ -368,6 +397,14 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--port", type=port_number, default=6500, help="port to listen on; 0 picks one (default 6500)")
     parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS",
                         help="time between two ticks of the clock (default 1)")
+    parser.add_argument("--history", type=whole_number, default=1024, metavar="FRAMES", help="events kept for clients "
+                        "that come back; 0: no ids, the wire of the original (default 1024)")
+    parser.add_argument("--heartbeat", type=seconds_or_none, default=15.0, metavar="SECONDS",
+                        help="silence after which a client is sent a comment; 0: never (default 15)")
+    parser.add_argument("--retry", type=seconds_or_none, default=3.0, metavar="SECONDS",
+                        help="pause of a client before it reconnects, +-50 %% at random (default 3)")
+    parser.add_argument("--max-clients", type=whole_number, default=10000, metavar="N",
+                        help="clients at a time (default 10000)")
     parser.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
     return parser.parse_args(arguments)
 
@@ -378,18 +415,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def port_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
+    return number(text, int, lambda value: 0 <= value < 65536, "a port from 0 to 65535")
+
+
+def whole_number(text: str) -> int:
+    return number(text, int, lambda value: 0 <= value < 1 << 31, "a whole number from 0 on")
 
 
 def seconds(text: str) -> float:
+    return number(text, float, lambda value: 0 < value < 1e6, "a number of seconds above 0")
+
+
+def seconds_or_none(text: str) -> float:
+    return number(text, float, lambda value: 0 <= value < 1e6, "a number of seconds from 0 on")
+
+
+def number(text: str, kind: Callable, fits: Callable, description: str):
+    """Convert an option's value, or raise the error that argparse reports."""
     try:
-        value = float(text)
+        value = kind(text)
     except ValueError:
-        value = math.nan
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
     return value
 
 
@@ -398,7 +446,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
     try:
-        server = SSEServer(options.host, options.port)
+        server = SSEServer(options.host, options.port, history=options.history, heartbeat=options.heartbeat,
+                           retry=options.retry, max_clients=options.max_clients)
     except OSError as error:
         print(f"sse_server.py: cannot listen on {options.host} port {options.port}: {error.strerror}", file=sys.stderr)
         return 2

@@ -39,8 +39,12 @@ class Client:
         self.sock.settimeout(PATIENCE)
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.sock.connect(("127.0.0.1", port))
-        self.sock.sendall(request)
+        try:
+            self.sock.connect(("127.0.0.1", port))
+            self.sock.sendall(request)
+        except OSError:
+            self.sock.close()
+            raise
         self.stream = Decoder(chunked=b"HTTP/1.0" not in request, last_id=last_id)
         self.closed = False
 

@@ -36,7 +36,7 @@ def test_capture_is_24_events_at_one_second():
 
 def test_same_head_and_same_chunks_as_the_capture():
     raw = b""
-    with serving("--interval", "0.01") as server, Client(server.port) as client:
+    with serving("--interval", "0.01", "--history", "0") as server, Client(server.port) as client:
         while len(shapes(raw)) < 2:
             raw += client.receive()
     ours, original = decoded(raw), decoded(CAPTURE)
@@ -92,7 +92,7 @@ def test_http_1_0_gets_the_same_events_unchunked(server):
         for number in range(10):
             server.publish(f"line {number}\nnext", "custom" if number % 2 else None)
         assert plain.read_events(10) == chunked.read_events(10)
-        assert plain.stream.payloads == chunked.stream.payloads
+        assert plain.stream.payloads[1:] == chunked.stream.payloads[1:]     # the first one is the jittered retry
         assert "Transfer-Encoding" not in plain.stream.fields
         server.stop()
         assert plain.read_to_end().partial == b"" and chunked.read_to_end().ended

@@ -1,0 +1,162 @@
+"""Measure the server, and in the same run a bare C loop of send(): ratios first. `make bench` runs it all.
+
+The server is pinned to core 0, this process, which is all of its clients, to core 1. Costs are the CPU time of the
+server's process. A ratio is that of the minima of several alternating runs, because noise only ever adds.
+"""
+import argparse
+import os
+import sys
+import tempfile
+import time
+from typing import Callable, Dict, List, Optional, Tuple
+
+from load import (Clients, Measure, ServerProcess, c_loop, descriptor_limit, our_server, percentile)
+
+RATE = 20               # events a second in the steady runs
+BURST = 200             # events at once
+Result = Dict[str, float]
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def deliver(server: ServerProcess, clients: Clients, events: int, pause: float) -> Result:
+    """Publish events and receive them all; return microseconds of server CPU per delivery, and the latencies."""
+    clients.latencies.clear()
+    with Measure(server) as measure:
+        server.publish(events, pause)
+        clients.read_until(server.published)
+    server.wait()
+    ordered = sorted(clients.latencies)
+    return {"cpu": measure.cpu / events / len(clients) * 1e6, "load": measure.load,
+            "p50": percentile(ordered, .5) * 1e3, "p99": percentile(ordered, .99) * 1e3, "max": ordered[-1] * 1e3}
+
+
+def best(results: List[Result]) -> Result:
+    """Return the least of each figure; of the load, the most."""
+    return {name: (max if name == "load" else min)(result[name] for result in results) for name in results[0]}
+
+
+def alternate(servers: List[Tuple[ServerProcess, Clients]], runs: int, measure: Callable) -> List[Result]:
+    """Measure all servers in turn, `runs` times over, and return the best of each."""
+    results: List[List[Result]] = [[] for _ in servers]
+    for _ in range(runs):
+        for place, (server, clients) in enumerate(servers):
+            results[place].append(measure(server, clients))
+    return [best(each) for each in results]
+
+
+def fan_out(number: int, runs: int, loop: Optional[ServerProcess]) -> None:
+    """Steady rate and burst at so many clients, beside the C loop."""
+    ours = our_server(max_clients=20000)
+    pairs = [(server, Clients(server.port)) for server in (ours, loop) if server]
+    for _, clients in pairs:
+        clients.connect(number)
+    events = max(10, min(40, 40000 // number))
+    steady = alternate(pairs, runs, lambda server, clients: deliver(server, clients, events, 1 / RATE))
+    burst = alternate(pairs, runs, lambda server, clients: deliver(server, clients, BURST, 0))
+    say(f"\n{number} clients")
+    if loop:
+        say(f"  CPU per delivery, {RATE} events/s: {steady[0]['cpu'] / steady[1]['cpu']:.3f} of the C loop")
+        say(f"  CPU per delivery, burst of {BURST}:  1/{steady[1]['cpu'] / burst[0]['cpu']:.0f} of the C loop's steady, "
+            f"1/{burst[1]['cpu'] / burst[0]['cpu']:.0f} of its burst")
+    for (server, _), one, many in zip(pairs, steady, burst):
+        say(f"  {server.name:12} steady {one['cpu']:6.2f} us  p50 {one['p50']:6.2f}  p99 {one['p99']:6.2f}  max {one['max']:6.2f} ms"
+            f"  load {one['load']:4.0%} | burst {many['cpu']:6.3f} us  load {many['load']:4.0%}")
+    for _, clients in pairs:
+        clients.close()
+    ours.stop()
+
+
+def connects(runs: int, folder: str, number: int = 2000) -> None:
+    """Connects per second of server CPU: the server is the bottleneck by definition, whatever the load does."""
+    rates: Dict[str, List[float]] = {}
+    for _ in range(runs):
+        for server in filter(None, (our_server(max_clients=20000), c_loop(folder))):
+            clients = Clients(server.port)
+            with Measure(server) as measure:
+                clients.connect(number)
+            rates.setdefault(server.name, []).append(number / measure.cpu)
+            rates.setdefault(server.name + " wall", []).append(number / measure.wall)
+            clients.close()
+            server.stop()
+    highest = {name: max(values) for name, values in rates.items()}
+    say(f"\nconnects, {number} of them")
+    if "C loop" in highest:
+        say(f"  connects per second of server CPU: {highest['this server'] / highest['C loop']:.2f} of the C loop")
+    for name, value in highest.items():
+        say(f"  {name:18} {value:8.0f} per second")
+
+
+def idle_memory(number: int) -> None:
+    server = our_server(max_clients=20000)
+    clients = Clients(server.port)
+    clients.connect(100)
+    before = server.memory()
+    clients.connect(number)
+    threads = len(os.listdir(f"/proc/{server.process.pid}/task"))
+    say(f"\n{number} idle clients: {(server.memory() - before) / number / 1024:.2f} KiB of process memory each, {threads} threads in all")
+    clients.close()
+    server.stop()
+
+
+def stalled(runs: int, number: int = 1000, deaf: int = 50) -> None:
+    """Latency of the clients that read, without and with some that never do, and the memory that those cost."""
+    quiet, noisy = our_server(), our_server()
+    pairs = []
+    for server in (quiet, noisy):
+        clients = Clients(server.port)
+        clients.connect(number - deaf)
+        pairs.append((server, clients))
+    others, extra = Clients(noisy.port), Clients(quiet.port)
+    others.connect(deaf, receive_buffer=4096)
+    extra.connect(deaf)
+    before = noisy.memory()
+    for server, clients in pairs:       # fill the kernel's buffers of those that do not read
+        deliver(server, clients, 4000, 0.0005)
+    extra.read_until(quiet.published)
+
+    def run(server: ServerProcess, clients: Clients) -> Result:
+        result = deliver(server, clients, 60, 1 / RATE)
+        if server is quiet:
+            extra.read_until(server.published)
+        return result
+    without, beside = alternate(pairs, runs, run)
+    say(f"\n{deaf} stalled among {number} clients")
+    say(f"  p99 of the others: {beside['p99'] / without['p99']:.2f} of what it is without (p50 {beside['p50'] / without['p50']:.2f})")
+    say(f"  without p99 {without['p99']:.2f} ms, with {beside['p99']:.2f} ms; memory grew by {(noisy.memory() - before) / 1024:.0f} KiB")
+    for clients in (pairs[0][1], pairs[1][1], others, extra):
+        clients.close()
+    quiet.stop(), noisy.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("only", nargs="*", help="fan-out, connects, memory, stalled (default: all)")
+    parser.add_argument("--runs", type=int, default=7, help="alternating runs of each measurement (default 7)")
+    options = parser.parse_args()
+    limit = descriptor_limit()
+    if (os.cpu_count() or 1) < 2:
+        sys.exit("two cores are needed: one for the server, one for the load")
+    os.sched_setaffinity(0, {1})
+    chosen = options.only or ["fan-out", "connects", "memory", "stalled"]
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}, descriptor limit {limit}. `load` is the share of "
+            "its core that the load took:\nbelow 100 % it was not the bottleneck.")
+        if "fan-out" in chosen:
+            for number in filter(lambda number: number * 2 + 100 < limit, (100, 1000, 9500)):
+                loop = c_loop(folder) or say("no C compiler: the C loop is left out")
+                fan_out(number, options.runs, loop)
+                if loop:
+                    loop.stop()
+        if "connects" in chosen:
+            connects(options.runs, folder)
+        if "memory" in chosen:
+            idle_memory(min(10000, limit - 200))
+        if "stalled" in chosen:
+            stalled(options.runs)
+
+
+if __name__ == "__main__":
+    main()

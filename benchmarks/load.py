@@ -1,0 +1,178 @@
+"""The load: servers as processes pinned to one core, and this process, on another, as all of their clients.
+
+CPU time is read from outside, from each process's own clock in the kernel, so no server reports on itself.
+"""
+import os
+import resource
+import select
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+HERE = Path(__file__).resolve().parent
+GET = b"GET /token HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
+FRAME_END = b"\r\n\r\n\r\n"
+TIMEOUT = 60.0          # seconds that anything may take before the run is given up
+
+
+def cpu_clock(pid: int) -> float:
+    """Return the CPU seconds of a process, all threads: the clock that clock_getcpuclockid(3) names."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def memory(pid: int) -> int:
+    """Return the bytes of anonymous memory that a process holds."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) * 1024
+
+
+class ServerProcess:
+    """A server that prints its port and publishes on command; see serve.py for the protocol."""
+
+    def __init__(self, name: str, command: Sequence[str], core: Optional[int] = 0) -> None:
+        self.name = name
+        pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=pin)
+        self.port = int(self.process.stdout.readline())
+        self.published = 0
+
+    def publish(self, events: int, pause: float = 0.0, channel: str = "") -> None:
+        """Have it publish so many events, `pause` seconds apart. Returns at once; `wait` waits for its answer."""
+        self.process.stdin.write(f"{events} {int(pause * 1e6)} {channel}\n")
+        self.process.stdin.flush()
+        self.published += events
+
+    def wait(self) -> None:
+        assert self.process.stdout.readline() == "done\n"
+
+    def cpu(self) -> float:
+        return cpu_clock(self.process.pid)
+
+    def memory(self) -> int:
+        return memory(self.process.pid)
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(TIMEOUT)
+
+
+def our_server(name: str = "this server", **options) -> ServerProcess:
+    return ServerProcess(name, [sys.executable, str(HERE / "serve.py"), *(f"{k}={v}" for k, v in options.items())])
+
+
+def c_loop(folder: str) -> Optional[ServerProcess]:
+    """Compile and start the C loop; None where there is no compiler."""
+    program = os.path.join(folder, "loop")
+    try:
+        subprocess.run(["cc", "-O2", "-o", program, str(HERE / "loop.c")], check=True)
+    except FileNotFoundError:
+        return None
+    return ServerProcess("C loop", [program])
+
+
+class Clients:
+    """Connections to one server, all read by this process. `latencies` are seconds from publish to receipt."""
+
+    def __init__(self, port: int, request: bytes = GET) -> None:
+        self.port = port
+        self.request = request
+        self.latencies: List[float] = []
+        self.received = 0               # bytes
+        self._last: Dict[int, int] = {}         # descriptor -> number of the last event received
+        self._socks: Dict[int, socket.socket] = {}
+        self._tails: Dict[int, bytes] = {}      # the start of a frame whose end is still to come
+        self._epoll = select.epoll()
+
+    def __len__(self) -> int:
+        return len(self._socks)
+
+    def connect(self, number: int, request=None, at_once: int = 100, receive_buffer: int = 0) -> None:
+        """Connect so many clients, some at a time, and wait until each has the head of its stream."""
+        requests = request or (lambda index: self.request)
+        started = done = 0
+        waiting: Dict[int, int] = {}
+        deadline = time.monotonic() + TIMEOUT
+        while done < number:
+            assert time.monotonic() < deadline, f"{done} of {number} connected"
+            while started < number and len(waiting) < at_once:
+                sock = socket.socket()
+                if receive_buffer:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+                sock.connect(("127.0.0.1", self.port))
+                sock.send(requests(started))
+                sock.setblocking(False)
+                self._socks[sock.fileno()] = sock
+                self._epoll.register(sock.fileno(), select.EPOLLIN)
+                waiting[sock.fileno()] = started
+                started += 1
+            for fd, _ in self._epoll.poll(1.0):
+                self._receive(fd)
+                done += waiting.pop(fd, None) is not None
+
+    def _receive(self, fd: int) -> None:
+        data = os.read(fd, 262144)
+        assert data, "a client was dropped"
+        self.received += len(data)
+        data = self._tails.pop(fd, b"") + data
+        if not data.endswith(FRAME_END):
+            self._tails[fd] = data[-300:]
+        at = data.rfind(b"\ndata: ", 0, max(data.rfind(FRAME_END), 0))
+        if at >= 0:
+            sent, number = int(data[at + 7:at + 26]), int(data[at + 27:at + 36])
+            self._last[fd] = number
+            self.latencies.append(time.monotonic() - sent / 1e9)
+
+    def read_until(self, published: int) -> None:
+        """Receive until every client has the last of so many events; only descriptors that ever get any count."""
+        pending = {fd for fd in self._socks if self._last.get(fd, -1) < published - 1}
+        deadline = time.monotonic() + TIMEOUT
+        while pending:
+            assert time.monotonic() < deadline, f"{len(pending)} clients still wait for event {published - 1}"
+            for fd, _ in self._epoll.poll(1.0):
+                self._receive(fd)
+                if self._last.get(fd, -1) >= published - 1:
+                    pending.discard(fd)
+
+    def read_bytes(self, size: int) -> None:
+        """Receive until all together have so many bytes."""
+        deadline = time.monotonic() + TIMEOUT
+        while self.received < size:
+            assert time.monotonic() < deadline, f"{self.received} of {size} bytes"
+            for fd, _ in self._epoll.poll(1.0):
+                self._receive(fd)
+
+    def close(self) -> None:
+        for sock in self._socks.values():
+            sock.close()
+        self._socks.clear()
+        self._epoll.close()
+
+
+class Measure:
+    """CPU seconds of a server, and the share of its core that this process used, between enter and exit."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self.server = server
+
+    def __enter__(self) -> "Measure":
+        self._wall, self._own, self._cpu = time.monotonic(), time.process_time(), self.server.cpu()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.cpu = self.server.cpu() - self._cpu
+        self.wall = time.monotonic() - self._wall
+        self.load = (time.process_time() - self._own) / self.wall
+
+
+def percentile(values: List[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def descriptor_limit() -> int:
+    """Raise the limit on open files as far as it goes, and return it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

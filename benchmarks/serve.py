@@ -1,0 +1,35 @@
+"""The server under test, as a process: SSEServer, and events on command.
+
+Prints its port. Then each line `COUNT MICROSECONDS [CHANNEL]` on standard input publishes COUNT events with that pause
+between two of them, and is answered by a line. The end of standard input ends it. Arguments: NAME=VALUE for SSEServer.
+"""
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sse_server import SSEServer   # noqa: E402
+
+
+def main() -> None:
+    options = {name: float(value) if "." in value else int(value)
+               for name, value in (argument.split("=") for argument in sys.argv[1:])}
+    sequence = 0
+    with SSEServer(port=0, **options) as server:
+        print(server.port, flush=True)
+        for line in sys.stdin:
+            events, pause, *channel = line.split()
+            due = time.monotonic()
+            for _ in range(int(events)):
+                data = f"{time.monotonic_ns():019d} {sequence:09d} ".ljust(68, "x")
+                server.publish(data, None, *channel)
+                sequence += 1
+                due += int(pause) / 1e6
+                if int(pause):
+                    time.sleep(max(0, due - time.monotonic()))
+            print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

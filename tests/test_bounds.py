@@ -1,0 +1,195 @@
+"""What one peer can cost: every bound is hit once."""
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import http1
+import sse_server
+from helpers import GET, PATIENCE, TOP, Client, ask, connect, wait_until
+from sse_server import SSEServer
+
+
+def handshakes() -> int:
+    return sum(thread.name.startswith("handshake-") for thread in threading.enumerate())
+
+
+def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
+    monkeypatch.setattr(sse_server, "MAX_HANDSHAKES", 10)
+    silent = []
+    for number in range(30):
+        silent.append(connect(server.port))
+        wait_until(lambda: handshakes() == min(10, number + 1))
+    for sock in silent[:20]:
+        assert sock.recv(1) == b""
+    silent[-1].sendall(GET)
+    assert silent[-1].recv(100).startswith(b"HTTP/1.1 200 OK")
+    for sock in silent:
+        sock.close()
+
+
+def test_a_dribbling_request_is_cut_by_the_total(server, monkeypatch):
+    monkeypatch.setattr(sse_server, "HEAD_TIME", 0.5)
+    began = time.monotonic()
+    with connect(server.port) as sock:
+        answer = b""
+        sock.settimeout(0.02)
+        while not answer:
+            sock.send(b"G")
+            try:
+                answer = sock.recv(1000)
+            except socket.timeout:
+                assert time.monotonic() - began < 5
+    assert answer.startswith(b"HTTP/1.1 408 ") and time.monotonic() - began >= 0.5
+
+
+def test_more_than_max_clients_are_refused_and_later_taken():
+    with SSEServer(port=0, max_clients=2) as server, Client(server.port) as one, Client(server.port) as two:
+        one.open(), two.open()
+        answer = ask(server.port, GET)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in answer
+        one.close()
+        wait_until(lambda: server.clients == 1)
+        with Client(server.port) as three:
+            assert three.open().stream.status == 200
+
+
+def test_an_event_source_over_max_clients_is_told_to_come_back_much_later():
+    """A 503 would make a browser's EventSource give up for good."""
+    request = GET.replace(b"Host", b"Accept: text/event-stream\r\nHost")
+    with SSEServer(port=0, max_clients=0, retry=2.0) as server:
+        with Client(server.port, request) as client:
+            stream = client.read_to_end()
+            assert stream.status == 200 and stream.ended and not stream.events
+            assert len(stream.retries) == 1 and 10000 <= stream.retries[0] <= 30000
+        with Client(server.port, request.replace(b"HTTP/1.1", b"HTTP/1.0")) as client:
+            assert client.read_to_end().retries and client.stream.partial == b""
+
+
+def test_the_kernel_holds_little_for_a_stalled_client(server):
+    with Client(server.port, receive_buffer=4096) as deaf, Client(server.port) as reader:
+        deaf.open(), reader.open()
+        wait_until(lambda: server.clients == 2)
+        registered = server._publisher._clients[0].sock
+        assert registered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * sse_server.SEND_BUFFER
+        assert registered.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            assert registered.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30000
+        assert not registered.getblocking()
+        for number in range(100):
+            server.publish("x" * 100000)
+            reader.read_events(number + 1)
+        lagging, = server._publisher._lagging
+        assert lagging.cursor <= 4      # of 100 frames of 100 kB, so 400 kB is all that it was sent
+
+
+def test_a_head_full_of_spaces_costs_linear_time():
+    """One such head once stopped the process for a second: a field pattern with two stars."""
+    def cost(size):
+        head = b"GET / HTTP/1.1\r\nHost: x\r\nX: a" + b" " * size + b"b\r\n\r\n"
+        best = 1.0
+        for _ in range(5):
+            began = time.perf_counter()
+            assert http1.parse(head)
+            best = min(best, time.perf_counter() - began)
+        return best
+    assert cost(16000) < 0.02
+
+
+def test_a_head_that_arrives_a_byte_at_a_time_costs_linear_time():
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 90 + b"Y: " + b"z" * 15000 + b"\r\n\r\n"
+    began = time.process_time()
+    seen = 0
+    for length in range(1, len(head)):
+        assert http1.parse(head[:length], seen) is None
+        seen = length
+    assert http1.parse(head, seen)
+    assert time.process_time() - began < 1.0       # it was 3.5 s when every byte looked at all again
+
+
+def test_no_thread_to_be_had(server, monkeypatch):
+    """The accept loop survives a system that gives no more threads, and goes on when it does again."""
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with connect(server.port) as silent:
+            assert silent.recv(1) == b""
+        with Client(server.port) as whole:
+            whole.sock.settimeout(2)
+            try:
+                whole.open()
+            except (AssertionError, ConnectionResetError):      # its request came a moment after accept
+                pass
+    with Client(server.port, b"") as slow:
+        slow.sock.sendall(GET[:10])
+        slow.sock.sendall(GET[10:])
+        assert slow.open().stream.status == 200
+
+
+OUT_OF_DESCRIPTORS = """
+import resource, sys, threading, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+sys.path.insert(0, sys.argv[1])
+import logging
+logging.basicConfig()
+from sse_server import SSEServer
+with SSEServer(port=0) as server:
+    print(server.port, flush=True)
+    while True:
+        line = sys.stdin.readline()
+        if not line:
+            break
+        server.publish(line.strip())
+        print(time.process_time(), flush=True)
+"""
+
+
+def test_out_of_descriptors_pauses_warns_once_serves_on_and_recovers():
+    process = subprocess.Popen([sys.executable, "-c", OUT_OF_DESCRIPTORS, str(TOP)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def publish(text):
+        process.stdin.write(text + "\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+    with process:
+        port = int(process.stdout.readline())
+        with Client(port) as client:
+            client.open()
+            crowd = [connect(port) for _ in range(100)]
+            for sock in crowd:
+                sock.sendall(GET)
+            before = publish("one")
+            assert client.read_events(1)[0].data == "one"
+            time.sleep(1.0)         # the time over which the cost of waiting is measured
+            assert publish("two") - before < 0.1
+            assert client.read_events(2)[1].data == "two"
+            for sock in crowd:
+                sock.close()
+            with Client(port) as late:
+                late.open()
+                publish("three")
+                late.read_until(lambda stream: stream.events)
+        process.stdin.close()
+        errors = process.stderr.read()
+        assert process.wait(PATIENCE) == 0
+    assert errors.count("\n") == 1 and "cannot accept (Too many open files)" in errors
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/sys/net/core/somaxconn"), reason="not Linux")
+def test_the_backlog_is_1024_or_what_the_system_allows():
+    server = SSEServer(port=0)
+    try:
+        state = subprocess.run(["ss", "-ltn", f"sport = :{server.port}"], capture_output=True, text=True).stdout
+        allowed = int(Path("/proc/sys/net/core/somaxconn").read_text())
+        assert str(min(1024, allowed)) in state.split()
+    except FileNotFoundError:
+        pytest.skip("ss is not installed")
+    finally:
+        server.stop()

@@ -1,0 +1,173 @@
+"""Events to bytes, and the log: no socket, no thread, no clock."""
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+import frames
+from frames import Batch, Log
+from wire import Decoder, Event
+
+
+def decode(*chunks: bytes, chunked: bool = True) -> Decoder:
+    decoder = Decoder(chunked)
+    decoder.feed(b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(chunks))
+    assert decoder.partial == b""
+    return decoder
+
+
+@pytest.mark.parametrize("data, event, payload", [
+    ("hello", None, b"data: hello\r\n\r\n"),
+    ("hello", "custom", b"event: custom\ndata: hello\r\n\r\n"),
+    ("", None, b"data: \r\n\r\n"),
+    ("", "", b"data: \r\n\r\n"),
+    ("a\nb", None, b"data: a\r\ndata: b\r\n\r\n"),
+    ("a\rb", None, b"data: a\r\ndata: b\r\n\r\n"),
+    ("a\r\nb", None, b"data: a\r\ndata: b\r\n\r\n"),
+    ("a\n\rb\n", None, b"data: a\r\ndata: \r\ndata: b\r\ndata: \r\n\r\n"),
+    (" a", None, b"data:  a\r\n\r\n"),
+    ("a\x0b\x0c\x1c\x85\u2028b", None, "data: a\x0b\x0c\x1c\x85\u2028b\r\n\r\n".encode()),
+    ("data: x\n\nevent: y", None, b"data: data: x\r\ndata: \r\ndata: event: y\r\n\r\n"),
+    ("\0\ufeff", None, b"data: \0\xef\xbb\xbf\r\n\r\n"),
+])
+def test_encode(data, event, payload):
+    assert frames.encode(data, event) == payload
+    lines = data.replace("\r\n", "\n").replace("\r", "\n")
+    assert decode(frames.chunk(payload)).events == [Event(event or "message", lines, "")]
+
+
+@pytest.mark.parametrize("data, event", [
+    ("x", "a\nb"), ("x", "a\rb"), ("x", "a\0b"), ("x", "\ud800"), ("\udfff", None), ("x", "n" * 1025),
+    ("x" * (frames.MAX_EVENT + 1), None), ("é" * (frames.MAX_EVENT // 2 + 1), None)])
+def test_what_no_event_can_hold_is_a_value_error(data, event):
+    with pytest.raises(ValueError):
+        frames.encode(data, event)
+
+
+def test_the_largest_event_fits():
+    assert len(frames.encode("x" * frames.MAX_EVENT)) == frames.MAX_EVENT + 10
+    assert len(frames.encode("\n" * frames.MAX_EVENT)) < frames.MAX_LOG
+
+
+def test_chunk_and_unchunk():
+    for payload in (b"", b"x", b"x" * 70000):
+        chunk = frames.chunk(payload)
+        assert chunk == b"%08x\r\n" % len(payload) + payload + b"\r\n"
+        assert frames.unchunk(chunk) == payload
+
+
+def test_random_text_arrives_as_it_was():
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    special = "\r\n\0:\t \x0b\x0c\x85\u2028\u2029\ufeff\U0001f600é"
+    for _ in range(2000):
+        data = "".join(draw.choice(special) if draw.random() < 0.5 else chr(draw.randrange(0xd800))
+                       for _ in range(draw.randrange(30)))
+        event = "".join(char for char in data[::-1] if char not in "\r\n\0")
+        got = decode(frames.chunk(frames.encode(data, event))).events
+        lines = data.replace("\r\n", "\n").replace("\r", "\n")
+        assert got == [Event(event or "message", lines, "")], f"seed {seed}"
+
+
+def test_small_chunks_carry_no_event():
+    stream = decode(frames.HEARTBEAT, frames.retry(1500))
+    assert stream.comments == 1 and stream.retries == [1500] and not stream.events
+
+
+def fill(log: Log, *ids, size: int = 0) -> None:
+    for id in ids:
+        payload = frames.encode("x" * size)
+        while not log.fits(len(payload) + 64):
+            log.evict()
+        log.append(payload, id, None, 0.0)
+
+
+def test_the_log_is_bounded_in_number():
+    log = Log(history=100)
+    fill(log, *((n, 0) for n in range(1, 1001)))
+    assert (log.first, log.next) == (900, 1000)
+    assert [frame.id for frame in log.read(900, 1000)] == [(n, 0) for n in range(901, 1001)]
+
+
+def test_the_log_is_bounded_in_bytes():
+    log = Log(history=100, size=10000)
+    fill(log, *((n, 0) for n in range(1, 1001)), size=1000)
+    kept = list(log.read(log.first, log.next))
+    assert 5 < len(kept) < 10 and sum(len(frame.chunk) for frame in kept) <= 10000
+
+
+def test_the_log_keeps_64_frames_at_least():
+    log = Log(history=0)
+    fill(log, *((n, 0) for n in range(1, 101)))
+    assert log.next - log.first == 64
+
+
+def test_ids_only_grow_even_if_the_clock_goes_back():
+    log, given = Log(100), []
+    for now in (1000, 1000, 1001, 5, 1001, 2000, 1999):
+        given.append(log.next_id(now))
+        fill(log, given[-1])
+    assert given == [(1000, 0), (1000, 1), (1001, 0), (1001, 1), (1001, 2), (2000, 0), (2000, 1)]
+
+
+@pytest.mark.parametrize("text, id", [
+    ("0-0", (0, 0)), ("1764000000000-12", (1764000000000, 12)), ("18446744073709551615-0", (18446744073709551615, 0)),
+    ("", None), ("1", None), ("-1", None), ("1-", None), ("-1-0", None), ("1--1", None), ("01-0", None), ("1-00", None),
+    (" 1-0", None), ("1-0\n", None), ("1-0-0", None), ("١-٠", None), ("1e3-0", None), ("1" * 21 + "-0", None), ("*", None)])
+def test_parse_id(text, id):
+    assert frames.parse_id(text) == id
+    assert id is None or frames.format_id(id) == text
+
+
+def test_locate():
+    log = Log(64)
+    assert log.locate("5-0") == (0, "unknown")                  # nothing was ever published
+    fill(log, *((n, 0) for n in range(10, 110)))                # 10-0 .. 109-0, the newest 64 from 46-0 on are kept
+    assert (log.first, log.next) == (36, 100)
+    assert log.locate("109-0") == (100, None)                   # has everything
+    assert log.locate("108-0") == (99, None)
+    assert log.locate("46-0") == (37, None)
+    assert log.locate("45-0") == (36, None)                     # gone itself, but nothing after it is
+    assert log.locate("44-0") == (36, "evicted")
+    assert log.locate("10-0") == (36, "evicted")
+    assert log.locate("9-0") == (36, "unknown")                 # before the first ever
+    assert log.locate("110-0") == (36, "unknown")               # from the future
+    assert log.locate("60-5") == (51, "unknown")                # between two of ours
+    assert log.locate("nonsense") == (36, "unknown")
+
+
+def frames_of(*payloads: bytes) -> list:
+    log = Log(1000)
+    return [log.append(payload, None, None, 0.0) for payload in payloads]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_batch_can_be_cut_at_every_byte(chunked):
+    batch = Batch(frames_of(b"a", b"bcd", b"", b"e" * 20), chunked)
+    whole = {0}
+    for begun, part in enumerate(batch._parts, 1):
+        whole.add(max(whole) + len(part))
+    for sent in range(len(batch.data) + 1):
+        begun, rest = batch.cut(sent)
+        done = b"".join(batch._parts[:begun])
+        assert done[:sent] + bytes(rest) == done and len(done) == sent + len(rest)
+        assert bool(rest) == (sent not in whole)
+
+
+def test_collect_takes_only_what_is_wanted_and_a_batch_at_most():
+    log = Log(1000)
+    for number in range(100):
+        log.append(b"x" * 10000, None, "odd" if number % 2 else None, 0.0)
+    found, cursor = log.collect(0, 100, lambda frame: frame.channel == "odd")
+    assert [frame.number for frame in found] == [1, 3, 5, 7, 9, 11] and cursor == 13
+    assert log.collect(90, 100, lambda frame: False) == ([], 100)
+
+
+def test_no_import_beyond_the_standard_library():
+    names = getattr(sys, "stdlib_module_names", None) or pytest.skip("this Python does not list its modules")
+    for name in ("frames", "publisher", "sources", "http1", "sse_server"):
+        module = __import__(name)
+        lines = Path(module.__file__).read_text().splitlines()
+        used = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
+        assert used <= set(names) | {"frames", "publisher", "sources", "http1"}, name

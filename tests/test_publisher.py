@@ -1,0 +1,477 @@
+"""The publisher without its thread: turned by hand, over socket pairs, with a clock that the test sets."""
+import logging
+import random
+import socket
+import threading
+
+import pytest
+
+import frames
+from publisher import STALL, Publisher, Stopped
+from wire import Decoder
+
+HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+class Narrow:
+    """A real socket that takes only as many bytes as the test allows, so that a send is cut where the test wants it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.room = 0
+        self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
+
+    def send(self, data) -> int:
+        if not self.room:
+            raise BlockingIOError
+        sent = self.sock.send(data[:self.room])
+        self.room -= sent
+        return sent
+
+
+class Peer:
+    """A registered client and the test's end of its socket pair."""
+
+    def __init__(self, publisher: Publisher, narrow: bool = False, **options) -> None:
+        ours, self.sock = socket.socketpair()
+        ours.setblocking(False)
+        self.sock.setblocking(False)
+        self.server_end = Narrow(ours) if narrow else ours
+        self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "")
+        self.raw = b""
+        assert publisher.register(self.server_end, HEAD, **options)
+
+    def take(self) -> Decoder:
+        """Receive all that is there now."""
+        try:
+            while True:
+                data = self.sock.recv(1 << 17)
+                if not data:
+                    return self.stream
+                self.raw += data
+                self.stream.feed(data)
+        except BlockingIOError:
+            return self.stream
+
+    def data(self) -> list:
+        return [event.data for event in self.take().events]
+
+
+class Bench:
+    """A publisher turned by hand."""
+
+    def __init__(self, **options) -> None:
+        self.now = 1000.0
+        self.peers = []
+        self.publisher = Publisher(clock=lambda: self.now, wall=lambda: self.now, **options)
+        self.publish = self.publisher.publish
+
+    def peer(self, **options) -> Peer:
+        self.peers.append(Peer(self.publisher, **options))
+        return self.peers[-1]
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.publisher.turn(0)
+
+    def pass_time(self, seconds: float, step: float = 0.5) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + step)
+            self.turn()
+
+
+@pytest.fixture
+def bench():
+    benches = []
+
+    def make(**options) -> Bench:
+        benches.append(Bench(**{"history": 0, "heartbeat": 0.0, **options}))
+        return benches[-1]
+    yield make
+    for each in benches:
+        each.publisher.stop()
+        for peer in each.peers:
+            peer.sock.close()
+
+
+def test_head_and_first_frames_leave_in_one_send(bench):
+    b = bench()
+    peer = b.peer()
+    b.publish("one")
+    b.publish("two", "custom")
+    b.turn()
+    assert peer.sock.recv(1 << 16) == HEAD + b"".join(
+        map(frames.chunk, (b"data: one\r\n\r\n", b"event: custom\ndata: two\r\n\r\n")))
+
+
+def test_a_client_gets_what_is_published_from_its_registration_on(bench):
+    b = bench()
+    b.publish("before")
+    peer = b.peer()
+    b.publish("after")
+    b.turn()
+    assert peer.data() == ["after"]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("history", [0, 100])
+def test_a_send_cut_at_every_byte(bench, chunked, history):
+    """Every cut of three frames, and the frames that follow while the client lags: all arrive, once, in order."""
+    length = 3 * 60
+    for cut in range(length):
+        b = bench(history=history, retry=1)
+        whole, narrow = b.peer(chunked=chunked), b.peer(narrow=True, chunked=chunked)
+        narrow.server_end.room = 1 << 20
+        b.turn()
+        narrow.server_end.room = cut
+        for text in ("one", "two\nlines", "three"):
+            b.publish(text)
+        b.turn(2)
+        b.publish("four")
+        b.turn()
+        narrow.server_end.room = 1 << 20
+        b.turn(2)
+        b.publish("five")
+        b.turn()
+        assert whole.data() == narrow.data() == ["one", "two\nlines", "three", "four", "five"], cut
+        assert whole.raw[-150:] == narrow.raw[-150:]
+        assert not b.publisher._lagging
+
+
+def test_a_client_that_takes_a_byte_a_turn_gets_everything(bench):
+    b = bench()
+    narrow = b.peer(narrow=True)
+    for number in range(20):
+        b.publish(f"event {number}")
+    for _ in range(1000):
+        narrow.server_end.room = 1
+        b.turn()
+        narrow.take()
+    assert narrow.data() == [f"event {number}" for number in range(20)]
+
+
+def test_a_lagging_client_finishes_its_frame_and_is_told_the_gap(bench):
+    b = bench(history=100)
+    narrow = b.peer(narrow=True)
+    narrow.server_end.room = len(HEAD) + 200        # head, retry, and some of the frames
+    ids = [b.publish(f"{number}") for number in range(50)]
+    b.turn()
+    for number in range(50, 300):
+        ids.append(b.publish(f"{number}"))
+        b.turn()
+    before = len(narrow.data())
+    narrow.server_end.room = 1 << 20
+    b.turn(3)
+    events = narrow.take().events
+    gaps = [event for event in events if event.name == "gap"]
+    assert len(gaps) == 1 and events.index(gaps[0]) == before + 1
+    had, resumed = events[before], events[before + 2]
+    assert gaps[0].data == f'{{"after": "{had.id}", "resumed": "{resumed.id}", "reason": "lagging"}}'
+    assert gaps[0].id == had.id                     # a gap does not move the client's id
+    assert (int(had.data), int(resumed.data)) == (before, 200)
+    assert [event.data for event in events[before + 2:]] == [str(number) for number in range(200, 300)]
+    assert [event.id for event in events[before + 2:]] == ids[200:]
+
+
+def test_a_gap_before_the_first_frame_and_between_frames(bench):
+    b = bench(history=64)
+    narrow = b.peer(narrow=True)
+    narrow.server_end.room = 1 << 20
+    b.turn()
+    narrow.server_end.room = 0
+    for number in range(200):
+        b.publish(f"{number}")
+        b.turn()
+    narrow.server_end.room = 1 << 20
+    b.turn(2)
+    events = narrow.take().events
+    assert events[0].name == "gap" and '"after": null' in events[0].data
+    assert [event.data for event in events[1:]] == [str(number) for number in range(136, 200)]
+    last = events[-1].id
+    narrow.server_end.room = 0
+    for number in range(200):
+        b.publish(f"{number}")
+        b.turn()
+    narrow.server_end.room = 1 << 20
+    b.turn(2)
+    events = narrow.take().events
+    gaps = [event.data for event in events if event.name == "gap"]
+    assert len(gaps) == 2 and f'"after": "{last}"' in gaps[1]
+
+
+def test_without_ids_a_gap_is_told_all_the_same(bench):
+    b = bench(history=0)
+    narrow = b.peer(narrow=True)
+    for number in range(100):
+        b.publish(str(number))
+        b.turn()
+    narrow.server_end.room = 1 << 20
+    b.turn(2)
+    events = narrow.take().events
+    assert events[0][:2] == ("gap", '{"after": null, "resumed": null, "reason": "lagging"}')
+    assert [event.data for event in events[1:]] == [str(number) for number in range(36, 100)]
+
+
+def test_a_client_that_takes_a_few_bytes_at_a_time_is_lapped_with_whole_frames_only(bench):
+    """Random room, random publishing: the stream stays well-formed, ids grow, and every hole has its gap event."""
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    b = bench(history=64)
+    narrow = b.peer(narrow=True)
+    number = 0
+    for _ in range(3000):
+        for _ in range(draw.randrange(6)):
+            b.publish(f"{number} " + "x" * draw.randrange(60))
+            number += 1
+        narrow.server_end.room = draw.choice((0, 1, 7, 50, 200, 900))
+        b.turn()
+        narrow.take()
+    narrow.server_end.room = 1 << 20
+    b.turn(10)
+    expected = None
+    gaps = 0
+    for event in narrow.take().events:
+        if event.name == "gap":
+            gaps, expected = gaps + 1, None
+            continue
+        value = int(event.data.split()[0])
+        assert expected is None or value == expected, f"seed {seed}"
+        expected = value + 1
+    assert expected == number and gaps > 3, f"seed {seed}"
+
+
+def test_a_client_that_never_reads_beside_fifty_that_do(bench):
+    b = bench(history=64)
+    deaf, readers = b.peer(), [b.peer() for _ in range(50)]
+    texts = [f"{number} " + "x" * 5000 for number in range(300)]
+    for text in texts:
+        b.publish(text)
+        b.turn()
+        for reader in readers:
+            assert reader.take().events[-1].data == text
+    assert all(reader.data() == texts for reader in readers)
+    assert len(b.publisher._lagging) == 1 and len(b.publisher) == 51
+    b.turn(1)
+    for _ in range(300):
+        deaf.take()
+        b.turn()
+    assert [event.name for event in deaf.stream.events].count("gap") == 1
+    assert deaf.data()[-1] == texts[-1] and not b.publisher._lagging
+
+
+def test_a_stalled_client_is_dropped_after_30_seconds_and_logged_once(bench, caplog):
+    b = bench()
+    narrow, other = b.peer(narrow=True, peer="10.0.0.1:7"), b.peer()
+    narrow.server_end.room = len(HEAD) + 5
+    b.publish("x")
+    b.turn()
+    b.pass_time(STALL - 1)
+    assert len(b.publisher) == 2
+    narrow.server_end.room = 1      # one byte taken: the time begins anew
+    b.turn()
+    b.pass_time(STALL - 1)
+    assert len(b.publisher) == 2
+    with caplog.at_level(logging.WARNING):
+        b.pass_time(10)
+    assert len(b.publisher) == 1 and narrow.sock.recv(100) and narrow.sock.recv(100) == b""
+    assert [record.getMessage() for record in caplog.records] == ["10.0.0.1:7 dropped: stalled"]
+    b.publish("y")
+    b.turn()
+    assert other.data() == ["x", "y"]
+
+
+def test_heartbeats_only_to_those_who_were_sent_nothing(bench):
+    b = bench(heartbeat=10.0)
+    early = b.peer()
+    b.turn()
+    b.pass_time(6)
+    late = b.peer()
+    b.pass_time(6)
+    assert (early.take().comments, late.take().comments) == (1, 0)
+    b.pass_time(6)
+    assert (early.take().comments, late.take().comments) == (1, 1)
+    for _ in range(8):
+        b.publish("x")
+        b.turn()
+        b.pass_time(5)
+    assert (early.take().comments, late.take().comments) == (1, 1)
+    assert early.stream.last_id == ""
+
+
+def test_heartbeats_to_http_1_0(bench):
+    b = bench(heartbeat=10.0)
+    plain = b.peer(chunked=False)
+    b.turn()
+    b.pass_time(25)
+    assert plain.take().comments == 2 and plain.raw == HEAD + b":\r\n\r\n" * 2
+
+
+def test_no_heartbeat_inside_a_frame_and_none_if_turned_off(bench):
+    b = bench(heartbeat=1.0)
+    narrow = b.peer(narrow=True)
+    narrow.server_end.room = len(HEAD) + 20
+    b.publish("hello")
+    b.turn()
+    b.pass_time(20)
+    narrow.server_end.room = 1 << 20
+    b.turn()
+    assert narrow.data() == ["hello"] and narrow.stream.comments == 0
+    quiet = bench(heartbeat=0.0)
+    peer = quiet.peer()
+    quiet.turn()
+    quiet.pass_time(300, step=10)
+    assert peer.take().comments == 0
+
+
+def test_a_heartbeat_cut_in_two_is_finished_before_the_next_frame(bench):
+    length = len(frames.HEARTBEAT)
+    for cut in range(length + 1):
+        b = bench(heartbeat=10.0, history=10)
+        narrow = b.peer(narrow=True)
+        narrow.server_end.room = 1 << 20
+        id = b.publish("first")
+        b.turn()
+        narrow.server_end.room = cut
+        b.pass_time(11)
+        b.publish("second")
+        b.turn()
+        narrow.server_end.room = 1 << 20
+        b.turn(2)
+        assert narrow.data() == ["first", "second"] and narrow.stream.comments == 1
+        assert narrow.stream.events[0].id == id
+
+
+def test_a_client_that_closes_is_removed_at_once_and_what_it_sends_is_discarded(bench):
+    b = bench()
+    closing, talking = b.peer(), b.peer()
+    b.turn()
+    talking.sock.send(b"x" * 100000)
+    closing.sock.close()
+    b.turn(3)
+    assert len(b.publisher) == 1
+    b.publish("still there")
+    b.turn()
+    assert talking.data() == ["still there"]
+
+
+def test_a_reset_during_the_fan_out_harms_nobody_else(bench):
+    b = bench()
+    peers = [b.peer() for _ in range(10)]
+    b.turn()
+    for peer in peers[::3]:
+        peer.sock.close()
+    b.publish("x")
+    b.publisher._fan_out(list(b.publisher._log.read(0, 1)))     # before the selector tells that they are gone
+    assert len(b.publisher) == 6
+    assert all(peer.data() == ["x"] for index, peer in enumerate(peers) if index % 3)
+
+
+def test_no_more_than_max_clients(bench):
+    b = bench(max_clients=3)
+    first = b.peer()
+    b.peer(), b.peer()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not b.publisher.register(ours, HEAD)
+        b.turn()
+        first.sock.close()
+        b.turn()
+        assert b.publisher.register(ours, HEAD)
+        b.turn()
+        assert theirs.recv(100) == HEAD
+
+
+def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
+    b = bench()
+    chunked, plain, deaf = b.peer(), b.peer(chunked=False), b.peer(narrow=True)
+    b.turn()
+    deaf.server_end.room = len(HEAD) + 3
+    b.publisher.start()
+    for number in range(100):
+        b.publish(str(number))
+    stopper = threading.Thread(target=b.publisher.stop)
+    stopper.start()
+    while b.publisher._stop_by is None:
+        pass
+    b.now += 2      # the deaf one keeps it waiting until its second is over
+    b.publisher._wake()
+    stopper.join(5)
+    assert not stopper.is_alive()
+    assert chunked.data() == plain.data() == [str(number) for number in range(100)]
+    assert chunked.stream.ended and not plain.stream.ended
+    assert not deaf.take().ended
+    assert not b.publisher.register(deaf.server_end, HEAD)
+
+
+def test_a_fault_in_the_publisher_thread_leaves_nobody_waiting(bench, monkeypatch):
+    b = bench()
+    peer = b.peer()
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(b.publisher, "_sweep", lambda: 1 / 0)
+    b.now += 10
+    b.publisher.start()
+    b.publisher._thread.join(5)
+    assert not b.publisher._thread.is_alive() and peer.take() and peer.sock.recv(1) == b""
+    with pytest.raises(Stopped):
+        b.publish("x")
+    assert not b.publisher.register(peer.sock, HEAD)
+
+
+def test_channels_reach_only_those_who_asked(bench):
+    b = bench(history=100)
+    every, a, both = b.peer(), b.peer(channels=["a"]), b.peer(channels=["a", "b"])
+    b.turn()
+    for text, channel in (("1", None), ("2", "a"), ("3", "b"), ("4", None), ("5", "c"), ("6", "a")):
+        b.publish(text, channel=channel)
+    b.turn()
+    assert (every.data(), a.data(), both.data()) == (["1", "4"], ["1", "2", "4", "6"], ["1", "2", "3", "4", "6"])
+    a.sock.close(), both.sock.close()
+    b.turn()
+    assert list(b.publisher._channels) == [] and len(b.publisher._groups) == 1
+
+
+def test_no_gap_for_what_was_evicted_on_other_channels(bench):
+    b = bench(history=64)
+    narrow = b.peer(narrow=True, channels=["a"])
+    narrow.server_end.room = 1 << 20
+    b.turn()
+    narrow.server_end.room = 3
+    b.publish("mine", channel="a")
+    b.turn()
+    for _ in range(200):
+        b.publish("other", channel="b")
+        b.turn()
+    narrow.server_end.room = 1 << 20
+    b.turn(3)
+    assert narrow.data() == ["mine"]
+    last = narrow.stream.last_id
+    back = b.peer(channels=["a"], last_id=last)
+    other = b.peer(channels=["b"], last_id=last)
+    b.turn(3)
+    assert back.data() == [] and [event.name for event in other.take().events[:2]] == ["gap", "message"]
+
+
+def test_a_client_that_joins_ahead_of_a_backlog_gets_nothing_twice(bench):
+    """One turn sends one batch, so a client can join, and resume, beyond what has been fanned out so far."""
+    b = bench(history=1000)
+    old = b.peer()
+    b.turn()
+    ids = [b.publish(f"{number} " + "x" * 30000) for number in range(10)]
+    ahead, resumed = b.peer(), b.peer(last_id=ids[6])
+    for _ in range(20):
+        b.turn()
+        for peer in b.peers:
+            peer.take()
+    b.publish("10 live")
+    b.turn(2)
+
+    def numbers(peer):
+        return [int(data.split()[0]) for data in peer.data()]
+    assert (numbers(old), numbers(ahead), numbers(resumed)) == (list(range(11)), [10], [7, 8, 9, 10])
+
+
+@pytest.mark.parametrize("bad", [{"history": -1}, {"heartbeat": -1.0}, {"retry": -0.1}, {"max_clients": -1}])
+def test_negative_options_are_a_value_error(bad):
+    with pytest.raises(ValueError):
+        Publisher(**bad)
