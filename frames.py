@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 MAX_EVENT = 1 << 20         # bytes of data in one event; a frame can be longer, by one `data: ` a line
+MAX_NAME = 1024             # bytes of an event's or a channel's name
 MAX_LOG = 64 << 20          # bytes of frames in the log
 MIN_HISTORY = 64            # frames the log keeps even for --history 0, so that a slow client finds its place again
 MAX_CHANNELS = 10000        # channels of which the log remembers what left it; older ones share one memory
@@ -23,15 +24,22 @@ END = b"0\r\n\r\n"          # the chunk that ends a stream in order
 Id = Tuple[int, int]        # (milliseconds, counter within the millisecond), ordered as Redis orders stream ids
 _ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
 _LINE_END = re.compile("\r\n|\n|\r")        # these three only (WHATWG 9.2.5); str.splitlines splits at more
-_NOT_IN_A_NAME = re.compile("[\r\n\0]")
+_NOT_IN_A_NAME = re.compile("[\r\n\0\ud800-\udfff]")
 
 
-def check_name(kind: str, name: Optional[str]) -> None:
+def check_name(kind: str, name: str) -> None:
     """Raise ValueError if `name` could not stand on one line of a stream; `kind` says in the error what it names."""
-    if name and _NOT_IN_A_NAME.search(name):
-        raise ValueError(f"the {kind} must not contain CR, LF or NUL")
-    if name and len(_utf8(name, kind)) > 1024:
-        raise ValueError(f"the {kind} is longer than 1024 bytes")
+    if _NOT_IN_A_NAME.search(name):
+        raise ValueError(f"the {kind} has a CR, LF, NUL or a lone surrogate")
+    if len(name.encode()) > MAX_NAME:
+        raise ValueError(f"the {kind} is longer than {MAX_NAME} bytes")
+
+
+def check_channel(name: str) -> None:
+    """Raise ValueError for what no channel can be called."""
+    if not name:
+        raise ValueError("the channel has no name; an event that is for everyone has no channel")
+    check_name("channel", name)
 
 
 def encode(data: str, event: Optional[str] = None) -> bytes:
@@ -39,19 +47,17 @@ def encode(data: str, event: Optional[str] = None) -> bytes:
 
     Raises ValueError for an event name with CR, LF or NUL, a lone surrogate, or data over 1 MiB in UTF-8.
     """
-    check_name("event name", event)
-    if len(_utf8(data, "data")) > MAX_EVENT:
+    if len(data) > MAX_EVENT // 4 and len(data.encode(errors="replace")) > MAX_EVENT:   # 4: bytes of a character at most
         raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
-    name = f"event: {event}\n" if event else ""
-    lines = "".join(f"data: {line}\r\n" for line in _LINE_END.split(data))
-    return f"{name}{lines}\r\n".encode()
-
-
-def _utf8(text: str, kind: str) -> bytes:
+    name = ""
+    if event:
+        check_name("event name", event)
+        name = f"event: {event}\n"
+    lines = "\r\ndata: ".join(_LINE_END.split(data)) if "\n" in data or "\r" in data else data
     try:
-        return text.encode()
+        return f"{name}data: {lines}\r\n\r\n".encode()
     except UnicodeEncodeError:
-        raise ValueError(f"the {kind} has a lone surrogate and cannot be sent as UTF-8") from None
+        raise ValueError("the data has a lone surrogate and cannot be sent as UTF-8") from None
 
 
 def chunk(payload: bytes) -> bytes:
@@ -194,16 +200,17 @@ class Log:
         return (self._frames[number] for number in range(start, stop))
 
 
-    def collect(self, start: int, stop: int, wants: Callable[[Frame], bool] = lambda frame: True
+    def collect(self, start: int, stop: int, wants: Optional[Callable[[Frame], bool]] = None
                 ) -> Tuple[List[Frame], int]:
         """Return the wanted frames from `start` on, at most a batch of them, and the number of the frame after these."""
         found: List[Frame] = []
         length = 0
-        for frame in self.read(start, stop):
-            if wants(frame):
+        for number in range(start, stop):
+            frame = self._frames[number]
+            if wants is None or wants(frame):
                 length += len(frame.chunk)
                 if length > BATCH and found:
-                    return found, frame.number
+                    return found, number
                 found.append(frame)
         return found, stop
 

@@ -62,8 +62,10 @@ def test_curl_ticks_and_ends_with_status_0():
     with serving(*FAST) as server:
         process = subprocess.Popen([curl, "-sN", f"http://127.0.0.1:{server.port}/token"], stdout=subprocess.PIPE)
         with process:
-            lines = [process.stdout.readline() for _ in range(4)]
-            assert any(line.startswith(b"data: ") and line.endswith(b"\r\n") for line in lines)
+            line = process.stdout.readline()
+            while line and not line.startswith(b"data: "):
+                line = process.stdout.readline()
+            assert line.endswith(b"\r\n")
             server.stop()
             process.stdout.read()
             assert process.wait(PATIENCE) == 0
@@ -75,7 +77,7 @@ def test_requests_iterates_and_ends_without_an_exception():
             lines = response.iter_lines()
             assert next(line for line in lines if line.startswith(b"data: "))
             server.stop()
-            assert all(line[:6] in (b"", b"data: ", b"event:") for line in lines)
+            assert all(line[:4] in (b"", b"id: ", b"data", b"even") for line in lines)
 
 
 @pytest.mark.parametrize("arguments, said", [
