@@ -35,9 +35,11 @@ from frames import Batch, Frame, Log
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
 SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
+BATCHES_KEPT = 64       # joined for clients that are not current, so that those at the same place share them
 RECHECK = 1.0           # seconds between two looks at a condition, should its notification get lost
 
 STALLED, UNWATCHED = "stalled", "the system cannot watch another socket"   # why a client is dropped: worth a warning
+NOTHING = Batch((), True)
 Bytes = Union[bytes, memoryview]
 
 # Lets a thread that shares the core and makes more work go on before the publisher looks for it: of 3000 connects in a
@@ -128,6 +130,7 @@ class Publisher:
         self._groups: Dict[Tuple[FrozenSet[str], bool], Group] = {}
         self._channels: Dict[str, Dict[Group, None]] = {}   # channel -> groups that want it
         self._lagging: Dict[Client, None] = {}
+        self._batches: Dict[Tuple[int, Group], Tuple[Batch, int]] = {}      # see _batch_at
         self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
         self._sweep_at = clock() + self._sweep_every
         self._selector = selectors.DefaultSelector()
@@ -237,18 +240,28 @@ class Publisher:
         due = (frame.id for frame in self._log.read(cursor, self._log.next) if group.wants(frame))
         return group.framed(frames.gap(after, frames.format_id(next(due, None)), reason))
 
-    def _read_on(self, client: Client) -> Tuple[Bytes, Sequence[Frame], int]:
-        """Return what a client that is not current is due: bytes, then frames, and where its cursor is after them.
+    def _read_on(self, client: Client) -> Tuple[Bytes, Batch, int]:
+        """Return what a client that is not current is due: bytes, then a batch, and where its cursor is after that.
 
         A gap is told only once the frame before it is finished, so that a client never has two of them to be sent.
         """
         log = self._log
         lost = client.cursor < log.first and log.lost(client.cursor, client.group.channels)
         if client.rest and (lost or len(client.rest) >= frames.BATCH):
-            return client.rest, (), client.cursor
+            return client.rest, NOTHING, client.cursor
         cursor = max(client.cursor, log.first)
         told = self._gap(client.group, cursor, client.after, "lagging") if lost else b""
-        return (bytes(client.rest) + told, *log.collect(cursor, max(cursor, self._next), client.group.wants))
+        return (bytes(client.rest) + told, *self._batch_at(cursor, client.group))
+
+    def _batch_at(self, cursor: int, group: Group) -> Tuple[Batch, int]:
+        """Return the batch from this cursor on and the cursor after it, joined once for all clients that are there."""
+        found = self._batches.get((cursor, group))
+        if found is None:
+            if len(self._batches) >= BATCHES_KEPT:
+                self._batches.clear()
+            run, after = self._log.collect(cursor, max(cursor, self._next), group.wants)
+            found = self._batches[cursor, group] = Batch(run, group.chunked), after
+        return found
 
     def _has_work(self) -> bool:
         return self._next < self._log.next or bool(self._joining)
@@ -294,6 +307,7 @@ class Publisher:
             self._fan_out(run)
             with self._mutex:
                 self._next = after_run
+                self._batches.clear()
                 self._moved.notify_all()
         for client in joining:
             self._greet(client)
@@ -406,9 +420,8 @@ class Publisher:
     def _advance(self, client: Client) -> bool:
         """Send a client that is not current one batch from its cursor. Returns False if it was dropped."""
         with self._mutex:
-            rest, due, cursor = self._read_on(client)
-        batch = Batch(due, client.group.chunked)
-        sent = self._send(client, b"".join((rest, batch.data)) if due else rest)
+            rest, batch, cursor = self._read_on(client)
+        sent = self._send(client, b"".join((rest, batch.data)) if batch.data else rest)
         if sent is None:
             return False
         if 0 < sent < len(rest):

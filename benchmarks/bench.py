@@ -135,16 +135,43 @@ def stalled(runs: int, number: int = 1000, deaf: int = 50) -> None:
     quiet.stop(), noisy.stop()
 
 
+def resume(runs: int, number: int = 1000, missed: int = 1000) -> None:
+    """What it costs to resume clients, connects and all, beside sending the same bytes to current clients."""
+    server = our_server(history=missed + 10)
+    current = Clients(server.port)
+    current.connect(number)
+    sent, resumed = [], []
+    for _ in range(runs):
+        deliver(server, current, 10, 0)
+        before = current.received
+        sent.append(deliver(server, current, missed, 0)["cpu"] * missed * number / 1e6)
+        size = current.received - before
+        # every client of this server has this id by now: it is that of the last event before the missed ones
+        after = b"GET / HTTP/1.1\r\nHost: x\r\nLast-Event-ID: %b\r\n\r\n" % current.id_before(missed)
+        back = Clients(server.port)
+        with Measure(server) as measure:
+            back.connect(number, request=lambda _: after)
+            back.read_bytes(size)
+        assert back.received >= size
+        resumed.append(measure.cpu)
+        back.close()
+    say(f"\n{number} clients resume after {missed} missed events each")
+    say(f"  {min(resumed) / min(sent):.2f} times what the same bytes to current clients cost "
+        f"({min(resumed) * 1e3:.0f} and {min(sent) * 1e3:.0f} ms of CPU, {size / 1e6:.0f} MB)")
+    current.close()
+    server.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="*", help="fan-out, connects, memory, stalled (default: all)")
+    parser.add_argument("only", nargs="*", help="fan-out, connects, memory, resume, stalled (default: all)")
     parser.add_argument("--runs", type=int, default=9, help="alternating runs of each measurement (default 9)")
     options = parser.parse_args()
     limit = descriptor_limit()
     if (os.cpu_count() or 1) < 2:
         sys.exit("two cores are needed: one for the server, one for the load")
     os.sched_setaffinity(0, {1})
-    chosen = options.only or ["fan-out", "connects", "memory", "stalled"]
+    chosen = options.only or ["fan-out", "connects", "memory", "resume", "stalled"]
     with tempfile.TemporaryDirectory() as folder:
         say(f"Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}, descriptor limit {limit}. `load` is the share of "
             "its core that the load took:\nbelow 100 % it was not the bottleneck.")
@@ -158,6 +185,8 @@ def main() -> None:
             connects(options.runs, folder)
         if "memory" in chosen:
             idle_memory(min(10000, limit - 200))
+        if "resume" in chosen:
+            resume(options.runs)
         if "stalled" in chosen:
             stalled(options.runs)
 

@@ -3,6 +3,7 @@
 CPU time is read from outside, from each process's own clock in the kernel, so no server reports on itself.
 """
 import os
+import re
 import resource
 import select
 import socket
@@ -85,6 +86,8 @@ class Clients:
         self._socks: Dict[int, socket.socket] = {}
         self._tails: Dict[int, bytes] = {}      # the start of a frame whose end is still to come
         self._epoll = select.epoll()
+        self.ids: List[bytes] = []              # of the events that the first client got
+        self._witness = -1
 
     def __len__(self) -> int:
         return len(self._socks)
@@ -107,6 +110,7 @@ class Clients:
                 self._socks[sock.fileno()] = sock
                 self._epoll.register(sock.fileno(), select.EPOLLIN)
                 waiting[sock.fileno()] = started
+                self._witness = self._witness if self._witness >= 0 else sock.fileno()
                 started += 1
             for fd, _ in self._epoll.poll(1.0):
                 self._receive(fd)
@@ -117,9 +121,16 @@ class Clients:
         assert data, "a client was dropped"
         self.received += len(data)
         data = self._tails.pop(fd, b"") + data
-        if not data.endswith(FRAME_END):
+        end = data.rfind(FRAME_END) + len(FRAME_END)
+        if end < len(FRAME_END):
             self._tails[fd] = data[-300:]
-        at = data.rfind(b"\ndata: ", 0, max(data.rfind(FRAME_END), 0))
+            return
+        if end < len(data):
+            self._tails[fd] = data[end:]
+            data = data[:end]
+        if fd == self._witness:
+            self.ids += re.findall(rb"\nid: ([0-9]+-[0-9]+)\ndata: .{68}\r\n", data)
+        at = data.rfind(b"\ndata: ")
         if at >= 0:
             sent, number = int(data[at + 7:at + 26]), int(data[at + 27:at + 36])
             self._last[fd] = number
@@ -143,6 +154,10 @@ class Clients:
             assert time.monotonic() < deadline, f"{self.received} of {size} bytes"
             for fd, _ in self._epoll.poll(1.0):
                 self._receive(fd)
+
+    def id_before(self, events: int) -> bytes:
+        """Return the id that came so many events before the last one; `ids` must be on."""
+        return self.ids[-events - 1]
 
     def close(self) -> None:
         for sock in self._socks.values():

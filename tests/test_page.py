@@ -1,4 +1,7 @@
 """The page in a real browser: headless Chromium on a real server, and on the file."""
+import socket
+import threading
+
 import pytest
 
 from browser import browser
@@ -59,6 +62,101 @@ def test_a_lost_connection_is_said_and_comes_back(tab):
     assert tab.lines()[-1] == "Connection failed"
     with SSEServer(port=port) as server:
         tab.wait_for("document.getElementById('status').textContent === 'Connected'")
+
+
+class Proxy(threading.Thread):
+    """Forward one TCP port to another until `cut` resets every connection; new ones are forwarded again."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.target = port
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.pairs = []
+
+    def run(self) -> None:
+        threads = []
+        while True:
+            inner, _ = self.listener.accept()
+            if self.target is None:
+                break
+            outer = connect(self.target)
+            self.pairs.append((inner, outer))
+            for pair in ((inner, outer), (outer, inner)):
+                threads.append(threading.Thread(target=self.forward, args=pair))
+                threads[-1].start()
+        inner.close(), self.listener.close()
+        self.cut()
+        for thread in threads:
+            thread.join()
+
+    @staticmethod
+    def forward(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                sink.sendall(data)
+        except OSError:
+            pass
+        for sock in (source, sink):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def cut(self) -> None:
+        for pair in self.pairs:
+            for sock in pair:
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+                sock.close()
+        self.pairs = []
+
+    def stop(self) -> None:
+        self.target = None
+        connect(self.port).close()
+        self.join()
+
+
+def numbers(page) -> list:
+    return [line[len("Data: "):] for line in page.lines() if line.startswith("Data: ")]
+
+
+def test_a_cut_connection_comes_back_and_the_page_holds_every_event_once(tab):
+    with SSEServer(port=0, retry=0.2) as server:
+        proxy = Proxy(server.port)
+        proxy.start()
+        try:
+            tab.open(f"http://127.0.0.1:{proxy.port}/")
+            wait_until(lambda: server.clients == 1)
+            for number in range(60):
+                server.publish(str(number))
+                if number in (20, 40):
+                    wait_until(lambda: len(numbers(tab)) > number - 5)
+                    proxy.cut()
+                    tab.wait_for("document.getElementById('status').className === 'failed'")
+            wait_until(lambda: len(numbers(tab)) >= 60)
+            assert numbers(tab) == [str(number) for number in range(60)]
+            assert not any(line.startswith("Missed") for line in tab.lines())
+        finally:
+            proxy.stop()
+
+
+def test_a_restarted_server_is_found_again_and_the_gap_is_shown(tab):
+    with SSEServer(port=0, retry=0.2) as server:
+        port = server.port
+        tab.open(server.url)
+        wait_until(lambda: server.clients == 1)
+        server.publish("before")
+        wait_until(lambda: numbers(tab) == ["before"])
+    with SSEServer(port=port, retry=0.2) as server:
+        server.publish("after")
+        wait_until(lambda: numbers(tab) == ["before", "after"])
+    assert [line for line in tab.lines() if line.startswith("Missed some events after ")]
 
 
 def test_a_browser_without_event_source_is_told(tab, server):
