@@ -195,6 +195,10 @@ class Log:
     def _last_evicted(self, channels: Iterable[str]) -> "Evicted":
         return max(self._evicted.get(channel, self._forgotten) for channel in (None, *channels))
 
+    def frame(self, number: int) -> Frame:
+        """Return the frame with this number, which must be kept."""
+        return self._frames[number]
+
     def read(self, start: int, stop: int) -> Iterator[Frame]:
         """Yield the frames `start <= number < stop`, all of which must be kept."""
         return (self._frames[number] for number in range(start, stop))

@@ -3,10 +3,13 @@
 No socket, no thread and no clock in here. `parse` is strict, because what two parsers read differently is how requests
 are smuggled (RFC 9112 section 11.2), and it is small: a head is lines, a line is one regular expression.
 """
+import hmac
 import re
 from http import HTTPStatus
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 from urllib.parse import parse_qs, unquote_to_bytes
+
+import frames
 
 MAX_LINE = 8000             # bytes of the request line: what RFC 9112 section 3 wants supported
 MAX_HEAD = 16 << 10         # bytes of request line and fields
@@ -55,6 +58,26 @@ class Request(NamedTuple):
         """The token of `Authorization: Bearer TOKEN` (RFC 6750), or None."""
         scheme, _, token = self.fields.get("authorization", "").partition(" ")
         return token.strip() if scheme.lower() == "bearer" else None
+
+    def has_token(self, tokens: Iterable[bytes]) -> bool:
+        """Say whether path or bearer token is one of these, in a time that does not tell which or how nearly."""
+        given = [self.path[1:].encode()] + ([self.bearer.encode()] if self.bearer is not None else [])
+        return any([hmac.compare_digest(token, each) for token in tokens for each in given])
+
+    @property
+    def body_length(self) -> int:
+        """The length of the body of a POST in bytes. Raises Refusal if it has none, or one that is too long."""
+        if "content-length" not in self.fields:
+            raise Refusal(411, "Send a Content-Length: a chunked body is not taken.")
+        length = int(self.fields["content-length"])
+        if length > frames.MAX_EVENT:
+            raise Refusal(413, f"The body is longer than {frames.MAX_EVENT} bytes, the most that an event holds.")
+        return length
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client means to send another request on the same connection (RFC 9112 section 9.3)."""
+        return self.chunked and "close" not in self.fields.get("connection", "").lower()
 
     @property
     def last_id(self) -> Optional[str]:

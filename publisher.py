@@ -12,7 +12,8 @@ Who owns what (the publisher thread owns whatever is not named here):
     _log, _joining, _woken, _stop_by    the mutex    publish, register,      publisher
                                                      stop, publisher
     _clients                            the mutex    register, publisher     any thread, by len()
-    _next                               the mutex    publisher               publish
+    _next, _spared                      the mutex    publisher               publish, drain
+    _askers, _patience                  the mutex    publish, drain          publisher
     _groups, _channels, _lagging,       -            publisher               publisher
     _selector, _sweep_at, every Client
       and Group, registered sockets
@@ -27,7 +28,8 @@ import selectors
 import socket
 import threading
 import time
-from typing import Callable, Dict, FrozenSet, Iterable, List, Optional, Sequence, Tuple, Union
+from contextlib import contextmanager
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import frames
 from frames import Batch, Frame, Log
@@ -35,6 +37,8 @@ from frames import Batch, Frame, Log
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
 SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
+PATIENCE_STEP = 0.1     # seconds between two looks at the age of what clients are due, while somebody waits for them
+ID_LENGTH = 64          # bytes that an id adds to a frame, at most
 BATCHES_KEPT = 64       # joined for clients that are not current, so that those at the same place share them
 RECHECK = 1.0           # seconds between two looks at a condition, should its notification get lost
 
@@ -84,7 +88,7 @@ class Client:
     `cursor` and `rest` are valid while the client is lagging. While it is current, `cursor` is the number of the
     frame with which it became current: what it is due next is what the publisher sends next.
     """
-    __slots__ = ("sock", "peer", "group", "place", "cursor", "rest", "after", "sent_at")
+    __slots__ = ("sock", "peer", "group", "place", "cursor", "rest", "after", "sent_at", "awaited")
 
     def __init__(self, sock: socket.socket, peer: str, group: Group, rest: bytes) -> None:
         self.sock = sock
@@ -95,6 +99,7 @@ class Client:
         self.rest = rest            # bytes to send before that frame: a head, or the end of a frame begun
         self.after: Optional[str] = None    # id of the last frame it had before the cursor
         self.sent_at = 0.0          # when its socket last took a byte
+        self.awaited = True         # a patient source waits for it; False from when it was given up until it is current
 
 
 class Publisher:
@@ -117,6 +122,9 @@ class Publisher:
         self._woken = False                 # the publisher will look at the log and at _joining without a wake-up
         self._next = 0                      # number of the frame with which the next fan-out begins
         self._stop_by: Optional[float] = None
+        self._askers = 0                    # how many wait for lagging clients now, and so want _spared kept up to date
+        self._patience = 0.0                # seconds that they wait
+        self._spared = 0                    # number of the oldest frame that is kept for one, when that was last asked
 
         if min(history, heartbeat, retry, max_clients) < 0:
             raise ValueError("history, heartbeat, retry and max_clients must not be negative")
@@ -150,23 +158,61 @@ class Publisher:
         """Return how many clients are registered."""
         return len(self._clients)
 
-    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None) -> Optional[str]:
+    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None, wait: float = 0.0
+                ) -> Optional[str]:
         """Append an event to the log and return its id, None with `history=0`; the clients get it from there.
 
-        Waits for no client; only, when most of the log has not been fanned out yet, for the publisher thread.
-        Raises ValueError for what no event can hold (see `frames.encode`), Stopped after `stop`.
+        data: at most 1 MiB of text; event, channel: names, at most 1 KiB. An event with a channel is for those who
+        asked for it, any other for everyone. Waits for no client, unless `wait` is given; only, when most of the log
+        has not been fanned out yet, for the publisher thread.
+
+        wait: before a frame is evicted that a lagging client is due, wait for that client as long as the frame is
+        younger than so many seconds. A client that is not waited for any longer must have been current to be so again.
+
+        Raises ValueError for what no event can hold, Stopped after `stop`.
         """
         payload = frames.encode(data, event)
+        length = len(payload) + ID_LENGTH
         if channel is not None:
             frames.check_channel(channel)
+        if wait:
+            self._await_room(length, wait)
         with self._mutex:
-            self._make_room(len(payload) + 64)
+            self._make_room(length)
             id = self._log.next_id(int(self._wall() * 1000)) if self._ids else None
             self._log.append(payload, id, channel, self._clock())
             wake, self._woken = not self._woken, True
         if wake:
             self._wake()
         return frames.format_id(id)
+
+    def drain(self, seconds: float) -> None:
+        """Wait until all clients are current, leaving out those that are due a frame older than so many seconds."""
+        with self._asking(seconds):
+            while self._stop_by is None and (self._has_work() or self._spared < self._log.next):
+                self._moved.wait(RECHECK)
+
+    def _await_room(self, length: int, wait: float) -> None:
+        """Evict what no client is waited for with, until `length` more bytes fit."""
+        with self._mutex:
+            if self._evict_spared(length):
+                return
+        with self._asking(wait):
+            while self._stop_by is None and not self._evict_spared(length):
+                self._moved.wait(RECHECK)
+
+    @contextmanager
+    def _asking(self, seconds: float) -> Iterator[None]:
+        """Hold the mutex, and have the publisher keep `_spared` up to date meanwhile."""
+        with self._mutex:
+            self._askers += 1
+            self._patience = seconds
+        self._wake()
+        with self._mutex:
+            try:
+                yield
+            finally:
+                self._askers -= 1
 
     def register(self, sock: socket.socket, head: bytes, *, peer: str = "", chunked: bool = True,
                  channels: Iterable[str] = (), last_id: Optional[str] = None) -> bool:
@@ -212,6 +258,28 @@ class Publisher:
             pass
 
     # Requires holding the mutex
+
+    def _evict_spared(self, length: int) -> bool:
+        """Evict frames that nobody is waited for with. Returns whether `length` bytes fit then."""
+        while not self._log.fits(length) and self._log.first < self._spared:
+            self._log.evict()
+        return self._log.fits(length)
+
+    def _spare(self) -> None:
+        """Find the oldest frame that must be kept for a client that is waited for: while somebody asks for it.
+
+        Run by the publisher, after a turn. No client that falls behind later is due an older frame than that.
+        """
+        now = self._clock()
+        spared = self._next
+        for client in self._lagging:
+            due = client.cursor - bool(client.rest)
+            if client.awaited and due < self._next:
+                client.awaited = due >= self._log.first and now - self._log.frame(due).time < self._patience
+                if client.awaited:
+                    spared = min(spared, due)
+        self._spared = spared
+        self._moved.notify_all()
 
     def _make_room(self, length: int) -> None:
         """Evict until `length` more bytes fit, and wait while most of the log has not been fanned out."""
@@ -287,7 +355,8 @@ class Publisher:
     def _idle_time(self) -> float:
         """Return for how many seconds there is nothing to do if nothing happens."""
         until = self._sweep_at if self._stop_by is None else min(self._sweep_at, self._stop_by)
-        return max(0.0, until - self._clock())
+        idle = max(0.0, until - self._clock())
+        return min(idle, PATIENCE_STEP) if self._askers else idle
 
     def turn(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for something to do, and do some: one batch, so that nothing waits for long.
@@ -311,6 +380,9 @@ class Publisher:
                 self._moved.notify_all()
         for client in joining:
             self._greet(client)
+        if self._askers:
+            with self._mutex:
+                self._spare()
         if self._clock() >= self._sweep_at:
             self._sweep()
 
@@ -399,6 +471,7 @@ class Publisher:
         if is_lagging:
             del self._lagging[client]
             self._selector.modify(client.sock, selectors.EVENT_READ, client)
+        client.awaited = True
         client.group.current[client] = None
 
     def _greet(self, client: Client) -> None:

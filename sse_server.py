@@ -17,6 +17,7 @@ Who owns what:
 """
 import argparse
 import errno
+import json
 import logging
 import math
 import os
@@ -54,15 +55,24 @@ class SSEServer(socketserver.ThreadingTCPServer):
     """Serve one stream of events to every client that asks for it.
 
     host, port: where to listen, from the constructor on (OSError if that cannot be); port 0 picks a free one.
-    history, heartbeat, retry, max_clients: see `publisher.Publisher`.
+    history: events kept for clients that come back; 0: no ids, the wire of the original.
+    heartbeat: seconds of silence after which a client is sent a comment; 0: never.
+    retry: seconds a client should wait before it reconnects, told with +-50 % jitter.
+    max_clients: how many clients there can be at a time.
+    tokens: who may watch, by `/TOKEN` or `Authorization: Bearer TOKEN`; none: everybody.
+    publish_tokens: who may POST events, in the same way; none: nobody.
+    authorize: a function of the `http1.Request` that says who may watch, in place of `tokens`. It is called in a
+        handshake thread, so it may take its time, of which others lose nothing; if it raises, the answer is a 500.
 
-    Use it as a context manager, or call `start` and `stop`. All methods may be called from any thread.
+    Use it as a context manager, or call `start` and `stop`. All methods may be called from any thread. Raises
+    ValueError for an option that cannot be.
     """
     allow_reuse_address = True
     request_queue_size = BACKLOG
 
     def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 1024, heartbeat: float = 15.0,
-                 retry: float = 3.0, max_clients: int = 10000) -> None:
+                 retry: float = 3.0, max_clients: int = 10000, tokens: Sequence[str] = (),
+                 publish_tokens: Sequence[str] = (), authorize: Optional[Callable[[Request], bool]] = None) -> None:
         self._handshakes_lock = threading.Lock()
         self._handshakes: Dict["Handshake", threading.Thread] = {}      # the oldest first
         self._lifecycle = threading.RLock()
@@ -73,6 +83,9 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self._accept_failed_at = -math.inf
         self._page = PAGE.read_bytes()
         self._retry = retry
+        self._tokens = [token.encode() for token in tokens]
+        self._publish_tokens = [token.encode() for token in publish_tokens]
+        self._authorize = authorize
         self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -129,11 +142,21 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     shutdown = stop     # what socketserver calls it
 
-    def publish(self, data: str, event: Optional[str] = None) -> Optional[str]:
-        """Publish an event to all clients and return its id (None with `history=0`). See `Publisher.publish`."""
+    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None, wait: float = 0.0
+                ) -> Optional[str]:
+        """Publish an event and return its id, or None with `history=0`; it is on its way then, not yet received.
+
+        data: text of at most 1 MiB. event: its name. channel: only for clients that asked for it; None: for everyone.
+        wait: seconds to hold back for clients that are slow, see `Publisher.publish`. Raises ValueError for what no
+        event can hold, Stopped before `start` and after `stop`.
+        """
         if not self._started:
             raise Stopped("the server has not been started")
-        return self._publisher.publish(data, event)
+        return self._publisher.publish(data, event, channel, wait)
+
+    def drain(self, seconds: float) -> None:
+        """Wait until all clients have every event, leaving out those that are due one older than so many seconds."""
+        self._publisher.drain(seconds)
 
     def __enter__(self) -> "SSEServer":
         try:
@@ -218,28 +241,81 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     # Called by handshakes, in the accept loop or in a thread of theirs
 
+    def handshake_renewed(self, handshake: "Handshake") -> None:
+        """Count a handshake as the youngest: one request is done, and its connection is kept for the next."""
+        with self._handshakes_lock:
+            self._handshakes[handshake] = self._handshakes.pop(handshake)
+
     def handshake_done(self, handshake: "Handshake") -> None:
         """Forget a handshake whose thread ends."""
         with self._handshakes_lock:
             self._handshakes.pop(handshake, None)
 
+    @property
+    def may_block(self) -> bool:
+        """Whether a look at a request for the stream can take long: then it is not for the accept loop."""
+        return self._authorize is not None
+
     def respond(self, request: Request) -> Tuple[bytes, bool]:
-        """Return the answer to a request, and whether it is the head of a stream that is to be registered."""
-        if request.method == "POST":
-            raise Refusal(403, "Publishing is not enabled on this server.")
+        """Return the answer to a request without a body, and whether it is the head of a stream to be registered."""
         if request.method == "OPTIONS":
-            return http1.answer(204, fields=self._preflight(request)), False
+            return http1.answer(204, fields=self._preflight()), False
         head_only = request.method == "HEAD"
         if request.path == "/favicon.ico":
             raise Refusal(404, "There is no icon here.")
         if request.path == "/" and request.accepts("text/html"):
             return http1.answer(200, self._page, content_type=HTML, head_only=head_only), False
+        self._admit(request)
+        self._channels(request)
         return self._stream_head(request), not head_only
+
+    def _admit(self, request: Request) -> None:
+        """Raise Refusal for a request that may not watch."""
+        if self._authorize is not None:
+            admitted = self._authorize(request)
+        else:
+            admitted = not self._tokens or request.has_token(self._tokens)
+        if not admitted:
+            raise Refusal(401, "Name a token: GET /TOKEN, or the header field Authorization: Bearer TOKEN.",
+                          ["WWW-Authenticate: Bearer"])
+
+    def admit_post(self, request: Request) -> None:
+        """Raise Refusal for a POST that may not publish; to be asked before its body is read."""
+        if not self._publish_tokens:
+            raise Refusal(403, "Publishing is not enabled: the server was started without --publish-token.")
+        if not request.has_token(self._publish_tokens):
+            raise Refusal(401, "Name the publish token: POST /TOKEN, or the header field Authorization: Bearer TOKEN.",
+                          ["WWW-Authenticate: Bearer"])
+
+    def post(self, request: Request, body: bytes, keep_alive: bool) -> bytes:
+        """Publish the body of a POST and return the answer."""
+        try:
+            id = self.publish(body.decode(), request.parameter("event"), request.parameter("channel"))
+        except UnicodeDecodeError:
+            raise Refusal(400, "The body is not UTF-8.") from None
+        except ValueError as error:
+            raise Refusal(400, f"This is no event: {error}.") from None
+        except Stopped:
+            raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
+        return http1.answer(200, json.dumps({"id": id}).encode() + b"\n", self._cross_origin(),
+                            content_type="application/json", keep_alive=keep_alive)
+
+    @staticmethod
+    def _channels(request: Request) -> List[str]:
+        """Return the channels that a client asks for. Raises Refusal."""
+        channels = request.query.get("channel", [])
+        try:
+            for channel in channels:
+                frames.check_channel(channel)
+        except ValueError as error:
+            raise Refusal(400, f"This channel cannot be: {error}.") from None
+        return channels
 
     def register(self, sock: socket.socket, request: Request, head: bytes, peer: str) -> bool:
         """Hand a socket over to the publisher. Returns False, and the socket stays the caller's, if it takes no more."""
         sock.setblocking(False)
-        return self._publisher.register(sock, head, peer=peer, chunked=request.chunked, last_id=request.last_id)
+        return self._publisher.register(sock, head, peer=peer, chunked=request.chunked,
+                                        channels=self._channels(request), last_id=request.last_id)
 
     def turn_away(self, request: Request, head: bytes) -> bytes:
         """Return the answer to a client that cannot be registered. Raises Refusal for one that is no EventSource."""
@@ -264,7 +340,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
         """Return the fields that let pages of other origins read an answer."""
         return ["Access-Control-Allow-Origin: *"]
 
-    def _preflight(self, request: Request) -> List[str]:
+    def _preflight(self) -> List[str]:
         return [*self._cross_origin(), f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
                 "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, Last-Event-ID",
                 "Access-Control-Max-Age: 86400"]
@@ -283,6 +359,7 @@ class Handshake:
         self._server = server
         self._peer = peer
         self._received = b""                # of the request, so far
+        self._kept = False                  # an answer was sent, and the connection kept for the next request
         self._deadline = time.monotonic() + HEAD_TIME
 
     def cut(self) -> None:
@@ -305,7 +382,7 @@ class Handshake:
         try:
             self._received = self._sock.recv(http1.MAX_HEAD)
             parsed = http1.parse(self._received)
-            if parsed is None or parsed[0].method != "GET":
+            if parsed is None or parsed[0].method != "GET" or self._server.may_block:
                 return False
             head, is_stream = self._server.respond(parsed[0])
             return is_stream and self._hand_over(parsed[0], head)
@@ -322,30 +399,55 @@ class Handshake:
     # Run by a thread of its own
 
     def run(self) -> None:
-        """Answer one request, or hand the socket over."""
+        """Answer a request, and further ones if the connection is kept; or hand the socket over."""
         try:
-            self._serve()
+            while self._serve():
+                self._kept = True
+                self._deadline = time.monotonic() + HEAD_TIME
+                self._server.handshake_renewed(self)
         except OSError as error:
             log.debug("%s left during its request: %s", self._peer, error)
         finally:
             self.close()
             self._server.handshake_done(self)
 
-    def _serve(self) -> None:
+    def _serve(self) -> bool:
+        """Deal with one request. Returns whether the connection is kept for the next one."""
         request = None
         try:
             request = self._read_head()
-            if request is None:
-                return
-            answer, is_stream = self._server.respond(request)
-            if is_stream and not self._hand_over(request, answer):
-                answer, is_stream = self._server.turn_away(request, answer), False
-            if not is_stream:
-                self._send(answer)
+            return request is not None and self._answer(request)
         except Refusal as refusal:
             log.debug("%s refused: %d %s", self._peer, refusal.status, refusal.text)
-            self._send(self._server.refuse(refusal, head_only=request is not None and request.method == "HEAD"))
-            self._linger()
+            self._refuse(refusal, request)
+        except OSError:
+            raise
+        except Exception:       # of a program's `authorize`, or a fault of ours: it costs this connection alone
+            log.exception("%s: the request could not be answered", self._peer)
+            self._refuse(Refusal(500, "The server could not answer this request; its log says why."), request)
+        return False
+
+    def _answer(self, request: Request) -> bool:
+        if request.method == "POST":
+            return self._answer_post(request)
+        answer, is_stream = self._server.respond(request)
+        if is_stream:
+            if self._hand_over(request, answer):
+                return False
+            answer = self._server.turn_away(request, answer)
+        self._send(answer)
+        return False
+
+    def _answer_post(self, request: Request) -> bool:
+        self._server.admit_post(request)
+        body = self._read_body(request)
+        keep_alive = request.keeps_alive
+        self._send(self._server.post(request, body, keep_alive))
+        return keep_alive
+
+    def _refuse(self, refusal: Refusal, request: Optional[Request]) -> None:
+        self._send(self._server.refuse(refusal, head_only=request is not None and request.method == "HEAD"))
+        self._linger()
 
     def _read_head(self) -> Optional[Request]:
         """Return the request, None if the client closes before it is whole. Raises Refusal."""
@@ -356,20 +458,39 @@ class Handshake:
                 self._received = self._received[parsed[1]:]
                 return parsed[0]
             seen = len(self._received)
-            received = self._receive()
-            if not received:
+            if not self._receive():
                 return None
-            self._received += received
 
-    def _receive(self) -> bytes:
+    def _read_body(self, request: Request) -> bytes:
+        """Return the body of a POST. Raises Refusal, also for one that cannot be or is cut short."""
+        length = request.body_length
+        if request.fields.get("expect", "").lower() == "100-continue" and len(self._received) < length:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        parts, missing = [self._received], length - len(self._received)
+        while missing > 0:
+            self._received = b""
+            if not self._receive():
+                raise ConnectionAbortedError("the body was cut short")
+            parts.append(self._received)
+            missing -= len(self._received)
+        whole = b"".join(parts)
+        self._received = whole[length:]
+        return whole[:length]
+
+    def _receive(self) -> bool:
+        """Receive more of the request, within what is left of its time. Returns False at the end of the stream."""
         left = self._deadline - time.monotonic()
         try:
             if left <= 0:
                 raise socket.timeout
             self._sock.settimeout(left)
-            return self._sock.recv(http1.MAX_HEAD)
+            data = self._sock.recv(65536)
         except socket.timeout:
+            if self._kept and not self._received:       # a 408 could pass for the answer to what comes just now
+                return False
             raise Refusal(408, f"The request took longer than {HEAD_TIME:g} seconds.") from None
+        self._received += data
+        return bool(data)
 
     def _send(self, answer: bytes) -> None:
         self._sock.settimeout(LINGER_TIME)
@@ -397,6 +518,14 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--port", type=port_number, default=6500, help="port to listen on; 0 picks one (default 6500)")
     parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS",
                         help="time between two ticks of the clock (default 1)")
+    parser.add_argument("--stdin", action="store_true", help="each line of standard input is an event, in place of the "
+                        "clock; after the last one, everyone served, the server stops")
+    parser.add_argument("--patience", type=seconds_or_none, default=5.0, metavar="SECONDS",
+                        help="how long --stdin waits for a client that is slow (default 5; 0: not at all)")
+    parser.add_argument("--token", action="append", default=[], metavar="TOKEN",
+                        help="who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)")
+    parser.add_argument("--publish-token", metavar="TOKEN",
+                        help="who may publish by POST; can come from SSE_PUBLISH_TOKEN instead (default: nobody)")
     parser.add_argument("--history", type=whole_number, default=1024, metavar="FRAMES", help="events kept for clients "
                         "that come back; 0: no ids, the wire of the original (default 1024)")
     parser.add_argument("--heartbeat", type=seconds_or_none, default=15.0, metavar="SECONDS",
@@ -406,7 +535,12 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--max-clients", type=whole_number, default=10000, metavar="N",
                         help="clients at a time (default 10000)")
     parser.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.token += os.environ.get("SSE_TOKEN", "").split()
+    options.publish_token = options.publish_token or os.environ.get("SSE_PUBLISH_TOKEN")
+    if options.stdin and sys.stdin is None:
+        parser.error("--stdin needs a standard input")
+    return options
 
 
 class Parser(argparse.ArgumentParser):
@@ -447,7 +581,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
     try:
         server = SSEServer(options.host, options.port, history=options.history, heartbeat=options.heartbeat,
-                           retry=options.retry, max_clients=options.max_clients)
+                           retry=options.retry, max_clients=options.max_clients, tokens=options.token,
+                           publish_tokens=[options.publish_token] if options.publish_token else [])
     except OSError as error:
         print(f"sse_server.py: cannot listen on {options.host} port {options.port}: {error.strerror}", file=sys.stderr)
         return 2
@@ -456,20 +591,34 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     signal.set_wakeup_fd(waker.fileno())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)      # that it came is read from the wake-up socket
-    print(f"Press enter to terminate\nListening on {server.url}", flush=True)
+    print(f"{'' if options.stdin else 'Press enter to terminate' + chr(10)}Listening on {server.url}", flush=True)
     stopping = threading.Event()
-    source = threading.Thread(target=sources.clock, args=(server.publish, stopping, options.interval), name="source")
+    source = threading.Thread(target=run_source, args=(server, options, stopping, waker), name="source")
     with server:
         source.start()
-        wait_for_stop(wakee)
+        wait_for_stop(wakee, watch_input=not options.stdin)
         stopping.set()
-        source.join()
+    source.join()
     return 0
 
 
-def wait_for_stop(wakee: socket.socket) -> None:
+def run_source(server: SSEServer, options: argparse.Namespace, stopping: threading.Event, waker: socket.socket) -> None:
+    """Publish what the source that was asked for gives, until its end; then, everyone served, have the server stop."""
+    try:
+        if options.stdin:
+            sources.lines(server.publish, stopping, sys.stdin.fileno(), options.patience)
+            server.drain(max(1.0, options.patience))
+        else:
+            sources.clock(server.publish, stopping, options.interval)
+    except Stopped:         # while it was publishing
+        pass
+    finally:
+        waker.send(b"\0")
+
+
+def wait_for_stop(wakee: socket.socket, watch_input: bool) -> None:
     """Return on Enter or when `wakee` can be read. The end of standard input is no Enter: services have none."""
-    watched = [wakee] if sys.stdin is None else [wakee, sys.stdin.fileno()]
+    watched = [wakee, sys.stdin.fileno()] if watch_input and sys.stdin is not None else [wakee]
     while True:
         ready = select.select(watched, [], [])[0]
         if wakee in ready:
