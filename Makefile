@@ -1,13 +1,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test bench clean
+.PHONY: run test test-long bench clean
 
 run:
 	$(PYTHON) sse_server.py --port 6500
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
+
+test-long: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -m long
 
 $(VENV)/ready: setup.cfg
 	$(PYTHON) -m venv $(VENV)

@@ -21,11 +21,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def deliver(server: ServerProcess, clients: Clients, events: int, pause: float) -> Result:
+def deliver(server: ServerProcess, clients: Clients, events: int, pause: float, channel: str = "") -> Result:
     """Publish events and receive them all; return microseconds of server CPU per delivery, and the latencies."""
     clients.latencies.clear()
     with Measure(server) as measure:
-        server.publish(events, pause)
+        server.publish(events, pause, channel)
         clients.read_until(server.published)
     server.wait()
     ordered = sorted(clients.latencies)
@@ -162,16 +162,52 @@ def resume(runs: int, number: int = 1000, missed: int = 1000) -> None:
     server.stop()
 
 
+def channels(runs: int, number: int = 10000) -> None:
+    """An event on a channel touches only those who asked for it, however many others there are."""
+    crowd, alone, hundred, one = (our_server(name, max_clients=20000) for name in ("crowd", "alone", "hundred", "one"))
+
+    def connect(server: ServerProcess, count: int, channel: Callable[[int], str]) -> Clients:
+        clients = Clients(server.port)
+        clients.connect(count, request=lambda index: f"GET /?channel={channel(index)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return clients
+    rest = connect(crowd, number - 1, lambda index: f"c{index}")
+    first = [(crowd, connect(crowd, 1, lambda _: "mine")), (alone, connect(alone, 1, lambda _: "mine"))]
+    many, single = alternate(first, runs, lambda server, clients: deliver(server, clients, 40, .02, "mine"))
+    say(f"\none event to one of {number} clients, each on a channel of its own: {many['cpu'] / single['cpu']:.2f} times one client "
+        f"alone ({many['cpu']:.0f} and {single['cpu']:.0f} us)")
+    tens = connect(hundred, 1000, lambda index: f"c{index % 100}")
+    second = [(hundred, tens), (one, connect(one, 1000, lambda _: "c0"))]
+    parted, whole = alternate(second, runs, lambda server, clients: spread(server, clients, 100 if server is hundred else 1))
+    say(f"100 channels of 10 clients: {parted['cpu'] / whole['cpu']:.2f} per delivery of one channel of 1000 "
+        f"({parted['cpu']:.2f} and {whole['cpu']:.2f} us)")
+    for clients in (rest, *(clients for _, clients in first + second)):
+        clients.close()
+    for server in (crowd, alone, hundred, one):
+        server.stop()
+
+
+def spread(server: ServerProcess, clients: Clients, channels: int, rounds: int = 20) -> Result:
+    """Publish one event to each channel at once, time and again; return the cost of a delivery."""
+    with Measure(server) as measure:
+        for _ in range(rounds):
+            clients.latencies.clear()
+            server.publish(channels, 0, "c", channels)
+            clients.read_each()
+            server.wait()
+            time.sleep(1 / RATE)
+    return {"cpu": measure.cpu / rounds / len(clients) * 1e6, "load": measure.load}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="*", help="fan-out, connects, memory, resume, stalled (default: all)")
+    parser.add_argument("only", nargs="*", help="fan-out, connects, memory, resume, channels, stalled (default: all)")
     parser.add_argument("--runs", type=int, default=9, help="alternating runs of each measurement (default 9)")
     options = parser.parse_args()
     limit = descriptor_limit()
     if (os.cpu_count() or 1) < 2:
         sys.exit("two cores are needed: one for the server, one for the load")
     os.sched_setaffinity(0, {1})
-    chosen = options.only or ["fan-out", "connects", "memory", "resume", "stalled"]
+    chosen = options.only or ["fan-out", "connects", "memory", "resume", "channels", "stalled"]
     with tempfile.TemporaryDirectory() as folder:
         say(f"Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}, descriptor limit {limit}. `load` is the share of "
             "its core that the load took:\nbelow 100 % it was not the bottleneck.")
@@ -187,6 +223,8 @@ def main() -> None:
             idle_memory(min(10000, limit - 200))
         if "resume" in chosen:
             resume(options.runs)
+        if "channels" in chosen:
+            channels(options.runs, min(10000, limit - 200))
         if "stalled" in chosen:
             stalled(options.runs)
 

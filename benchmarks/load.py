@@ -40,9 +40,12 @@ class ServerProcess:
         self.port = int(self.process.stdout.readline())
         self.published = 0
 
-    def publish(self, events: int, pause: float = 0.0, channel: str = "") -> None:
-        """Have it publish so many events, `pause` seconds apart. Returns at once; `wait` waits for its answer."""
-        self.process.stdin.write(f"{events} {int(pause * 1e6)} {channel}\n")
+    def publish(self, events: int, pause: float = 0.0, channel: str = "", channels: int = 0) -> None:
+        """Have it publish so many events, `pause` seconds apart. Returns at once; `wait` waits for its answer.
+
+        channel: on this one; with `channels`: on as many in turn, so numbered.
+        """
+        self.process.stdin.write(f"{events} {int(pause * 1e6)} {channel} {channels or ''}\n")
         self.process.stdin.flush()
         self.published += events
 
@@ -146,6 +149,14 @@ class Clients:
                 self._receive(fd)
                 if self._last.get(fd, -1) >= published - 1:
                     pending.discard(fd)
+
+    def read_each(self) -> None:
+        """Receive until there are as many latencies as clients: one event each, since these were cleared."""
+        deadline = time.monotonic() + TIMEOUT
+        while len(self.latencies) < len(self):
+            assert time.monotonic() < deadline, f"{len(self.latencies)} of {len(self)} events"
+            for fd, _ in self._epoll.poll(1.0):
+                self._receive(fd)
 
     def read_bytes(self, size: int) -> None:
         """Receive until all together have so many bytes."""

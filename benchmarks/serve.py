@@ -1,7 +1,7 @@
 """The server under test, as a process: SSEServer, and events on command.
 
-Prints its port. Then each line `COUNT MICROSECONDS [CHANNEL]` on standard input publishes COUNT events with that pause
-between two of them, and is answered by a line. The end of standard input ends it. Arguments: NAME=VALUE for SSEServer.
+Prints its port. Then each line `COUNT MICROSECONDS [CHANNEL [CHANNELS]]` on standard input publishes COUNT events with that pause
+between two of them, on that channel or on so many numbered ones in turn, and is answered by a line. The end of standard input ends it. Arguments: NAME=VALUE for SSEServer.
 """
 import sys
 import time
@@ -19,11 +19,11 @@ def main() -> None:
     with SSEServer(port=0, **options) as server:
         print(server.port, flush=True)
         for line in sys.stdin:
-            events, pause, *channel = line.split()
+            events, pause, channel, channels = [*line.split(), None, None][:4]
             due = time.monotonic()
-            for _ in range(int(events)):
+            for number in range(int(events)):
                 data = f"{time.monotonic_ns():019d} {sequence:09d} ".ljust(68, "x")
-                server.publish(data, None, *channel)
+                server.publish(data, None, f"{channel}{number % int(channels)}" if channels else channel)
                 sequence += 1
                 due += int(pause) / 1e6
                 if int(pause):

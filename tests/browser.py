@@ -48,7 +48,8 @@ class Page:
 
     def open(self, url: str) -> "Page":
         self.call("Page.navigate", url=url)
-        wait_until(lambda: self.evaluate("location.href !== 'about:blank' && document.readyState === 'complete'"))
+        path = url.partition("#")[0].rstrip("/")
+        wait_until(lambda: self.evaluate(f"location.href.startsWith({path!r}) && document.readyState === 'complete'"))
         return self
 
     def evaluate(self, expression: str):

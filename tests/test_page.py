@@ -165,3 +165,54 @@ def test_a_browser_without_event_source_is_told(tab, server):
     tab.open(server.url)
     tab.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
     assert tab.lines() == ["Sorry, your browser does not support server-sent events..."]
+
+
+def type_in(page, field: str, text: str) -> None:
+    page.evaluate(f"(() => {{ const field = document.getElementById('{field}'); field.value = {text!r};"
+                  "field.dispatchEvent(new Event('change')); })()")
+
+
+def test_publish_from_the_page_and_watch_a_channel(tab):
+    with SSEServer(port=0, tokens=["look"], publish_tokens=["say it"]) as server:
+        tab.open(server.url + "/")
+        wait_until(lambda: tab.lines() == ["Connection failed"])        # without a token
+        assert tab.evaluate("document.getElementById('publish').hidden")
+        tab.open("about:blank")
+        tab.open(server.url + "/?channel=news&event=mail#look,say%20it")
+        wait_until(lambda: server.clients == 1)
+        for text, event, channel in (("plain", "", ""), ("<b>", "mail", "news"), ("no", "", "sport")):
+            type_in(tab, "text", text), type_in(tab, "event", event), type_in(tab, "channel", channel)
+            tab.evaluate("document.querySelector('#publish button').click()")
+            tab.wait_for("document.getElementById('text').value === ''")
+        wait_until(lambda: len(tab.lines()) == 2)
+        assert tab.lines() == ["Data: plain", "mail: <b>"]
+        type_in(tab, "channels", "news, sport")
+        wait_until(lambda: len(server._publisher._groups) == 1 and "sport" in server._publisher._channels)
+        server.publish("goal", channel="sport")
+        wait_until(lambda: tab.lines()[-1] == "Data: goal")
+
+
+def test_pause_filter_and_chart(tab, server):
+    tab.open(server.url + "/")
+    wait_until(lambda: server.clients == 1)
+    server.publish("one")
+    wait_until(lambda: tab.lines() == ["Data: one"])
+    tab.evaluate("document.getElementById('pause').click()")
+    assert tab.evaluate("document.getElementById('pause').getAttribute('aria-pressed')") == "true"
+    server.publish("two")
+    server.publish("three", "custom")
+    wait_until(lambda: tab.evaluate("held.length") == 2)
+    assert tab.lines() == ["Data: one"]
+    tab.evaluate("document.getElementById('pause').click()")
+    assert tab.lines() == ["Data: one", "Data: two", "Custom: three"]
+    type_in(tab, "shown", "custom")
+    visible = "[...document.querySelectorAll('#lines > div:not([hidden])')].map(line => line.textContent)"
+    assert tab.evaluate(visible) == ["Custom: three"]
+    server.publish("four")
+    server.publish("five", "custom")
+    wait_until(lambda: tab.evaluate(visible) == ["Custom: three", "Custom: five"])
+    type_in(tab, "shown", "")
+    assert len(tab.evaluate(visible)) == 5
+    tab.wait_for("/now [0-9]+, at most [1-9]/.test(document.getElementById('chart').getAttribute('aria-label'))")
+    unnamed = "[...document.querySelectorAll('input, select, button')].filter(e => !(e.ariaLabel || e.labels.length || e.textContent))"
+    assert tab.evaluate(unnamed + ".length") == 0

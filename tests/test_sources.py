@@ -1,14 +1,11 @@
 """Ways in: the pipe, POST and the library, through real processes and real sockets."""
 import json
-import logging
 import random
-import resource
+import selectors
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import requests
@@ -17,6 +14,7 @@ import frames
 import sources
 from helpers import PATIENCE, TOP, Client, ask, connect, serving, wait_until
 from sse_server import SSEServer
+from wire import Decoder
 
 POST = "SECRET"
 
@@ -73,7 +71,6 @@ def test_a_signal_stops_a_pipe_that_is_open():
 
 def drain(clients: list, counts: dict) -> None:
     """Read all clients to their end, counting events and checking their order; decoding strictly would take minutes."""
-    import selectors
     selector = selectors.DefaultSelector()
     tails = {}
     for client in clients:
@@ -107,7 +104,6 @@ def flood(number: int, readers: int, slow: bool) -> None:
         server.process.stdin.write(b"".join(b"%d\n" % line for line in range(1, number // 2 + 1)))
         server.process.stdin.flush()
         middle = int(subprocess.run(["ps", "-o", "rss=", "-p", str(server.process.pid)], capture_output=True).stdout)
-        began = time.monotonic()
         server.process.stdin.write(b"".join(b"%d\n" % line for line in range(number // 2 + 1, number + 1)))
         server.process.stdin.flush()
         end = int(subprocess.run(["ps", "-o", "rss=", "-p", str(server.process.pid)], capture_output=True).stdout)
@@ -126,8 +122,13 @@ def flood(number: int, readers: int, slow: bool) -> None:
             client.close()
 
 
-def test_a_long_pipe_loses_nothing_and_takes_no_memory():
-    flood(100_000, 10, slow=False)
+def test_a_million_lines_lose_nothing_and_take_no_memory():
+    flood(1_000_000, 2, slow=False)
+
+
+@pytest.mark.long
+def test_a_million_lines_to_fifty_clients():
+    flood(1_000_000, 50, slow=False)
 
 
 def test_a_client_that_hardly_reads_costs_one_pause_and_is_told_its_gap():
@@ -301,7 +302,6 @@ def test_what_was_published_is_what_arrives(open_server):
                 session.post(f"{open_server.url}/{POST}", params={k: v for k, v in given.items() if v is not None},
                              data=data.encode(), timeout=PATIENCE).raise_for_status()
             sent.append((event or "message", data.replace("\r\n", "\n").replace("\r", "\n")))
-        from wire import Decoder
         decoder = Decoder(chunked=False)        # requests has taken the chunks off
         decoder.feed(b"HTTP/1.1 200 OK\r\n\r\n")
         for piece in watching.iter_content(None):
