@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test test-long bench clean
+.PHONY: run test test-long fuzz bench siege clean
 
 run:
 	$(PYTHON) sse_server.py --port 6500
@@ -11,6 +11,9 @@ test: $(VENV)/ready
 
 test-long: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m long
+
+fuzz: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -k fuzz --fuzz 100
 
 $(VENV)/ready: setup.cfg
 	$(PYTHON) -m venv $(VENV)
@@ -22,3 +25,6 @@ clean:
 
 bench:
 	$(PYTHON) benchmarks/bench.py
+
+siege:
+	$(PYTHON) benchmarks/siege.py

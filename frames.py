@@ -8,7 +8,7 @@ client of HTTP/1.0, which knows no chunks, is sent a plain slice of the same fra
 """
 import json
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from itertools import accumulate
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -228,12 +228,16 @@ class Batch:
         self.data = b"".join(self._parts)
         self._ends: List[int] = []      # made by the first cut: most batches are taken whole
 
-    def cut(self, sent: int) -> Tuple[int, memoryview]:
-        """Return how many frames are begun after `sent` bytes, and what is left of the last of these."""
-        self._ends = self._ends or list(accumulate(map(len, self._parts)))
-        whole = bisect_right(self._ends, sent)
-        start = self._ends[whole - 1] if whole else 0
-        if sent == start:
-            return whole, memoryview(b"")
-        return whole + 1, memoryview(self._parts[whole])[sent - start:]
+    def cut(self, sent: int, committed: int = 0) -> Tuple[int, memoryview]:
+        """Return how many frames are begun after `sent` bytes, and what is left to be sent of these.
 
+        Begun is also what reaches into the `committed` bytes after those that are sent.
+        """
+        self._ends = self._ends or list(accumulate(map(len, self._parts)))
+        first = bisect_right(self._ends, sent)
+        start = self._ends[first - 1] if first else 0
+        if sent == start and not committed:
+            return first, memoryview(b"")
+        last = bisect_left(self._ends, sent + committed) if committed else first
+        parts = self._parts[first:last + 1]         # one of them is not copied: it can be long, and the log has it too
+        return last + 1, memoryview(parts[0] if len(parts) == 1 else b"".join(parts))[sent - start:]

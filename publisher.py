@@ -102,6 +102,11 @@ class Client:
         self.awaited = True         # a patient source waits for it; False from when it was given up until it is current
 
 
+def committed(client: Client) -> int:
+    """Return how many bytes a TLS socket that was full has begun to send all the same: they must be offered again."""
+    return getattr(client.sock, "committed", 0)
+
+
 class Publisher:
     """Fan one log out to all registered clients, in one thread named `publisher`.
 
@@ -308,18 +313,19 @@ class Publisher:
         due = (frame.id for frame in self._log.read(cursor, self._log.next) if group.wants(frame))
         return group.framed(frames.gap(after, frames.format_id(next(due, None)), reason))
 
-    def _read_on(self, client: Client) -> Tuple[Bytes, Batch, int]:
-        """Return what a client that is not current is due: bytes, then a batch, and where its cursor is after that.
+    def _read_on(self, client: Client) -> Tuple[Bytes, Batch, int, int]:
+        """Return what a client that is not current is due: bytes, a batch, and the cursors before and after that.
 
         A gap is told only once the frame before it is finished, so that a client never has two of them to be sent.
         """
         log = self._log
         lost = client.cursor < log.first and log.lost(client.cursor, client.group.channels)
         if client.rest and (lost or len(client.rest) >= frames.BATCH):
-            return client.rest, NOTHING, client.cursor
+            return client.rest, NOTHING, client.cursor, client.cursor
         cursor = max(client.cursor, log.first)
         told = self._gap(client.group, cursor, client.after, "lagging") if lost else b""
-        return (bytes(client.rest) + told, *self._batch_at(cursor, client.group))
+        batch, end = self._batch_at(cursor, client.group)
+        return bytes(client.rest) + told, batch, cursor, end
 
     def _batch_at(self, cursor: int, group: Group) -> Tuple[Batch, int]:
         """Return the batch from this cursor on and the cursor after it, joined once for all clients that are there."""
@@ -438,11 +444,11 @@ class Publisher:
         """Make a current client lagging, `sent` bytes into a batch."""
         self._set_lagging(client)
         client.cursor = batch.frames[0].number
-        self._move_cursor(client, batch, sent)
+        self._move_cursor(client, batch, sent, committed(client))
 
-    def _move_cursor(self, client: Client, batch: Batch, sent: int) -> None:
-        """Move a client over the frames of a batch that are begun; what is left of the last one becomes its rest."""
-        begun, client.rest = batch.cut(sent)
+    def _move_cursor(self, client: Client, batch: Batch, sent: int, committed: int) -> None:
+        """Move a client over the frames of a batch that are begun; what is left of these becomes its rest."""
+        begun, client.rest = batch.cut(sent, committed)
         if begun:
             client.cursor = batch.frames[begun - 1].number + 1
             client.after = frames.format_id(batch.frames[begun - 1].id) or client.after
@@ -493,17 +499,21 @@ class Publisher:
     def _advance(self, client: Client) -> bool:
         """Send a client that is not current one batch from its cursor. Returns False if it was dropped."""
         with self._mutex:
-            rest, batch, cursor = self._read_on(client)
+            rest, batch, start, end = self._read_on(client)
         sent = self._send(client, b"".join((rest, batch.data)) if batch.data else rest)
         if sent is None:
             return False
-        if 0 < sent < len(rest):
-            client.rest = memoryview(rest)[sent:]
-        if sent < len(rest):        # if nothing was sent nothing has changed, and a gap is told anew, as it is then
+        begun = sent + committed(client)
+        if not begun:               # nothing has changed, and a gap is told anew, as it is then
             return True
-        self._move_cursor(client, batch, sent - len(rest))
-        if sent == len(rest) + len(batch.data):
-            client.cursor = cursor      # beyond frames that its group does not want, too
+        client.cursor = start
+        done = max(0, sent - len(rest))
+        self._move_cursor(client, batch, done, max(0, begun - len(rest)) - done)
+        if sent < len(rest):
+            left = memoryview(rest)[sent:]
+            client.rest = memoryview(b"".join((left, client.rest))) if client.rest else left
+        elif done == len(batch.data):
+            client.cursor = end     # beyond frames that its group does not want, too
         return True
 
     def _send(self, client: Client, data: Bytes) -> Optional[int]:

@@ -25,6 +25,7 @@ import select
 import signal
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ BACKLOG = 1024              # connections the kernel holds ready for accept
 SEND_BUFFER = 64 << 10      # bytes of kernel memory for each client; else it takes 4 MiB for a stalled one
 ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
 RECOVERED = 10.0            # seconds without a failure after which the next one is worth a warning again
+RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
 PAGE = Path(__file__).with_name("index.html")
 HTML = "text/html; charset=utf-8"
 
@@ -64,6 +66,9 @@ class SSEServer(socketserver.ThreadingTCPServer):
     authorize: a function of the `http1.Request` that says who may watch, in place of `tokens`. It is called in a
         handshake thread, so it may take its time, of which others lose nothing; if it raises, the answer is a 500.
 
+    origins: of the pages that may read answers and publish, as `https://example.org`; none: every page may.
+    cert, key: PEM files (the key may be in the first) for TLS; OSError or ssl.SSLError if they cannot be used.
+
     Use it as a context manager, or call `start` and `stop`. All methods may be called from any thread. Raises
     ValueError for an option that cannot be.
     """
@@ -72,7 +77,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 1024, heartbeat: float = 15.0,
                  retry: float = 3.0, max_clients: int = 10000, tokens: Sequence[str] = (),
-                 publish_tokens: Sequence[str] = (), authorize: Optional[Callable[[Request], bool]] = None) -> None:
+                 publish_tokens: Sequence[str] = (), authorize: Optional[Callable[[Request], bool]] = None,
+                 origins: Sequence[str] = (), cert: Optional[str] = None, key: Optional[str] = None) -> None:
         self._handshakes_lock = threading.Lock()
         self._handshakes: Dict["Handshake", threading.Thread] = {}      # the oldest first
         self._lifecycle = threading.RLock()
@@ -86,6 +92,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self._tokens = [token.encode() for token in tokens]
         self._publish_tokens = [token.encode() for token in publish_tokens]
         self._authorize = authorize
+        self._origins = frozenset(origins)
+        self.tls = tls_context(cert, key) if cert else None
         self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -105,7 +113,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
     def url(self) -> str:
         """Where a client on this machine finds it."""
         host = self.server_address[0]
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return f"http{'s' if self.tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def clients(self) -> int:
@@ -253,13 +261,13 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     @property
     def may_block(self) -> bool:
-        """Whether a look at a request for the stream can take long: then it is not for the accept loop."""
-        return self._authorize is not None
+        """Whether a request for the stream can take long to look at: then it is not for the accept loop."""
+        return self._authorize is not None or self.tls is not None
 
     def respond(self, request: Request) -> Tuple[bytes, bool]:
         """Return the answer to a request without a body, and whether it is the head of a stream to be registered."""
         if request.method == "OPTIONS":
-            return http1.answer(204, fields=self._preflight()), False
+            return http1.answer(204, fields=self._preflight(request)), False
         head_only = request.method == "HEAD"
         if request.path == "/favicon.ico":
             raise Refusal(404, "There is no icon here.")
@@ -281,6 +289,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     def admit_post(self, request: Request) -> None:
         """Raise Refusal for a POST that may not publish; to be asked before its body is read."""
+        if self._origins and not self._is_own_origin(request) and request.fields.get("origin") not in (None, *self._origins):
+            raise Refusal(403, "Pages of this origin may not publish: it is not among those of --origin.")
         if not self._publish_tokens:
             raise Refusal(403, "Publishing is not enabled: the server was started without --publish-token.")
         if not request.has_token(self._publish_tokens):
@@ -297,7 +307,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
             raise Refusal(400, f"This is no event: {error}.") from None
         except Stopped:
             raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
-        return http1.answer(200, json.dumps({"id": id}).encode() + b"\n", self._cross_origin(),
+        return http1.answer(200, json.dumps({"id": id}).encode() + b"\n", self._cross_origin(request),
                             content_type="application/json", keep_alive=keep_alive)
 
     @staticmethod
@@ -324,24 +334,32 @@ class SSEServer(socketserver.ThreadingTCPServer):
         retry = frames.retry(jittered(10 * max(1.0, self._retry)))      # EventSource would give up for good on a 503
         return head + (retry + frames.END if request.chunked else frames.unchunk(retry))
 
-    def refuse(self, refusal: Refusal, head_only: bool) -> bytes:
-        """Return the answer that tells a client what was wrong."""
-        fields = [*refusal.fields, *self._cross_origin()]
+    def _is_own_origin(self, request: Request) -> bool:
+        """Say whether the request comes from a page that this server itself sent."""
+        return request.fields.get("origin", "") == f"http{'s' if self.tls else ''}://{request.fields.get('host', '')}"
+
+    def refuse(self, refusal: Refusal, request: Optional[Request]) -> bytes:
+        """Return the answer that tells a client what was wrong; the request is None if it could not be read."""
+        fields = [*refusal.fields, *self._cross_origin(request)]
+        head_only = request is not None and request.method == "HEAD"
         return http1.answer(refusal.status, f"{refusal.text}\n".encode(), fields, head_only=head_only)
 
     def _stream_head(self, request: Request) -> bytes:
         """Return the head of a stream: the original's four lines in their order, then those for proxies."""
         lines = ["HTTP/1.1 200 OK", "Content-Type: text/event-stream",
-                 "Transfer-Encoding: chunked" if request.chunked else "Connection: close", *self._cross_origin(),
+                 "Transfer-Encoding: chunked" if request.chunked else "Connection: close", *self._cross_origin(request),
                  "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", "", ""]
         return "\r\n".join(lines).encode()
 
-    def _cross_origin(self) -> List[str]:
-        """Return the fields that let pages of other origins read an answer."""
-        return ["Access-Control-Allow-Origin: *"]
+    def _cross_origin(self, request: Optional[Request]) -> List[str]:
+        """Return the fields that let a page of another origin read the answer (WHATWG Fetch section 3.2)."""
+        if not self._origins:
+            return ["Access-Control-Allow-Origin: *"]
+        origin = request.fields.get("origin") if request else None
+        return [f"Access-Control-Allow-Origin: {origin}", "Vary: Origin"] if origin in self._origins else ["Vary: Origin"]
 
-    def _preflight(self) -> List[str]:
-        return [*self._cross_origin(), f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
+    def _preflight(self, request: Request) -> List[str]:
+        return [*self._cross_origin(request), f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
                 "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, Last-Event-ID",
                 "Access-Control-Max-Age: 86400"]
 
@@ -378,11 +396,13 @@ class Handshake:
 
     def run_at_once(self) -> bool:
         """Register the client if its request for the stream is all there. Else return False: `run` is to go on."""
+        if self._server.may_block:
+            return False
         self._sock.setblocking(False)
         try:
             self._received = self._sock.recv(http1.MAX_HEAD)
             parsed = http1.parse(self._received)
-            if parsed is None or parsed[0].method != "GET" or self._server.may_block:
+            if parsed is None or parsed[0].method != "GET":
                 return False
             head, is_stream = self._server.respond(parsed[0])
             return is_stream and self._hand_over(parsed[0], head)
@@ -401,6 +421,8 @@ class Handshake:
     def run(self) -> None:
         """Answer a request, and further ones if the connection is kept; or hand the socket over."""
         try:
+            if self._server.tls:
+                self._start_tls(self._server.tls)
             while self._serve():
                 self._kept = True
                 self._deadline = time.monotonic() + HEAD_TIME
@@ -410,6 +432,12 @@ class Handshake:
         finally:
             self.close()
             self._server.handshake_done(self)
+
+    def _start_tls(self, context: ssl.SSLContext) -> None:
+        with self._lock:
+            self._sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+        self._sock.settimeout(HEAD_TIME)
+        self._sock.do_handshake()
 
     def _serve(self) -> bool:
         """Deal with one request. Returns whether the connection is kept for the next one."""
@@ -446,8 +474,11 @@ class Handshake:
         return keep_alive
 
     def _refuse(self, refusal: Refusal, request: Optional[Request]) -> None:
-        self._send(self._server.refuse(refusal, head_only=request is not None and request.method == "HEAD"))
-        self._linger()
+        try:
+            self._send(self._server.refuse(refusal, request))
+            self._linger()
+        except OSError:         # it does not wait to be told why
+            pass
 
     def _read_head(self) -> Optional[Request]:
         """Return the request, None if the client closes before it is whole. Raises Refusal."""
@@ -506,9 +537,43 @@ class Handshake:
 
 def _shut(sock: socket.socket, how: int) -> None:
     try:
-        sock.shutdown(how)
+        socket.socket.shutdown(sock, how)       # of a TLS socket too: its own would forget its state in mid-use
     except OSError:         # the peer was faster
         pass
+
+
+class TLSSocket(ssl.SSLSocket):
+    """A TLS socket that says BlockingIOError where a plain one does, and what it wants to be offered again then.
+
+    OpenSSL encrypts a record, of RECORD bytes at most, before it finds the socket full. `committed` is the length of
+    that: the next send must begin with the same bytes (SSL_write(3), the notes on retries).
+    """
+    committed = 0
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        piece = data[:RECORD]
+        try:
+            sent = super().send(piece, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            self.committed = max(self.committed, len(piece))
+            raise BlockingIOError from None
+        self.committed = 0
+        return sent
+
+    def recv(self, size: int = 1024, flags: int = 0) -> bytes:
+        try:
+            return super().recv(size, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+
+def tls_context(cert: str, key: Optional[str]) -> ssl.SSLContext:
+    """Return a server's context for this certificate. Raises OSError or ssl.SSLError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.sslsocket_class = TLSSocket
+    context.load_cert_chain(cert, key)
+    return context
 
 
 def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -526,6 +591,10 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
                         help="who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)")
     parser.add_argument("--publish-token", metavar="TOKEN",
                         help="who may publish by POST; can come from SSE_PUBLISH_TOKEN instead (default: nobody)")
+    parser.add_argument("--origin", action="append", default=[], metavar="ORIGIN",
+                        help="of pages that may read and publish, as https://example.org; can be repeated (default: all)")
+    parser.add_argument("--cert", metavar="FILE", help="certificate chain for TLS, PEM")
+    parser.add_argument("--key", metavar="FILE", help="its key, if that is not in the same file")
     parser.add_argument("--history", type=whole_number, default=1024, metavar="FRAMES", help="events kept for clients "
                         "that come back; 0: no ids, the wire of the original (default 1024)")
     parser.add_argument("--heartbeat", type=seconds_or_none, default=15.0, metavar="SECONDS",
@@ -538,6 +607,8 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.token += os.environ.get("SSE_TOKEN", "").split()
     options.publish_token = options.publish_token or os.environ.get("SSE_PUBLISH_TOKEN")
+    if options.key and not options.cert:
+        parser.error("--key needs --cert")
     if options.stdin and sys.stdin is None:
         parser.error("--stdin needs a standard input")
     return options
@@ -580,11 +651,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
     try:
-        server = SSEServer(options.host, options.port, history=options.history, heartbeat=options.heartbeat,
-                           retry=options.retry, max_clients=options.max_clients, tokens=options.token,
-                           publish_tokens=[options.publish_token] if options.publish_token else [])
-    except OSError as error:
-        print(f"sse_server.py: cannot listen on {options.host} port {options.port}: {error.strerror}", file=sys.stderr)
+        server = make_server(options)
+    except (OSError, ValueError) as error:
+        print(f"sse_server.py: {error}", file=sys.stderr)
         return 2
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
@@ -600,6 +669,21 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         stopping.set()
     source.join()
     return 0
+
+
+def make_server(options: argparse.Namespace) -> SSEServer:
+    """Return the server that the command line asks for. Raises OSError or ValueError with a text for its user."""
+    try:
+        tls_context(options.cert, options.key) if options.cert else None
+    except OSError as error:        # ssl.SSLError is one too
+        raise ValueError(f"cannot use {options.cert} and {options.key or 'the key in it'}: {error.strerror or error}") from None
+    try:
+        return SSEServer(
+            options.host, options.port, history=options.history, heartbeat=options.heartbeat, retry=options.retry,
+            max_clients=options.max_clients, tokens=options.token, origins=options.origin, cert=options.cert,
+            publish_tokens=[options.publish_token] if options.publish_token else [], key=options.key)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {options.host} port {options.port}: {error.strerror}") from None
 
 
 def run_source(server: SSEServer, options: argparse.Namespace, stopping: threading.Event, waker: socket.socket) -> None:

@@ -12,6 +12,10 @@ from helpers import wait_until     # noqa: E402
 from sse_server import SSEServer   # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=1, help="how many times as long the fuzz tests are")
+
+
 def descriptors() -> set:
     folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
     return set(os.listdir(folder))

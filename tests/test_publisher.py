@@ -200,6 +200,71 @@ def test_a_gap_before_the_first_frame_and_between_frames(bench):
     assert len(gaps) == 2 and f'"after": "{last}"' in gaps[1]
 
 
+def test_a_gap_that_is_cut_is_told_once(bench):
+    for cut in range(1, 130, 7):
+        b = bench(history=64)
+        narrow = b.peer(narrow=True)
+        narrow.server_end.room = 1 << 20
+        b.turn()
+        narrow.server_end.room = 0
+        for number in range(100):
+            b.publish(f"{number}")
+            b.turn()
+        narrow.server_end.room = cut
+        b.turn(2)
+        narrow.server_end.room = 1 << 20
+        b.turn(3)
+        assert [event.name for event in narrow.take().events] == ["gap"] + ["message"] * 64, cut
+
+
+class Committing(Narrow):
+    """Behaves as OpenSSL does: when the socket is full it has begun a record all the same, and wants it again."""
+    committed = 0
+    held = b""
+
+    def send(self, data) -> int:
+        data = bytes(data)
+        assert data.startswith(self.held), "not what was begun"
+        if not self.room:
+            self.held = data[:max(len(self.held), 100)]
+            self.committed = len(self.held)
+            raise BlockingIOError
+        sent = self.sock.send(data[:max(len(self.held), min(self.room, 100))])
+        self.held, self.committed, self.room = b"", 0, max(0, self.room - sent)
+        return sent
+
+
+def test_what_tls_has_begun_is_offered_again(bench):
+    """Random room and laps: what a full socket was offered first is offered first again, and the stream stays whole."""
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    b = bench(history=64)
+    peer = b.peer(narrow=True)
+    peer.server_end.__class__ = Committing
+    number, laps = 0, 0
+    for _ in range(3000):
+        for _ in range(draw.choice((0, 0, 1, 1, 2, 40))):
+            b.publish(f"{number} " + "x" * draw.randrange(80))
+            number += 1
+        peer.server_end.room = draw.choice((0, 0, 1, 90, 5000))
+        b.now += 0.5
+        b.turn()
+        peer.take()
+    for _ in range(300):
+        peer.server_end.room = 1 << 20
+        b.turn()
+        peer.take()
+    expected = None
+    for event in peer.take().events:
+        if event.name == "gap":
+            laps, expected = laps + 1, None
+            continue
+        value = int(event.data.split()[0])
+        assert expected is None or value == expected, f"seed {seed}"
+        expected = value + 1
+    assert expected == number and laps, f"seed {seed}: {laps} laps"
+
+
 def test_without_ids_a_gap_is_told_all_the_same(bench):
     b = bench(history=0)
     narrow = b.peer(narrow=True)

@@ -1,0 +1,134 @@
+"""What hostile peers cost the others: prints the figures. `make siege` runs it; everything is bounded and on loopback.
+
+The server is pinned to core 0, the load and the attack to core 1.
+"""
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from bench import RATE, deliver, say
+from load import GET, HERE, Clients, ServerProcess, cpu_clock, descriptor_limit, our_server
+
+EVENTS = 100            # of each run
+
+
+def state(server: ServerProcess) -> tuple:
+    """Return threads, descriptors and KiB of memory of a server."""
+    folder = f"/proc/{server.process.pid}"
+    return len(os.listdir(folder + "/task")), len(os.listdir(folder + "/fd")), server.memory() // 1024
+
+
+def answered_in(port: int) -> float:
+    """Return the seconds until a new client has the head of its stream."""
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        sock.sendall(GET)
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    return time.monotonic() - began
+
+
+def silent_and_dribbling() -> None:
+    server = our_server()
+    clients = Clients(server.port)
+    clients.connect(200)
+    quiet = min((deliver(server, clients, EVENTS, 1 / RATE) for _ in range(3)), key=lambda result: result["p99"])
+    attack = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(600)]
+    stopping = threading.Event()
+
+    def dribble() -> None:
+        at = 0
+        while not stopping.wait(1.0):
+            for sock in attack[-100:]:
+                try:
+                    sock.send(GET[at % 40:at % 40 + 1])
+                except OSError:         # it was cut; an attacker would come again, and here does
+                    attack[attack.index(sock)] = socket.create_connection(("127.0.0.1", server.port))
+            at += 1
+    thread = threading.Thread(target=dribble)
+    thread.start()
+    besieged, slowest = [], 0.0
+    for _ in range(3):
+        besieged.append(deliver(server, clients, EVENTS, 1 / RATE))     # fails if a client misses the last event
+        slowest = max(slowest, answered_in(server.port))
+    stopping.set()
+    thread.join()
+    p99 = min(result["p99"] for result in besieged)
+    say(f"500 silent and 100 dribbling connections beside 200 clients:\n  p99 {p99:.2f} ms, {p99 / quiet['p99']:.2f} times the "
+        f"{quiet['p99']:.2f} ms without; a new client is answered in {slowest * 1e3:.0f} ms at most; threads {state(server)[0]}")
+    for sock in attack:
+        sock.close()
+    clients.close()
+    server.stop()
+
+
+def out_of_descriptors() -> None:
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    process = subprocess.Popen([sys.executable, str(HERE / "serve.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+    port = int(process.stdout.readline())
+    clients = Clients(port)
+    clients.connect(20)
+    crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+    for sock in crowd:
+        sock.sendall(GET)
+    cpu, began = cpu_clock(process.pid), time.monotonic()
+    time.sleep(3)
+    share = (cpu_clock(process.pid) - cpu) / (time.monotonic() - began)
+    process.stdin.write("10 10000\n")
+    process.stdin.flush()
+    clients.read_until(10)
+    for sock in crowd:
+        sock.close()
+    recovered = answered_in(port)
+    process.stdin.close()
+    warnings = process.stderr.read().count("\n")
+    process.wait(10)
+    say(f"out of descriptors (limit 64): {share:.1%} of a core, existing clients served, {warnings} warning, "
+        f"a new client answered in {recovered * 1e3:.0f} ms afterwards")
+    clients.close()
+
+
+def hostile_connections(number: int = 10000) -> None:
+    server = our_server()
+    clients = Clients(server.port)
+    clients.connect(10)
+    draw = random.Random(20261122)
+
+    def attack(count: int) -> None:
+        for _ in range(count):
+            sock = socket.create_connection(("127.0.0.1", server.port))
+            raw = draw.choice((b"", GET[:draw.randrange(len(GET))], b"\x16\x03\x01\0", b"A" * 9000, GET, b"POST / HTTP/1.1\r\n\r\n"))
+            try:
+                sock.sendall(raw)
+                if draw.random() < 0.5:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            except OSError:     # it was quicker
+                pass
+            sock.close()
+
+    def settled() -> tuple:
+        time.sleep(2)
+        return state(server)
+    attack(number // 2)         # what the first ones allocate for good is no leak: the second half must add nothing
+    before = settled()
+    attack(number // 2)
+    after = settled()
+    server.publish(1)
+    clients.read_until(1)
+    say(f"{number} hostile connections: threads {before[0]} and {after[0]}, descriptors {before[1]} and {after[1]}, "
+        f"memory {before[2]} and {after[2]} KiB, after the first half and after all")
+    clients.close()
+    server.stop()
+
+
+if __name__ == "__main__":
+    descriptor_limit()
+    os.sched_setaffinity(0, {1})
+    silent_and_dribbling()
+    out_of_descriptors()
+    hostile_connections()
