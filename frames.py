@@ -42,6 +42,13 @@ def check_channel(name: str) -> None:
     check_name("channel", name)
 
 
+def check_event(data: str, event: Optional[str], channel: Optional[str]) -> None:
+    """Raise ValueError for what no event can hold: as publishing it would."""
+    encode(data, event)
+    if channel is not None:
+        check_channel(channel)
+
+
 def encode(data: str, event: Optional[str] = None) -> bytes:
     """Encode one event, without its id, as the fields of a stream.
 
@@ -78,9 +85,9 @@ def retry(milliseconds: int) -> bytes:
     return chunk(b"retry: %d\r\n\r\n" % milliseconds)
 
 
-def gap(after: Optional[str], resumed: Optional[str], reason: str) -> bytes:
-    """Return a chunk that tells a client which frames it will not get. It has no id: the client keeps its own."""
-    return chunk(encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap"))
+def gap_payload(after: Optional[str], resumed: Optional[str], reason: str) -> bytes:
+    """Return an event that tells a client which frames it will not get. It has no id: the client keeps its own."""
+    return encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap")
 
 
 def parse_id(text: str) -> Optional[Id]:
@@ -143,12 +150,16 @@ class Log:
         if len(self._evicted) > MAX_CHANNELS:
             self._forgotten = self._evicted.popitem(last=False)[1]
 
-    def append(self, payload: bytes, id: Optional[Id], channel: Optional[str], time: float) -> Frame:
-        """Append an encoded event under the next number; an id, if it has one, must be greater than the last."""
+    def append(self, payload: bytes, id: Optional[Id], channel: Optional[str], time: float, show_id: bool = True
+               ) -> Frame:
+        """Append an encoded event under the next number; an id, if it has one, must be greater than the last.
+
+        show_id: whether clients are told the id; a gap has one for its place in the log only.
+        """
         if id is not None:
             assert id > self.last_id, "ids only grow"
             self.first_id, self.last_id = self.first_id or id, id
-            payload = b"id: %d-%d\n%b" % (*id, payload)
+            payload = b"id: %d-%d\n%b" % (*id, payload) if show_id else payload
         frame = Frame(self.next, id, channel, time, chunk(payload))
         self._frames[frame.number] = frame
         self._bytes += len(frame.chunk)

@@ -163,8 +163,8 @@ class Publisher:
         """Return how many clients are registered."""
         return len(self._clients)
 
-    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None, wait: float = 0.0
-                ) -> Optional[str]:
+    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None, wait: float = 0.0,
+                id: Optional[frames.Id] = None) -> Optional[str]:
         """Append an event to the log and return its id, None with `history=0`; the clients get it from there.
 
         data: at most 1 MiB of text; event, channel: names, at most 1 KiB. An event with a channel is for those who
@@ -173,6 +173,8 @@ class Publisher:
 
         wait: before a frame is evicted that a lagging client is due, wait for that client as long as the frame is
         younger than so many seconds. A client that is not waited for any longer must have been current to be so again.
+
+        id: the event's, greater than all before, from a source that has its own; else it gets one from the clock.
 
         Raises ValueError for what no event can hold, Stopped after `stop`.
         """
@@ -184,12 +186,46 @@ class Publisher:
             self._await_room(length, wait)
         with self._mutex:
             self._make_room(length)
-            id = self._log.next_id(int(self._wall() * 1000)) if self._ids else None
+            if not self._ids:
+                id = None
+            elif id is None:
+                id = self._log.next_id(int(self._wall() * 1000))
             self._log.append(payload, id, channel, self._clock())
             wake, self._woken = not self._woken, True
         if wake:
             self._wake()
         return frames.format_id(id)
+
+    def preload(self, events: Iterable[Tuple[frames.Id, str, Optional[str], Optional[str]]]) -> None:
+        """Fill an empty log with events from before this run, for clients that resume; those that are there miss none.
+
+        events: id, data, event name, channel. Evicts what does not fit.
+        """
+        encoded = [(id, frames.encode(data, event), channel) for id, data, event, channel in events if self._ids]
+        with self._mutex:
+            assert self._log.next == 0, "only an empty log is filled"
+            for id, payload, channel in encoded:
+                while not self._log.fits(len(payload) + ID_LENGTH):
+                    self._log.evict()
+                self._log.append(payload, id, channel, self._clock())
+            self._next = self._log.next     # the publisher has nothing under way: the log was empty
+
+    def tell_gap(self, after: frames.Id, resumed: frames.Id) -> None:
+        """Tell all clients that the source itself has lost what was between these two ids."""
+        payload = frames.gap_payload(frames.format_id(after), frames.format_id(resumed), "evicted")
+        with self._mutex:
+            self._make_room(len(payload))
+            # It takes the first place that was lost, so that whoever resumes from before it is told, too
+            self._log.append(payload, (after[0], after[1] + 1) if self._ids else None, None, self._clock(), show_id=False)
+        self._wake()
+
+    def await_id(self, text: str, seconds: float) -> None:
+        """Wait, at most so many seconds, until the log has come to the id that a client got from another server."""
+        id = frames.parse_id(text)
+        until = self._clock() + seconds
+        with self._mutex:
+            while id and id > self._log.last_id and self._stop_by is None and self._clock() < until:
+                self._moved.wait(until - self._clock())
 
     def drain(self, seconds: float) -> None:
         """Wait until all clients are current, leaving out those that are due a frame older than so many seconds."""
@@ -311,7 +347,7 @@ class Publisher:
     def _gap(self, group: Group, cursor: int, after: Optional[str], reason: str) -> bytes:
         """Return the gap event for a client that goes on from `cursor`."""
         due = (frame.id for frame in self._log.read(cursor, self._log.next) if group.wants(frame))
-        return group.framed(frames.gap(after, frames.format_id(next(due, None)), reason))
+        return group.framed(frames.chunk(frames.gap_payload(after, frames.format_id(next(due, None)), reason)))
 
     def _read_on(self, client: Client) -> Tuple[Bytes, Batch, int, int]:
         """Return what a client that is not current is due: bytes, a batch, and the cursors before and after that.

@@ -46,6 +46,7 @@ BACKLOG = 1024              # connections the kernel holds ready for accept
 SEND_BUFFER = 64 << 10      # bytes of kernel memory for each client; else it takes 4 MiB for a stalled one
 ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
 RECOVERED = 10.0            # seconds without a failure after which the next one is worth a warning again
+AHEAD_TIME = 1.0            # seconds to wait for an id that a client brings from another server of the same stream
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
 PAGE = Path(__file__).with_name("index.html")
 HTML = "text/html; charset=utf-8"
@@ -69,6 +70,9 @@ class SSEServer(socketserver.ThreadingTCPServer):
     origins: of the pages that may read answers and publish, as `https://example.org`; none: every page may.
     cert, key: PEM files (the key may be in the first) for TLS; OSError or ssl.SSLError if they cannot be used.
 
+    redis, stream: redis://HOST:PORT/DB and the key of a stream there, that takes the place of this server's own events:
+        what is published on any server goes to it, and comes back to the clients of all. Needs the package `redis`.
+
     Use it as a context manager, or call `start` and `stop`. All methods may be called from any thread. Raises
     ValueError for an option that cannot be.
     """
@@ -78,7 +82,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
     def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 1024, heartbeat: float = 15.0,
                  retry: float = 3.0, max_clients: int = 10000, tokens: Sequence[str] = (),
                  publish_tokens: Sequence[str] = (), authorize: Optional[Callable[[Request], bool]] = None,
-                 origins: Sequence[str] = (), cert: Optional[str] = None, key: Optional[str] = None) -> None:
+                 origins: Sequence[str] = (), cert: Optional[str] = None, key: Optional[str] = None,
+                 redis: Optional[str] = None, stream: str = "sse") -> None:
         self._handshakes_lock = threading.Lock()
         self._handshakes: Dict["Handshake", threading.Thread] = {}      # the oldest first
         self._lifecycle = threading.RLock()
@@ -94,6 +99,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self._authorize = authorize
         self._origins = frozenset(origins)
         self.tls = tls_context(cert, key) if cert else None
+        self._stream = sources.RedisStream(redis, stream, history) if redis else None
         self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -103,6 +109,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
             self._publisher.stop()
             raise
         self._acceptor = threading.Thread(target=self.serve_forever, name="accept")
+        self._follower = threading.Thread(target=self._follow, name="source") if self._stream else None
 
     @property
     def port(self) -> int:
@@ -126,9 +133,13 @@ class SSEServer(socketserver.ThreadingTCPServer):
             if self._stopped:
                 raise Stopped("the server was stopped; make a new one")
             if not self._started:
+                if self._stream:
+                    self._stream.load(self._publisher)
                 self._publisher.start()
                 self._started = True
                 self._acceptor.start()
+                if self._follower:
+                    self._follower.start()
         return self
 
     def stop(self) -> None:
@@ -147,6 +158,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
             self._cut_handshakes()
             self._publisher.stop()
             self.server_close()
+            if self._follower and self._follower.is_alive():
+                self._follower.join(sources.REDIS_TIMEOUT)
 
     shutdown = stop     # what socketserver calls it
 
@@ -156,14 +169,38 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
         data: text of at most 1 MiB. event: its name. channel: only for clients that asked for it; None: for everyone.
         wait: seconds to hold back for clients that are slow, see `Publisher.publish`. Raises ValueError for what no
-        event can hold, Stopped before `start` and after `stop`.
+        event can hold, Stopped before `start` and after `stop`, sources.Unavailable if Redis does not take it (without
+        `wait`, which waits for Redis too; an event whose answer was lost may then be published twice).
         """
         if not self._started:
             raise Stopped("the server has not been started")
+        if self._stream:
+            return self._publish_to_stream(data, event, channel, wait)
         return self._publisher.publish(data, event, channel, wait)
+
+    def _publish_to_stream(self, data: str, event: Optional[str], channel: Optional[str], wait: float) -> str:
+        """Add an event to the Redis stream; if the source can wait, as long as Redis is away."""
+        frames.check_event(data, event, channel)
+        while True:
+            if self._stopping.is_set():
+                raise Stopped("the server is stopped")
+            try:
+                return self._stream.publish(data, event, channel)
+            except sources.Unavailable:
+                if not wait:
+                    raise
+                self._stopping.wait(sources.FIRST_PAUSE)
+
+    def _follow(self) -> None:
+        try:
+            self._stream.follow(self._publisher, self._stopping)
+        except Stopped:         # while it was publishing
+            pass
 
     def drain(self, seconds: float) -> None:
         """Wait until all clients have every event, leaving out those that are due one older than so many seconds."""
+        if self._stream:
+            self._publisher.await_id(self._stream.newest_added, seconds)
         self._publisher.drain(seconds)
 
     def __enter__(self) -> "SSEServer":
@@ -259,10 +296,9 @@ class SSEServer(socketserver.ThreadingTCPServer):
         with self._handshakes_lock:
             self._handshakes.pop(handshake, None)
 
-    @property
-    def may_block(self) -> bool:
+    def is_slow(self, request: Request) -> bool:
         """Whether a request for the stream can take long to look at: then it is not for the accept loop."""
-        return self._authorize is not None or self.tls is not None
+        return self._authorize is not None or self._stream is not None and request.last_id is not None
 
     def respond(self, request: Request) -> Tuple[bytes, bool]:
         """Return the answer to a request without a body, and whether it is the head of a stream to be registered."""
@@ -307,6 +343,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
             raise Refusal(400, f"This is no event: {error}.") from None
         except Stopped:
             raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
+        except sources.Unavailable as error:
+            raise Refusal(503, f"{error}. Try again later; it may have been published.", ["Retry-After: 5"]) from None
         return http1.answer(200, json.dumps({"id": id}).encode() + b"\n", self._cross_origin(request),
                             content_type="application/json", keep_alive=keep_alive)
 
@@ -320,6 +358,11 @@ class SSEServer(socketserver.ThreadingTCPServer):
         except ValueError as error:
             raise Refusal(400, f"This channel cannot be: {error}.") from None
         return channels
+
+    def catch_up(self, request: Request) -> None:
+        """Wait a moment for an id that the client brings from another server of the same stream, if that is ahead."""
+        if self._stream and request.last_id:
+            self._publisher.await_id(request.last_id, AHEAD_TIME)
 
     def register(self, sock: socket.socket, request: Request, head: bytes, peer: str) -> bool:
         """Hand a socket over to the publisher. Returns False, and the socket stays the caller's, if it takes no more."""
@@ -396,13 +439,13 @@ class Handshake:
 
     def run_at_once(self) -> bool:
         """Register the client if its request for the stream is all there. Else return False: `run` is to go on."""
-        if self._server.may_block:
+        if self._server.tls:
             return False
         self._sock.setblocking(False)
         try:
             self._received = self._sock.recv(http1.MAX_HEAD)
             parsed = http1.parse(self._received)
-            if parsed is None or parsed[0].method != "GET":
+            if parsed is None or parsed[0].method != "GET" or self._server.is_slow(parsed[0]):
                 return False
             head, is_stream = self._server.respond(parsed[0])
             return is_stream and self._hand_over(parsed[0], head)
@@ -460,6 +503,7 @@ class Handshake:
             return self._answer_post(request)
         answer, is_stream = self._server.respond(request)
         if is_stream:
+            self._server.catch_up(request)
             if self._hand_over(request, answer):
                 return False
             answer = self._server.turn_away(request, answer)
@@ -585,6 +629,9 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
                         help="time between two ticks of the clock (default 1)")
     parser.add_argument("--stdin", action="store_true", help="each line of standard input is an event, in place of the "
                         "clock; after the last one, everyone served, the server stops")
+    parser.add_argument("--redis", metavar="URL", help="redis://HOST:PORT/DB: events come from a Redis stream, and what is "
+                        "published goes to it, so that many servers serve the same")
+    parser.add_argument("--stream", default="sse", metavar="KEY", help="key of that stream (default sse)")
     parser.add_argument("--patience", type=seconds_or_none, default=5.0, metavar="SECONDS",
                         help="how long --stdin waits for a client that is slow (default 5; 0: not at all)")
     parser.add_argument("--token", action="append", default=[], metavar="TOKEN",
@@ -681,7 +728,8 @@ def make_server(options: argparse.Namespace) -> SSEServer:
         return SSEServer(
             options.host, options.port, history=options.history, heartbeat=options.heartbeat, retry=options.retry,
             max_clients=options.max_clients, tokens=options.token, origins=options.origin, cert=options.cert,
-            publish_tokens=[options.publish_token] if options.publish_token else [], key=options.key)
+            publish_tokens=[options.publish_token] if options.publish_token else [], key=options.key,
+            redis=options.redis, stream=options.stream)
     except OSError as error:
         raise ValueError(f"cannot listen on {options.host} port {options.port}: {error.strerror}") from None
 
@@ -692,6 +740,8 @@ def run_source(server: SSEServer, options: argparse.Namespace, stopping: threadi
         if options.stdin:
             sources.lines(server.publish, stopping, sys.stdin.fileno(), options.patience)
             server.drain(max(1.0, options.patience))
+        elif options.redis:
+            stopping.wait()
         else:
             sources.clock(server.publish, stopping, options.interval)
     except Stopped:         # while it was publishing

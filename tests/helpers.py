@@ -34,7 +34,8 @@ def connect(port: int, **options) -> socket.socket:
 class Client:
     """A client on a real socket whose stream is decoded strictly."""
 
-    def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None, last_id: str = "") -> None:
+    def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None, last_id: str = "",
+                 proxied: bool = False) -> None:
         self.sock = socket.socket()
         self.sock.settimeout(PATIENCE)
         if receive_buffer:
@@ -45,7 +46,7 @@ class Client:
         except OSError:
             self.sock.close()
             raise
-        self.stream = Decoder(chunked=b"HTTP/1.0" not in request, last_id=last_id)
+        self.stream = Decoder(b"HTTP/1.0" not in request, last_id, proxied)
         self.closed = False
 
     def receive(self, size: int = 65536) -> bytes:

@@ -14,10 +14,15 @@ class Event(NamedTuple):
 
 
 class Decoder:
-    """Decode one stream, head included. `chunked=False` for the body of an HTTP/1.0 answer."""
+    """Decode one stream, head included.
 
-    def __init__(self, chunked: bool = True, last_id: str = "") -> None:
+    chunked: False for the body of an HTTP/1.0 answer. proxied: a proxy is between, which may cut chunks as it likes.
+    """
+
+    def __init__(self, chunked: bool = True, last_id: str = "", proxied: bool = False) -> None:
         self.chunked = chunked
+        self.proxied = proxied
+        self._unchunked = b""
         self.head: List[str] = []
         self.payloads: List[bytes] = []
         self.events: List[Event] = []
@@ -52,6 +57,8 @@ class Decoder:
             pass
 
     def _take_chunk(self) -> bool:
+        if self.proxied:
+            return self._take_any_chunk()
         if self._raw.startswith(b"0\r\n\r\n"):
             assert self._raw == b"0\r\n\r\n", f"bytes after the end chunk: {self._raw!r}"
             self.ended, self._raw = True, b""
@@ -68,6 +75,19 @@ class Decoder:
         self._raw = rest[size + 2:]
         self._payload(rest[:size])
         return True
+
+    def _take_any_chunk(self) -> bool:
+        line, crlf, rest = self._raw.partition(b"\r\n")
+        if not crlf or len(rest) < int(line, 16) + 2:
+            return False
+        size = int(line, 16)
+        assert rest[size:size + 2] == b"\r\n"
+        self.ended, self._raw = not size, rest[size + 2:]
+        self._unchunked += rest[:size]
+        while b"\r\n\r\n" in self._unchunked:
+            block, blank, self._unchunked = self._unchunked.partition(b"\r\n\r\n")
+            self._payload(block + blank)
+        return not self.ended
 
     def _take_block(self) -> bool:
         block, blank, rest = self._raw.partition(b"\r\n\r\n")

@@ -1,0 +1,386 @@
+"""Many servers on one Redis stream: a real redis-server, real proxies, killed and started again."""
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import requests
+
+from helpers import PATIENCE, TOP, Client, Server, connect, need, wait_until
+
+redis = pytest.importorskip("redis") if not os.environ.get("CI") else __import__("redis")
+POST = "SECRET"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    try:
+        connect(port).close()
+        return True
+    except OSError:
+        return False
+
+
+class Redis:
+    """A redis-server of the test's own, with append-only persistence."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client = redis.Redis(port=self.port)
+        self.process = None
+        self.start()
+
+    def start(self) -> None:
+        command = [need("redis-server", "redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--dir",
+                   str(self.folder), "--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            return self.client.ping()
+        except redis.RedisError:        # not yet, or still loading
+            return False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def add(self, **fields) -> str:
+        return self.client.xadd("sse", fields).decode()
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Redis(tmp_path)
+    yield store
+    store.kill()
+    store.client.close()
+
+
+@contextmanager
+def following(store: Redis, number: int = 1, *arguments: str, ports=None):
+    """Run so many servers that follow the stream."""
+    servers = []
+    try:
+        for index in range(number):
+            port = ("--port", str(ports[index])) if ports else ()
+            servers.append(Server("--redis", store.url, "--publish-token", POST, "--retry", "0.1", *port, *arguments,
+                                  stdin=subprocess.DEVNULL))
+        yield servers
+    finally:
+        for server in servers:
+            assert "Traceback" not in server.close()
+
+
+def post(port: int, text: str, **options) -> requests.Response:
+    return requests.post(f"http://127.0.0.1:{port}/{POST}", data=text, timeout=PATIENCE, **options)
+
+
+def resume(port: int, last_id: str, proxied: bool = False) -> Client:
+    header = f"Last-Event-ID: {last_id}\r\n" if last_id else ""
+    return Client(port, f"GET / HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode(), last_id=last_id, proxied=proxied)
+
+
+def data(client: Client) -> list:
+    return [event.data for event in client.stream.events]
+
+
+def test_what_is_posted_on_one_server_reaches_the_clients_of_both(store):
+    with following(store, 2) as (one, two), Client(one.port) as a, Client(two.port) as b:
+        a.open(), b.open()
+        first = post(one.port, "from one").json()["id"]
+        second = post(two.port, "from two").json()["id"]
+        third = store.add(data="from elsewhere", event="custom")
+        for client in (a, b):
+            events = client.read_events(3)
+            assert [event.id for event in events] == [first, second, third]
+            assert [event[:2] for event in events] == [("message", "from one"), ("message", "from two"),
+                                                       ("custom", "from elsewhere")]
+
+
+def test_entries_that_are_no_events_are_skipped_with_one_warning(store):
+    with following(store) as (server,), Client(server.port) as client:
+        client.open()
+        store.add(data="one")
+        store.client.xadd("sse", {"text": "no data"})
+        store.client.xadd("sse", {"data": "bad name", "event": "a\nb"})
+        store.client.xadd("sse", {"data": b"\xff"})
+        store.client.xadd("sse", {"data": "bad channel", "channel": ""})
+        store.add(data="news only", channel="news")
+        last = store.add(data="two")
+        assert [event.data for event in client.read_events(2)] == ["one", "two"]
+        assert client.stream.last_id == last
+        server.stop(signal.SIGTERM)
+        assert server.close().count("skipped") == 1
+
+
+def test_resume_across_a_restart_and_from_one_server_to_another(store):
+    ids = [store.add(data=str(number)) for number in range(50)]
+    with following(store) as (first,):
+        with resume(first.port, ids[9]) as client:
+            assert [event.data for event in client.read_events(40)] == [str(number) for number in range(10, 50)]
+    with following(store, 2, "--history", "100") as (one, two):
+        for server in (one, two):
+            with resume(server.port, ids[9]) as client:
+                assert data(client.read_until(lambda stream: len(stream.events) == 40))[0] == "10"
+        with Client(one.port) as client:        # one that does not resume gets nothing old
+            client.open()
+            post(two.port, "new")
+            assert data(client.read_until(lambda stream: stream.events)) == ["new"]
+
+
+def test_redis_away_at_the_start_and_later(store):
+    store.kill()
+    with following(store, 1, "--heartbeat", "0.2") as (server,), Client(server.port) as client:
+        client.read_until(lambda stream: stream.comments >= 2)      # connected, and kept so
+        answer = post(server.port, "lost")
+        assert answer.status_code == 503 and "Retry-After" in answer.headers and "Redis" in answer.text
+        store.start()
+        for round in range(2):
+            wait_until(lambda: post(server.port, f"round {round}").status_code == 200)
+            client.read_until(lambda stream: stream.events and stream.events[-1].data == f"round {round}")
+            beats = client.stream.comments
+            store.kill()
+            client.read_until(lambda stream: stream.comments >= beats + 2)
+            store.start()
+        texts = data(client)
+        assert sorted(set(texts)) == ["round 0", "round 1"] and "gap" not in {e.name for e in client.stream.events}
+        server.stop(signal.SIGTERM)
+        assert server.close().count("Redis is away") <= 4
+
+
+def test_a_stream_trimmed_past_our_position_is_a_gap(store):
+    with following(store) as (server,), Client(server.port) as client:
+        client.open()
+        store.add(data="first")
+        client.read_events(1)
+        process = server.process
+        process.send_signal(signal.SIGSTOP)     # the server falls behind by more than the stream keeps
+        for number in range(100):
+            store.add(data=str(number))
+        store.client.xtrim("sse", maxlen=10, approximate=False)
+        store.client.client_kill_filter(_type="normal", skipme=True)    # and comes back to a new connection
+        process.send_signal(signal.SIGCONT)
+        client.read_until(lambda stream: stream.events[-1].data == "99")
+        events = client.stream.events
+        at, = [index for index, event in enumerate(events) if event.name == "gap"]
+        assert at in (1, 2)     # one more entry may have been on its way when the server was stopped
+        assert events[at].id == events[at - 1].id
+        assert json.loads(events[at].data) == {"after": events[at - 1].id, "resumed": events[at + 1].id, "reason": "evicted"}
+        assert data(client)[at + 1:] == [str(number) for number in range(90, 100)]
+
+
+def test_standard_input_goes_to_the_stream_and_waits_while_redis_is_away(store):
+    with following(store) as (watcher,), Client(watcher.port) as client:
+        client.open()
+        feeder = Server("--redis", store.url, "--stdin")
+        feeder.process.stdin.write(b"one\n")
+        feeder.process.stdin.flush()
+        client.read_events(1)
+        store.kill()
+        feeder.process.stdin.write(b"two\nthree\n")
+        feeder.process.stdin.close()
+        feeder.process.stdin = None
+        store.start()
+        client.read_until(lambda stream: stream.events[-1].data == "three")
+        assert list(dict.fromkeys(data(client))) == ["one", "two", "three"]
+        assert feeder.process.wait(PATIENCE) == 0
+        feeder.close()
+
+
+class Wanderer(threading.Thread):
+    """A client that moves from server to server at random, and never gives up."""
+
+    def __init__(self, ports: list, seed: int, until: threading.Event, stay: bool = False,
+                 proxied: bool = False) -> None:
+        super().__init__()
+        self.proxied = proxied
+        self.ports, self.draw, self.until, self.stay = ports, random.Random(seed), until, stay
+        self.events, self.last, self.error = [], "", None
+        self.connected = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not (self.events and self.events[-1].data == "end"):
+                self.live_once()
+        except BaseException as error:
+            self.error = error
+
+    def live_once(self) -> None:
+        try:
+            with resume(self.draw.choice(self.ports), self.last, self.proxied) as client:
+                client.sock.settimeout(5)
+                client.open()
+                if not client.stream.head[0].endswith("200 OK"):
+                    return
+                self.connected.set()
+                lifetime = self.draw.randrange(1, 60)
+                try:
+                    while (self.stay or len(client.stream.events) < lifetime) and not client.closed:
+                        client.receive(self.draw.choice((100, 65536)))
+                        if client.stream.events and client.stream.events[-1].data == "end":
+                            break
+                finally:
+                    self.events += client.stream.events
+                    self.last = client.stream.last_id
+        except (OSError, AssertionError) as error:
+            if isinstance(error, AssertionError) and "early" not in str(error):
+                raise
+            time.sleep(0.02)        # nobody there: as EventSource waits for its retry time
+
+
+def check(wanderers: list, posted: list, seed: int) -> None:
+    for wanderer in wanderers:
+        wanderer.join(40)
+        assert not wanderer.is_alive() and wanderer.error is None, f"seed {seed}: {wanderer.error!r}"
+        assert [event.name for event in wanderer.events if event.name == "gap"] == [], f"seed {seed}"
+        texts = [event.data for event in wanderer.events]
+        assert texts == [event.data for event in wanderers[0].events], f"seed {seed}"
+        ids = [tuple(map(int, event.id.split("-"))) for event in wanderer.events]
+        assert ids == sorted(set(ids)), f"seed {seed}"
+    assert set(texts) == {*posted, "end"}, f"seed {seed}"
+    if len(texts) > len(posted) + 1:        # a post whose answer was lost was sent again: as documented
+        assert len(texts) < len(posted) + 20
+
+
+def test_everyone_sees_the_same_while_moving_between_two_servers(store):
+    seed = random.randrange(1 << 32)
+    done = threading.Event()
+    with following(store, 2) as servers:
+        ports = [server.port for server in servers]
+        wanderers = [Wanderer(ports, seed + number, done, stay=number < 2) for number in range(6)]
+        for wanderer in wanderers:
+            wanderer.start()
+        for wanderer in wanderers:
+            assert wanderer.connected.wait(PATIENCE)
+        posted = [f"{number}" for number in range(400)]
+        with requests.Session() as session:
+            for text in posted:
+                session.post(f"http://127.0.0.1:{random.choice(ports)}/{POST}", data=text, timeout=PATIENCE).raise_for_status()
+        post(ports[0], "end")
+        for wanderer in wanderers:
+            wanderer.join(40)
+        starts = {wanderer.events[0].data for wanderer in wanderers}
+        assert starts == {"0"}, f"seed {seed}: {starts}"
+        check(wanderers, posted, seed)
+        assert len(wanderers[0].events) == 401
+
+
+def test_the_same_while_redis_and_the_servers_are_killed_and_started_again(store):
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    done = threading.Event()
+    ports = [free_port(), free_port()]
+    before = store.add(data="before")
+    arguments = ["--redis", store.url, "--publish-token", POST, "--retry", "0.1"]
+    servers = [Server(*arguments, "--port", str(port), stdin=subprocess.DEVNULL) for port in ports]
+    wanderers = [Wanderer(ports, seed + number, done) for number in range(4)]
+    try:
+        for wanderer in wanderers:
+            wanderer.last = before
+            wanderer.start()
+        posted = [f"{number}" for number in range(120)]
+        for number, text in enumerate(posted):
+            if number in (30, 80):
+                store.kill()
+                threading.Timer(0.3, store.start).start()
+            if number in (50, 100):
+                victim = number // 50 - 1
+                servers[victim].process.kill()
+                servers[victim].close()
+                servers[victim] = Server(*arguments, "--port", str(ports[victim]), stdin=subprocess.DEVNULL)
+            while True:
+                try:
+                    if post(draw.choice(ports), text).status_code == 200:
+                        break
+                except requests.RequestException:       # a server that is being killed
+                    pass
+                time.sleep(0.02)
+        assert post(ports[0], "end").status_code == 200
+        check(wanderers, posted, seed)
+    finally:
+        for server in servers:
+            assert "Traceback" not in server.close()
+
+
+def configured(name: str, ports: list, folder) -> str:
+    """Copy a configuration from examples/ with this test's ports in place of its own."""
+    text = (TOP / "examples" / name).read_text().replace("/tmp/sse-nginx", f"{folder}/nginx")
+    for old, new in zip(("6500", "6501", "6502"), ports):
+        text = text.replace(f"127.0.0.1:{old}", f"127.0.0.1:{new}")
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "haproxy"])
+def test_two_servers_behind_a_proxy_of_the_examples(store, tmp_path, proxy):
+    ports = [free_port(), free_port(), free_port()]
+    need(proxy, proxy)
+    command = {"nginx": ["nginx", "-p", str(tmp_path), "-c", configured("nginx.conf", ports, tmp_path)],
+               "haproxy": ["haproxy", "-q", "-f", configured("haproxy.cfg", ports, tmp_path)]}[proxy]
+    with following(store, 2, ports=ports[1:]) as servers:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: listens(ports[0]))
+            wait_until(lambda: requests.head(f"http://127.0.0.1:{ports[0]}/", timeout=PATIENCE).status_code == 200)
+            seed, done = random.randrange(1 << 32), threading.Event()
+            start = store.add(data="start")
+            wanderers = [Wanderer(ports[:1], seed + number, done, number < 4, proxied=True) for number in range(6)]
+            for wanderer in wanderers:
+                wanderer.last = start
+                wanderer.start()
+            for wanderer in wanderers:
+                assert wanderer.connected.wait(PATIENCE), wanderer.error
+            began = time.monotonic()
+            assert post(ports[0], "first").status_code == 200
+            with resume(ports[0], start, proxied=True) as probe:
+                probe.open()
+                post(ports[0], "probe")
+                probe.read_until(lambda stream: any(event.data == "probe" for event in stream.events))
+            assert time.monotonic() - began < 3     # nothing is held back by a buffer
+            posted = ["first", "probe"]
+            for number in range(100):
+                if number == 50:
+                    servers[0].process.send_signal(signal.SIGKILL)
+                while True:
+                    try:
+                        if post(ports[0], str(number)).status_code == 200:
+                            break
+                    except requests.RequestException:       # it was on its way to the server that was killed
+                        pass
+                    time.sleep(0.05)
+                posted.append(str(number))
+            assert post(ports[0], "end").status_code == 200
+            check(wanderers, posted, seed)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE)
+
+
+def test_without_the_package_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "redis.py").write_text("raise ImportError\n")
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--redis", "redis://127.0.0.1:1/0"],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and "pip install redis" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_bad_url_is_one_line():
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--redis", "nonsense"], text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
+    assert done.returncode == 2 and "redis://" in done.stderr and done.stderr.count("\n") == 1
