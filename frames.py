@@ -42,24 +42,24 @@ def check_channel(name: str) -> None:
     check_name("channel", name)
 
 
-def check_event(data: str, event: Optional[str], channel: Optional[str]) -> None:
-    """Raise ValueError for what no event can hold: as publishing it would."""
-    encode(data, event)
+def check_event(event: Optional[str], channel: Optional[str]) -> None:
+    """Raise ValueError for names that no event can have. `gap` is the server's own."""
+    if event:
+        check_name("event name", event)
+    if event == "gap":
+        raise ValueError("the event name gap is the server's own")
     if channel is not None:
         check_channel(channel)
 
 
 def encode(data: str, event: Optional[str] = None) -> bytes:
-    """Encode one event, without its id, as the fields of a stream.
+    """Encode one event, without its id, as the fields of a stream; its name has been checked.
 
-    Raises ValueError for an event name with CR, LF or NUL, a lone surrogate, or data over 1 MiB in UTF-8.
+    Raises ValueError for data with a lone surrogate or over 1 MiB in UTF-8.
     """
     if len(data) > MAX_EVENT // 4 and len(data.encode(errors="replace")) > MAX_EVENT:   # 4: bytes of a character at most
         raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
-    name = ""
-    if event:
-        check_name("event name", event)
-        name = f"event: {event}\n"
+    name = f"event: {event}\n" if event else ""
     lines = "\r\ndata: ".join(_LINE_END.split(data)) if "\n" in data or "\r" in data else data
     try:
         return f"{name}data: {lines}\r\n\r\n".encode()

@@ -61,7 +61,7 @@ class Request(NamedTuple):
 
     def has_token(self, tokens: Iterable[bytes]) -> bool:
         """Say whether path or bearer token is one of these, in a time that does not tell which or how nearly."""
-        given = [self.path[1:].encode()] + ([self.bearer.encode()] if self.bearer is not None else [])
+        given = [self.path[1:].encode()] + ([self.bearer.encode("latin-1")] if self.bearer is not None else [])
         return any([hmac.compare_digest(token, each) for token in tokens for each in given])
 
     @property

@@ -12,8 +12,9 @@ Who owns what (the publisher thread owns whatever is not named here):
     _log, _joining, _woken, _stop_by    the mutex    publish, register,      publisher
                                                      stop, publisher
     _clients                            the mutex    register, publisher     any thread, by len()
-    _next, _spared                      the mutex    publisher               publish, drain
-    _askers, _patience                  the mutex    publish, drain          publisher
+    _next                               the mutex    publisher, preload      publish, drain
+    _spared                             the mutex    publisher, register     publish, drain
+    _patiences                          the mutex    publish, drain          publisher
     _groups, _channels, _lagging,       -            publisher               publisher
     _selector, _sweep_at, every Client
       and Group, registered sockets
@@ -127,12 +128,11 @@ class Publisher:
         self._woken = False                 # the publisher will look at the log and at _joining without a wake-up
         self._next = 0                      # number of the frame with which the next fan-out begins
         self._stop_by: Optional[float] = None
-        self._askers = 0                    # how many wait for lagging clients now, and so want _spared kept up to date
-        self._patience = 0.0                # seconds that they wait
+        self._patiences: List[float] = []   # seconds that each who waits for lagging clients now does so
         self._spared = 0                    # number of the oldest frame that is kept for one, when that was last asked
 
-        if min(history, heartbeat, retry, max_clients) < 0:
-            raise ValueError("history, heartbeat, retry and max_clients must not be negative")
+        if not all(0 <= option < 1 << 31 for option in (history, heartbeat, retry, max_clients)):
+            raise ValueError("history, heartbeat, retry and max_clients must be numbers from 0 on")
         self._ids = history > 0
         self._heartbeat = heartbeat
         self._retry = retry
@@ -178,20 +178,20 @@ class Publisher:
 
         Raises ValueError for what no event can hold, Stopped after `stop`.
         """
+        frames.check_event(event, channel)
         payload = frames.encode(data, event)
         length = len(payload) + ID_LENGTH
-        if channel is not None:
-            frames.check_channel(channel)
-        if wait:
-            self._await_room(length, wait)
+        given = None
         with self._mutex:
-            self._make_room(length)
-            if not self._ids:
-                id = None
-            elif id is None:
-                id = self._log.next_id(int(self._wall() * 1000))
-            self._log.append(payload, id, channel, self._clock())
-            wake, self._woken = not self._woken, True
+            appended = not wait or self._evict_spared(length, wait)
+            if appended:
+                given = self._append(payload, length, id, channel)
+        if not appended:
+            with self._asking(wait):
+                while self._stop_by is None and not self._evict_spared(length, wait):
+                    self._moved.wait(RECHECK)
+                given = self._append(payload, length, id, channel)
+        id, wake = given
         if wake:
             self._wake()
         return frames.format_id(id)
@@ -228,32 +228,23 @@ class Publisher:
                 self._moved.wait(until - self._clock())
 
     def drain(self, seconds: float) -> None:
-        """Wait until all clients are current, leaving out those that are due a frame older than so many seconds."""
+        """Wait until clients have all that is in the log now, leaving out those due a frame older than so many seconds."""
         with self._asking(seconds):
-            while self._stop_by is None and (self._has_work() or self._spared < self._log.next):
-                self._moved.wait(RECHECK)
-
-    def _await_room(self, length: int, wait: float) -> None:
-        """Evict what no client is waited for with, until `length` more bytes fit."""
-        with self._mutex:
-            if self._evict_spared(length):
-                return
-        with self._asking(wait):
-            while self._stop_by is None and not self._evict_spared(length):
+            end = self._log.next
+            while self._stop_by is None and (self._joining or self._next < end or self._spared < end):
                 self._moved.wait(RECHECK)
 
     @contextmanager
     def _asking(self, seconds: float) -> Iterator[None]:
         """Hold the mutex, and have the publisher keep `_spared` up to date meanwhile."""
         with self._mutex:
-            self._askers += 1
-            self._patience = seconds
+            self._patiences.append(seconds)
         self._wake()
         with self._mutex:
             try:
                 yield
             finally:
-                self._askers -= 1
+                self._patiences.remove(seconds)
 
     def register(self, sock: socket.socket, head: bytes, *, peer: str = "", chunked: bool = True,
                  channels: Iterable[str] = (), last_id: Optional[str] = None) -> bool:
@@ -270,6 +261,7 @@ class Publisher:
             if self._stop_by is not None or len(self._clients) >= self._max_clients:
                 return False
             self._place_cursor(client, last_id if self._ids else None)
+            self._spared = min(self._spared, client.cursor)
             client.place = len(self._clients)
             self._clients.append(client)
             self._joining.append(client)
@@ -300,23 +292,39 @@ class Publisher:
 
     # Requires holding the mutex
 
-    def _evict_spared(self, length: int) -> bool:
-        """Evict frames that nobody is waited for with. Returns whether `length` bytes fit then."""
-        while not self._log.fits(length) and self._log.first < self._spared:
-            self._log.evict()
-        return self._log.fits(length)
+    def _append(self, payload: bytes, length: int, id: Optional[frames.Id], channel: Optional[str]
+                ) -> Tuple[Optional[frames.Id], bool]:
+        """Append an event. Returns its id, and whether the publisher has to be woken for it."""
+        self._make_room(length)
+        if not self._ids:
+            id = None
+        elif id is None:
+            id = self._log.next_id(int(self._wall() * 1000))
+        self._log.append(payload, id, channel, self._clock())
+        wake, self._woken = not self._woken, True
+        return id, wake
+
+    def _evict_spared(self, length: int, wait: float) -> bool:
+        """Evict frames for which no client is waited for, or not that long. Returns whether `length` bytes fit then."""
+        log, before = self._log, self._clock() - wait
+        while not log.fits(length) and (
+                log.first < self._spared or log.first < self._next and log.frame(log.first).time <= before):
+            log.evict()
+        return log.fits(length)
 
     def _spare(self) -> None:
         """Find the oldest frame that must be kept for a client that is waited for: while somebody asks for it.
 
-        Run by the publisher, after a turn. No client that falls behind later is due an older frame than that.
+        Run by the publisher, after a turn. No client that falls behind later is due an older frame than that; one that
+        registers to resume can be, and lowers it.
         """
-        now = self._clock()
+        patience = max(self._patiences, default=0.0)
+        before = self._clock() - patience
         spared = self._next
-        for client in self._lagging:
+        for client in (*self._lagging, *self._joining):
             due = client.cursor - bool(client.rest)
             if client.awaited and due < self._next:
-                client.awaited = due >= self._log.first and now - self._log.frame(due).time < self._patience
+                client.awaited = due >= self._log.first and self._log.frame(due).time > before
                 if client.awaited:
                     spared = min(spared, due)
         self._spared = spared
@@ -398,7 +406,7 @@ class Publisher:
         """Return for how many seconds there is nothing to do if nothing happens."""
         until = self._sweep_at if self._stop_by is None else min(self._sweep_at, self._stop_by)
         idle = max(0.0, until - self._clock())
-        return min(idle, PATIENCE_STEP) if self._askers else idle
+        return min(idle, PATIENCE_STEP) if self._patiences else idle
 
     def turn(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for something to do, and do some: one batch, so that nothing waits for long.
@@ -422,7 +430,7 @@ class Publisher:
                 self._moved.notify_all()
         for client in joining:
             self._greet(client)
-        if self._askers:
+        if self._patiences:
             with self._mutex:
                 self._spare()
         if self._clock() >= self._sweep_at:
@@ -540,8 +548,10 @@ class Publisher:
         if sent is None:
             return False
         begun = sent + committed(client)
-        if not begun:               # nothing has changed, and a gap is told anew, as it is then
-            return True
+        if not begun:
+            if not rest and not batch.data:     # nothing up to there is for this client
+                client.cursor = end
+            return True             # else nothing has changed: a gap is told anew, as it is then
         client.cursor = start
         done = max(0, sent - len(rest))
         self._move_cursor(client, batch, done, max(0, begun - len(rest)) - done)

@@ -9,9 +9,9 @@ import random
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, Callable, Iterator, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Callable, Iterator, List, Optional, Set, Tuple
 
-from frames import MAX_EVENT, Id, check_event, format_id, parse_id
+from frames import MAX_EVENT, Id, check_event, encode, format_id, parse_id
 
 if TYPE_CHECKING:
     from publisher import Publisher
@@ -46,7 +46,11 @@ def lines(publish: Callable[..., object], stopping: threading.Event, descriptor:
     while not stopping.is_set():
         if not select.select([descriptor], [], [], STOP_CHECK)[0]:
             continue
-        data = os.read(descriptor, 1 << 16)
+        try:
+            data = os.read(descriptor, 1 << 16)
+        except OSError as error:        # not open for reading, or a terminal that was hung up
+            log.warning("standard input: %s; taken for its end", error.strerror)
+            data = b""
         for line in splitter.feed(data) if data else splitter.end():
             publish(line, wait=patience)
         if not data:
@@ -57,26 +61,32 @@ class LineSplitter:
     """Turn bytes in any pieces into lines of text, holding at most one line of MAX_EVENT bytes."""
 
     def __init__(self) -> None:
-        self._held = b""            # the start of a line whose end is still to come
-        self._skipping = False      # in a line that is too long
+        self._held: List[bytes] = []    # pieces of a line whose end is still to come
+        self._length = 0                # of these, in bytes; kept up while nothing is held of a line that is too long
         self._warned: Set[str] = set()
 
     def feed(self, data: bytes) -> Iterator[str]:
         """Yield the lines that end in `data`."""
         *ended, rest = data.split(b"\n")
         for line in ended:
-            yield from self._finish(self._held + line)
-        self._held += rest
-        if len(self._held) > MAX_EVENT + 1:     # with room for the CR of a line end
-            self._held, self._skipping = b"", True
+            self._hold(line)
+            yield from self._finish()
+        self._hold(rest)
 
     def end(self) -> Iterator[str]:
         """Yield the last line, if it had no line end."""
-        if self._held or self._skipping:
-            yield from self._finish(self._held)
+        if self._length:
+            yield from self._finish()
 
-    def _finish(self, line: bytes) -> Iterator[str]:
-        skipping, self._held, self._skipping = self._skipping, b"", False
+    def _hold(self, piece: bytes) -> None:
+        self._length += len(piece)
+        self._held.append(piece)
+        if self._length > MAX_EVENT + 1:        # with room for the CR of a line end
+            self._held.clear()
+
+    def _finish(self) -> Iterator[str]:
+        skipping, line = self._length > MAX_EVENT + 1, b"".join(self._held)
+        self._held, self._length = [], 0
         text = line[:-1] if line.endswith(b"\r") else line
         decoded = text.decode(errors="replace")
         if "\ufffd" in decoded and decoded.encode() != text:
@@ -204,7 +214,8 @@ class RedisStream:
             try:
                 data = fields[b"data"].decode()
                 event, channel = (fields[name].decode() if name in fields else None for name in (b"event", b"channel"))
-                check_event(data, event, channel)
+                check_event(event, channel)
+                encode(data)
             except (KeyError, ValueError):
                 if not self._warned:
                     log.warning("the Redis stream has entries without data or with a bad name; they are skipped")

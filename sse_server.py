@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import os
+import re
 import select
 import signal
 import socket
@@ -42,6 +43,7 @@ from publisher import STALL, Publisher, Stopped, jittered
 HEAD_TIME = 10.0            # seconds for one request to arrive, however it dribbles
 LINGER_TIME = 1.0           # seconds for a refused client to read why before its connection is cut
 MAX_HANDSHAKES = 256        # unfinished requests; the oldest makes room for the next
+GRACE = 1.0                 # seconds that a TLS handshake has before it can be the one that makes room
 BACKLOG = 1024              # connections the kernel holds ready for accept
 SEND_BUFFER = 64 << 10      # bytes of kernel memory for each client; else it takes 4 MiB for a stalled one
 ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
@@ -49,6 +51,7 @@ RECOVERED = 10.0            # seconds without a failure after which the next one
 AHEAD_TIME = 1.0            # seconds to wait for an id that a client brings from another server of the same stream
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
 PAGE = Path(__file__).with_name("index.html")
+_ORIGIN = re.compile("null|[a-z][a-z0-9+.-]*://[^/A-Z]+")     # RFC 6454 section 6.2
 HTML = "text/html; charset=utf-8"
 
 log = logging.getLogger("sse_server")
@@ -84,7 +87,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
                  publish_tokens: Sequence[str] = (), authorize: Optional[Callable[[Request], bool]] = None,
                  origins: Sequence[str] = (), cert: Optional[str] = None, key: Optional[str] = None,
                  redis: Optional[str] = None, stream: str = "sse") -> None:
-        self._handshakes_lock = threading.Lock()
+        self._handshakes_lock = threading.Condition()       # notified when a handshake ends
         self._handshakes: Dict["Handshake", threading.Thread] = {}      # the oldest first
         self._lifecycle = threading.RLock()
         self._started = False
@@ -94,15 +97,20 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self._accept_failed_at = -math.inf
         self._page = PAGE.read_bytes()
         self._retry = retry
+        if "" in (*tokens, *publish_tokens):
+            raise ValueError("a token is empty: anybody would have it")
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"the origin {origin!r} is not one as browsers send it: scheme://host[:port], or null")
         self._tokens = [token.encode() for token in tokens]
         self._publish_tokens = [token.encode() for token in publish_tokens]
         self._authorize = authorize
         self._origins = frozenset(origins)
         self.tls = tls_context(cert, key) if cert else None
         self._stream = sources.RedisStream(redis, stream, history) if redis else None
-        self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
         if ":" in host:
             self.address_family = socket.AF_INET6
+        self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
         try:
             super().__init__((host, port), Handshake)
         except BaseException:
@@ -180,7 +188,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     def _publish_to_stream(self, data: str, event: Optional[str], channel: Optional[str], wait: float) -> str:
         """Add an event to the Redis stream; if the source can wait, as long as Redis is away."""
-        frames.check_event(data, event, channel)
+        frames.check_event(event, channel)
+        frames.encode(data)
         while True:
             if self._stopping.is_set():
                 raise Stopped("the server is stopped")
@@ -226,9 +235,10 @@ class SSEServer(socketserver.ThreadingTCPServer):
             unfinished = list(self._handshakes.items())
         for handshake, _ in unfinished:
             handshake.cut()
+        until = time.monotonic() + LINGER_TIME
         for _, thread in unfinished:
             if thread is not threading.current_thread():
-                thread.join(1.0)
+                thread.join(max(0.0, until - time.monotonic()))
 
     # Called in the constructor, by socketserver
 
@@ -271,18 +281,28 @@ class SSEServer(socketserver.ThreadingTCPServer):
             self._start_handshake(handshake)
 
     def _start_handshake(self, handshake: "Handshake") -> None:
-        thread = threading.Thread(target=handshake.run, name=f"handshake-{next(self._numbers)}")
+        thread = threading.Thread(target=handshake.run, name=f"handshake-{next(self._numbers)}", daemon=True)
         with self._handshakes_lock:
-            if len(self._handshakes) >= MAX_HANDSHAKES:
-                oldest = next(iter(self._handshakes))
-                self._handshakes[oldest] = self._handshakes.pop(oldest)     # it goes to the end until its thread ends
-                oldest.cut()
+            while len(self._handshakes) >= MAX_HANDSHAKES and not self._cut_oldest() and not self._stopping.is_set():
+                self._handshakes_lock.wait(ACCEPT_PAUSE)
             self._handshakes[handshake] = thread
             try:
                 thread.start()
             except RuntimeError:        # the system gives no more threads
                 del self._handshakes[handshake]
                 handshake.close()
+
+    def _cut_oldest(self) -> bool:
+        """Make room by cutting the oldest request that waits for its peer. Requires holding _handshakes_lock.
+
+        Returns False if there is none: all work, or did not have the time that a round of TLS takes on a busy machine.
+        """
+        before = time.monotonic() - (GRACE if self.tls else 0.0)
+        oldest = next((handshake for handshake in self._handshakes if handshake.waits_since(before)), None)
+        if oldest is not None:
+            self._handshakes[oldest] = self._handshakes.pop(oldest)     # it goes to the end until its thread ends
+            oldest.cut()
+        return oldest is not None
 
     # Called by handshakes, in the accept loop or in a thread of theirs
 
@@ -295,6 +315,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
         """Forget a handshake whose thread ends."""
         with self._handshakes_lock:
             self._handshakes.pop(handshake, None)
+            self._handshakes_lock.notify()
 
     def is_slow(self, request: Request) -> bool:
         """Whether a request for the stream can take long to look at: then it is not for the accept loop."""
@@ -422,9 +443,15 @@ class Handshake:
         self._received = b""                # of the request, so far
         self._kept = False                  # an answer was sent, and the connection kept for the next request
         self._deadline = time.monotonic() + HEAD_TIME
+        self._waiting_since = math.inf      # when it began to wait for the peer; inf while it does not, or was cut
+
+    def waits_since(self, before: float) -> bool:
+        """Say whether it has waited for its peer since then: such a one can be cut."""
+        return self._waiting_since <= before
 
     def cut(self) -> None:
         """Make room: end the connection if it is still in the handshake."""
+        self._waiting_since = math.inf
         with self._lock:
             if self._sock is not None:
                 _shut(self._sock, socket.SHUT_RDWR)
@@ -449,7 +476,7 @@ class Handshake:
                 return False
             head, is_stream = self._server.respond(parsed[0])
             return is_stream and self._hand_over(parsed[0], head)
-        except (Refusal, OSError):      # `run` meets it again, and has time for it
+        except Exception:       # a refusal, a reset, a fault of ours: `run` meets it again, and deals with it
             return False
 
     def _hand_over(self, request: Request, head: bytes) -> bool:
@@ -480,7 +507,9 @@ class Handshake:
         with self._lock:
             self._sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
         self._sock.settimeout(HEAD_TIME)
+        self._waiting_since = time.monotonic()
         self._sock.do_handshake()
+        self._waiting_since = math.inf
 
     def _serve(self) -> bool:
         """Deal with one request. Returns whether the connection is kept for the next one."""
@@ -539,7 +568,7 @@ class Handshake:
     def _read_body(self, request: Request) -> bytes:
         """Return the body of a POST. Raises Refusal, also for one that cannot be or is cut short."""
         length = request.body_length
-        if request.fields.get("expect", "").lower() == "100-continue" and len(self._received) < length:
+        if request.chunked and request.fields.get("expect", "").lower() == "100-continue" and len(self._received) < length:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         parts, missing = [self._received], length - len(self._received)
         while missing > 0:
@@ -559,7 +588,9 @@ class Handshake:
             if left <= 0:
                 raise socket.timeout
             self._sock.settimeout(left)
+            self._waiting_since = time.monotonic()
             data = self._sock.recv(65536)
+            self._waiting_since = math.inf
         except socket.timeout:
             if self._kept and not self._received:       # a 408 could pass for the answer to what comes just now
                 return False
@@ -611,12 +642,16 @@ class TLSSocket(ssl.SSLSocket):
             raise BlockingIOError from None
 
 
+def _no_password() -> NoReturn:
+    raise ValueError("its key is encrypted, and a service has nobody to type a password")
+
+
 def tls_context(cert: str, key: Optional[str]) -> ssl.SSLContext:
     """Return a server's context for this certificate. Raises OSError or ssl.SSLError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.sslsocket_class = TLSSocket
-    context.load_cert_chain(cert, key)
+    context.load_cert_chain(cert, key, password=_no_password)
     return context
 
 
@@ -757,7 +792,10 @@ def wait_for_stop(wakee: socket.socket, watch_input: bool) -> None:
         ready = select.select(watched, [], [])[0]
         if wakee in ready:
             return
-        typed = os.read(ready[0], 4096)
+        try:
+            typed = os.read(ready[0], 4096)
+        except OSError:         # not open for reading, as nohup leaves it, or a terminal that was hung up
+            typed = b""
         if b"\n" in typed:
             return
         if not typed:

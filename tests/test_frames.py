@@ -38,10 +38,11 @@ def test_encode(data, event, payload):
 
 
 @pytest.mark.parametrize("data, event", [
-    ("x", "a\nb"), ("x", "a\rb"), ("x", "a\0b"), ("x", "\ud800"), ("\udfff", None), ("x", "n" * 1025),
+    ("x", "a\nb"), ("x", "a\rb"), ("x", "a\0b"), ("x", "\ud800"), ("\udfff", None), ("x", "n" * 1025), ("x", "gap"),
     ("x" * (frames.MAX_EVENT + 1), None), ("é" * (frames.MAX_EVENT // 2 + 1), None)])
 def test_what_no_event_can_hold_is_a_value_error(data, event):
     with pytest.raises(ValueError):
+        frames.check_event(event, None)
         frames.encode(data, event)
 
 
