@@ -17,14 +17,14 @@ fuzz: $(VENV)/ready
 
 $(VENV)/ready: setup.cfg
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet pytest requests
+	$(VENV)/bin/python -m pip install --quiet pytest requests redis
 	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache __pycache__ */__pycache__
 
-bench:
-	$(PYTHON) benchmarks/bench.py
+bench: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/bench.py
 
 siege:
 	$(PYTHON) benchmarks/siege.py

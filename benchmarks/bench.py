@@ -5,6 +5,9 @@ server's process. A ratio is that of the minima of several alternating runs, bec
 """
 import argparse
 import os
+import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -198,16 +201,54 @@ def spread(server: ServerProcess, clients: Clients, channels: int, rounds: int =
     return {"cpu": measure.cpu / rounds / len(clients) * 1e6, "load": measure.load}
 
 
+def redis_stream(runs: int, folder: str, number: int = 1000) -> None:
+    """What it costs to follow a Redis stream, and how much later the clients of another server have an event."""
+    if not shutil.which("redis-server"):
+        return say("\nRedis: left out, there is no redis-server")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    store = subprocess.Popen(["redis-server", "--port", str(port), "--dir", folder, "--save", ""], stdout=subprocess.DEVNULL)
+    time.sleep(1)
+    try:
+        url = {"redis": f"redis://127.0.0.1:{port}/0"}
+        pairs = []
+        for server in (our_server(), our_server("following", **url)):
+            pairs.append((server, Clients(server.port)))
+            pairs[-1][1].connect(number)
+        local, following = alternate(pairs, runs, lambda server, clients: deliver(server, clients, 40, 1 / RATE))
+        say(f"\nfollowing a Redis stream, {number} clients: {following['cpu'] / local['cpu']:.2f} of the local log's CPU per "
+            f"delivery ({following['cpu']:.2f} and {local['cpu']:.2f} us)")
+        for server, clients in pairs:
+            clients.close()
+            server.stop()
+        one, two = our_server("one", **url), our_server("two", **url)
+        same, other = Clients(one.port), Clients(two.port)
+        same.connect(1), other.connect(1)
+        for _ in range(100):
+            one.publish(1)
+            same.read_until(one.published), other.read_until(one.published)
+            one.wait()
+        # read in turn, so what the other has beyond this includes the time that it waited to be read
+        median = [percentile(clients.latencies, .5) * 1e3 for clients in (same, other)]
+        say(f"an event posted on one server: median {median[0]:.2f} ms to its own clients, {median[1] - median[0]:+.2f} ms to the other's")
+        for clients in (same, other):
+            clients.close()
+        one.stop(), two.stop()
+    finally:
+        store.terminate()
+        store.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="*", help="fan-out, connects, memory, resume, channels, stalled (default: all)")
+    parser.add_argument("only", nargs="*", help="fan-out, connects, memory, resume, channels, redis, stalled (default: all)")
     parser.add_argument("--runs", type=int, default=9, help="alternating runs of each measurement (default 9)")
     options = parser.parse_args()
     limit = descriptor_limit()
     if (os.cpu_count() or 1) < 2:
         sys.exit("two cores are needed: one for the server, one for the load")
     os.sched_setaffinity(0, {1})
-    chosen = options.only or ["fan-out", "connects", "memory", "resume", "channels", "stalled"]
+    chosen = options.only or ["fan-out", "connects", "memory", "resume", "channels", "redis", "stalled"]
     with tempfile.TemporaryDirectory() as folder:
         say(f"Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}, descriptor limit {limit}. `load` is the share of "
             "its core that the load took:\nbelow 100 % it was not the bottleneck.")
@@ -225,6 +266,8 @@ def main() -> None:
             resume(options.runs)
         if "channels" in chosen:
             channels(options.runs, min(10000, limit - 200))
+        if "redis" in chosen:
+            redis_stream(options.runs, folder)
         if "stalled" in chosen:
             stalled(options.runs)
 

@@ -13,7 +13,7 @@ from sse_server import SSEServer   # noqa: E402
 
 
 def main() -> None:
-    options = {name: float(value) if "." in value else int(value)
+    options = {name: int(value) if value.isdigit() else value
                for name, value in (argument.split("=") for argument in sys.argv[1:])}
     sequence = 0
     with SSEServer(port=0, **options) as server:
