@@ -12,6 +12,8 @@ Who owns what (the publisher thread owns whatever is not named here):
     _log, _joining, _woken, _stop_by    the mutex    publish, register,      publisher
                                                      stop, publisher
     _clients                            the mutex    register, publisher     any thread, by len()
+    _snapshot                           the mutex    status, publisher       the same
+    counters                            -            publisher               any thread
     _next                               the mutex    publisher, preload      publish, drain
     _spared                             the mutex    publisher, register     publish, drain
     _patiences                          the mutex    publish, drain          publisher
@@ -30,6 +32,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import frames
@@ -43,7 +46,8 @@ ID_LENGTH = 64          # bytes that an id adds to a frame, at most
 BATCHES_KEPT = 64       # joined for clients that are not current, so that those at the same place share them
 RECHECK = 1.0           # seconds between two looks at a condition, should its notification get lost
 
-STALLED, UNWATCHED = "stalled", "the system cannot watch another socket"   # why a client is dropped: worth a warning
+CLOSED, RESET, STALLED, UNWATCHED = "closed", "reset", "stalled", "unwatched"      # why a client is dropped
+SNAPSHOT = 1000         # clients that a status names, so that it takes the publisher a few milliseconds
 NOTHING = Batch((), True)
 Bytes = Union[bytes, memoryview]
 
@@ -63,9 +67,21 @@ class Stopped(RuntimeError):
     """The server does not run (yet, or any more), so it takes no event."""
 
 
+class Counters:
+    """What the publisher has done since it began. Changed by its thread only; any thread may read."""
+
+    def __init__(self) -> None:
+        self.deliveries = 0                 # frames begun, over all clients
+        self.bytes = 0
+        self.gaps = 0
+        self.turns = 0
+        self.turn_seconds = 0.0             # without the waiting
+        self.drops: Dict[str, int] = {CLOSED: 0, RESET: 0, STALLED: 0, UNWATCHED: 0}
+
+
 class Group:
     """Clients that are sent the same bytes: those with the same set of channels and the same framing."""
-    __slots__ = ("channels", "chunked", "current", "size", "sent_at", "last")
+    __slots__ = ("channels", "chunked", "current", "size", "sent_at", "last", "bytes")
 
     def __init__(self, channels: FrozenSet[str], chunked: bool) -> None:
         self.channels = channels
@@ -74,6 +90,7 @@ class Group:
         self.size = 0                               # current and lagging clients
         self.sent_at = -math.inf                    # when all current clients were last sent something
         self.last: Tuple[int, Optional[frames.Id]] = (-1, None)     # number and id of the last frame sent to all
+        self.bytes = 0                              # sent to each that was current all the time
 
     def framed(self, chunk: bytes) -> bytes:
         """Return a chunk as this group's clients get it."""
@@ -89,7 +106,7 @@ class Client:
     `cursor` and `rest` are valid while the client is lagging. While it is current, `cursor` is the number of the
     frame with which it became current: what it is due next is what the publisher sends next.
     """
-    __slots__ = ("sock", "peer", "group", "place", "cursor", "rest", "after", "sent_at", "awaited")
+    __slots__ = ("sock", "peer", "group", "place", "cursor", "rest", "after", "sent_at", "awaited", "since", "bytes")
 
     def __init__(self, sock: socket.socket, peer: str, group: Group, rest: bytes) -> None:
         self.sock = sock
@@ -100,6 +117,8 @@ class Client:
         self.rest = rest            # bytes to send before that frame: a head, or the end of a frame begun
         self.after: Optional[str] = None    # id of the last frame it had before the cursor
         self.sent_at = 0.0          # when its socket last took a byte
+        self.since = 0.0            # when it was registered, on the wall's clock
+        self.bytes = 0              # sent to it; while it is current, this and what its group has been sent
         self.awaited = True         # a patient source waits for it; False from when it was given up until it is current
 
 
@@ -133,6 +152,8 @@ class Publisher:
 
         if not all(0 <= option < 1 << 31 for option in (history, heartbeat, retry, max_clients)):
             raise ValueError("history, heartbeat, retry and max_clients must be numbers from 0 on")
+        self.counters = Counters()
+        self._snapshot: Optional[List[dict]] = []       # of the clients, made by the publisher when it is None
         self._ids = history > 0
         self._heartbeat = heartbeat
         self._retry = retry
@@ -255,6 +276,7 @@ class Publisher:
         """
         group = Group(frozenset(channels), chunked)     # stands for the real one, which the publisher owns
         client = Client(sock, peer, group, head)
+        client.since = self._wall()
         if self._ids:
             client.rest += group.framed(frames.retry(jittered(self._retry)))
         with self._mutex:
@@ -269,6 +291,25 @@ class Publisher:
         if wake:
             self._wake()
         return True
+
+    @property
+    def events(self) -> int:
+        """How many events were published."""
+        return self._log.next
+
+    @property
+    def lagging(self) -> int:
+        """How many clients are lagging."""
+        return len(self._lagging)
+
+    def status(self) -> List[dict]:
+        """Return what there is to know of the clients, the lagging ones first, SNAPSHOT of them at most."""
+        with self._mutex:
+            self._snapshot = None
+        self._wake()
+        with self._mutex:
+            self._moved.wait_for(lambda: self._snapshot is not None or self._stop_by is not None, 2 * RECHECK)
+            return self._snapshot or []
 
     def stop(self) -> None:
         """Stop: for at most a second clients can take what is in the log, then all are closed. Joins the thread."""
@@ -354,6 +395,7 @@ class Publisher:
 
     def _gap(self, group: Group, cursor: int, after: Optional[str], reason: str) -> bytes:
         """Return the gap event for a client that goes on from `cursor`."""
+        self.counters.gaps += 1
         due = (frame.id for frame in self._log.read(cursor, self._log.next) if group.wants(frame))
         return group.framed(frames.chunk(frames.gap_payload(after, frames.format_id(next(due, None)), reason)))
 
@@ -418,6 +460,7 @@ class Publisher:
             self._woken = self._has_work()
         for key, events in self._selector.select(0 if self._woken else timeout):
             self._on_ready(key.data, events)
+        began = self._clock()
         with self._mutex:
             self._woken = True      # until the next look, and that saves whoever publishes in a burst a system call
             joining, self._joining = self._joining, []
@@ -433,8 +476,28 @@ class Publisher:
         if self._patiences:
             with self._mutex:
                 self._spare()
+        if self._snapshot is None:
+            self._take_snapshot()
         if self._clock() >= self._sweep_at:
             self._sweep()
+        self.counters.turns += 1
+        self.counters.turn_seconds += self._clock() - began
+
+    def _take_snapshot(self) -> None:
+        now, next_number = self._clock(), self._next
+        chosen = list(islice(chain(self._lagging, *(group.current for group in self._groups.values())), SNAPSHOT))
+        with self._mutex:
+            self._snapshot = [self._describe(client, now, next_number) for client in chosen]
+            self._moved.notify_all()
+
+    def _describe(self, client: Client, now: float, next_number: int) -> dict:
+        """Return a client as /-/status has it. Requires holding the mutex."""
+        lagging = client in self._lagging
+        due = max(client.cursor, self._log.first)
+        return {"peer": client.peer, "since": round(client.since, 3), "channels": sorted(client.group.channels),
+                "bytes": client.bytes + (0 if lagging else client.group.bytes),
+                "lag_frames": next_number - client.cursor if lagging else 0,
+                "lag_seconds": round(now - self._log.frame(due).time, 3) if lagging and due < next_number else 0.0}
 
     def _on_ready(self, client: Optional[Client], events: int) -> None:
         if client is None:
@@ -476,9 +539,13 @@ class Publisher:
                 sent = -1
             if sent != size:
                 short.append((client, sent))
+        whole = len(group.current) - len(short)
+        group.bytes += size
+        self.counters.bytes += whole * size
+        self.counters.deliveries += whole * len(batch.frames)
         for client, sent in short:
             if sent < 0:
-                self._drop(client, "reset")
+                self._drop(client, RESET)
             else:
                 self._fall_behind(client, batch, sent)
         group.sent_at = self._clock()
@@ -487,6 +554,8 @@ class Publisher:
     def _fall_behind(self, client: Client, batch: Batch, sent: int) -> None:
         """Make a current client lagging, `sent` bytes into a batch."""
         self._set_lagging(client)
+        client.bytes -= len(batch.data) - sent      # the group is counted to have had it all
+        self.counters.bytes += sent
         client.cursor = batch.frames[0].number
         self._move_cursor(client, batch, sent, committed(client))
 
@@ -494,6 +563,7 @@ class Publisher:
         """Move a client over the frames of a batch that are begun; what is left of these becomes its rest."""
         begun, client.rest = batch.cut(sent, committed)
         if begun:
+            self.counters.deliveries += begun
             client.cursor = batch.frames[begun - 1].number + 1
             client.after = frames.format_id(batch.frames[begun - 1].id) or client.after
 
@@ -503,6 +573,7 @@ class Publisher:
         if id and number >= client.cursor:      # sent to it too, as it was current by then
             client.after = frames.format_id(id)
         client.cursor = self._next
+        client.bytes += client.group.bytes
         del client.group.current[client]
         self._watch(client)
 
@@ -522,6 +593,7 @@ class Publisher:
             del self._lagging[client]
             self._selector.modify(client.sock, selectors.EVENT_READ, client)
         client.awaited = True
+        client.bytes -= client.group.bytes
         client.group.current[client] = None
 
     def _greet(self, client: Client) -> None:
@@ -537,6 +609,7 @@ class Publisher:
         except OSError:         # the system watches no more sockets
             self._drop(client, UNWATCHED)
             return
+        log.debug("%s connected", client.peer)
         if self._advance(client):
             self._settle(client)
 
@@ -569,10 +642,12 @@ class Publisher:
         except BlockingIOError:
             return 0
         except OSError:
-            self._drop(client, "reset")
+            self._drop(client, RESET)
             return None
         if sent:
             client.sent_at = self._clock()
+            client.bytes += sent
+            self.counters.bytes += sent
         return sent
 
     def _discard_input(self, client: Client) -> bool:
@@ -583,9 +658,9 @@ class Publisher:
         except BlockingIOError:
             return True
         except OSError:
-            self._drop(client, "reset")
+            self._drop(client, RESET)
             return False
-        self._drop(client, "closed")
+        self._drop(client, CLOSED)
         return False
 
     def _sweep(self) -> None:
@@ -613,6 +688,7 @@ class Publisher:
         if reason != UNWATCHED:
             self._selector.unregister(client.sock)
         client.sock.close()
+        self.counters.drops[reason] += 1
         group = client.group
         group.current.pop(client, None)
         self._lagging.pop(client, None)

@@ -10,6 +10,7 @@ Who owns what:
 
     attribute           guarded by          changed by                      read by
     _handshakes         _handshakes_lock    accept loop, handshakes, stop   the same
+    _refused            _handshakes_lock    handshakes                      any thread
     _stopping           itself              stop                            all
     _started, _stopped  _lifecycle          start, stop                     the same; publish
     _accept_failed_at   -                   accept loop                     accept loop
@@ -28,6 +29,7 @@ import socket
 import socketserver
 import ssl
 import sys
+import sysconfig
 import threading
 import time
 from itertools import count
@@ -50,7 +52,11 @@ ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descrip
 RECOVERED = 10.0            # seconds without a failure after which the next one is worth a warning again
 AHEAD_TIME = 1.0            # seconds to wait for an id that a client brings from another server of the same stream
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
-PAGE = Path(__file__).with_name("index.html")
+CLEAR_LINE = "\r\x1b[K"     # of a terminal
+PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
+PAGES = (Path(__file__).with_name("index.html"),        # in a checkout; else where installing puts it
+         Path(sysconfig.get_path("data"), "share", "sse-server", "index.html"))
+PAGE = next(filter(Path.exists, PAGES), PAGES[0])
 _ORIGIN = re.compile("null|[a-z][a-z0-9+.-]*://[^/A-Z]+")     # RFC 6454 section 6.2
 HTML = "text/html; charset=utf-8"
 
@@ -89,6 +95,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
                  redis: Optional[str] = None, stream: str = "sse") -> None:
         self._handshakes_lock = threading.Condition()       # notified when a handshake ends
         self._handshakes: Dict["Handshake", threading.Thread] = {}      # the oldest first
+        self._refused: Dict[int, int] = {}      # requests by the status with which they were refused
         self._lifecycle = threading.RLock()
         self._started = False
         self._stopped = False
@@ -146,6 +153,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
                 self._publisher.start()
                 self._started = True
                 self._acceptor.start()
+                log.info("listening on %s", self.url)
                 if self._follower:
                     self._follower.start()
         return self
@@ -160,6 +168,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
             if self._stopped:
                 return
             self._stopped = True
+            if self._started:
+                log.info("stopping with %d clients", self.clients)
             if self._acceptor.is_alive():
                 self._connect_to_self()
                 self._acceptor.join()
@@ -168,6 +178,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
             self.server_close()
             if self._follower and self._follower.is_alive():
                 self._follower.join(sources.REDIS_TIMEOUT)
+            if self._started:
+                log.info("stopped")
 
     shutdown = stop     # what socketserver calls it
 
@@ -319,7 +331,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     def is_slow(self, request: Request) -> bool:
         """Whether a request for the stream can take long to look at: then it is not for the accept loop."""
-        return self._authorize is not None or self._stream is not None and request.last_id is not None
+        return self._authorize is not None or request.path.startswith("/-/") or self._stream is not None and request.last_id is not None
 
     def respond(self, request: Request) -> Tuple[bytes, bool]:
         """Return the answer to a request without a body, and whether it is the head of a stream to be registered."""
@@ -331,8 +343,32 @@ class SSEServer(socketserver.ThreadingTCPServer):
         if request.path == "/" and request.accepts("text/html"):
             return http1.answer(200, self._page, content_type=HTML, head_only=head_only), False
         self._admit(request)
+        if request.path in ("/-/metrics", "/-/status"):
+            return self._report(request), False
         self._channels(request)
         return self._stream_head(request), not head_only
+
+    def _report(self, request: Request) -> bytes:
+        """Return the metrics, or the status."""
+        fields = ["Cache-Control: no-store", *self._cross_origin(request)]
+        if request.path == "/-/metrics":
+            body, content_type = metrics(self._publisher, self._refused), "text/plain; version=0.0.4; charset=utf-8"
+        else:
+            body, content_type = json.dumps(self.status()) + "\n", "application/json"
+        return http1.answer(200, body.encode(), fields, content_type=content_type, head_only=request.method == "HEAD")
+
+    def status(self) -> dict:
+        """Return what `/-/status` shows. Times are seconds, `since` is since the epoch; at most 1000 clients are named."""
+        return {**self.counters, "list": self._publisher.status()}
+
+    @property
+    def counters(self) -> dict:
+        """The figures of `status`, without the list of clients."""
+        counters = self._publisher.counters
+        return {"clients": len(self._publisher), "lagging": self._publisher.lagging, "events": self._publisher.events,
+                "deliveries": counters.deliveries, "bytes": counters.bytes, "gaps": counters.gaps,
+                "drops": dict(counters.drops), "refused": {str(status): count for status, count in self._refused.copy().items()},
+                "turn_seconds": round(counters.turn_seconds / max(1, counters.turns), 6)}
 
     def _admit(self, request: Request) -> None:
         """Raise Refusal for a request that may not watch."""
@@ -404,6 +440,8 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     def refuse(self, refusal: Refusal, request: Optional[Request]) -> bytes:
         """Return the answer that tells a client what was wrong; the request is None if it could not be read."""
+        with self._handshakes_lock:
+            self._refused[refusal.status] = self._refused.get(refusal.status, 0) + 1
         fields = [*refusal.fields, *self._cross_origin(request)]
         head_only = request is not None and request.method == "HEAD"
         return http1.answer(refusal.status, f"{refusal.text}\n".encode(), fields, head_only=head_only)
@@ -617,6 +655,29 @@ def _shut(sock: socket.socket, how: int) -> None:
         pass
 
 
+def metrics(publisher: Publisher, refused: Dict[int, int]) -> str:
+    """Return the figures in the text format of Prometheus, version 0.0.4."""
+    counters = publisher.counters
+    lines: List[str] = []
+
+    def add(name: str, kind: str, text: str, *samples: Tuple[str, float]) -> None:
+        lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
+        lines.extend(f"{name}{suffix} {value}" for suffix, value in samples)
+    add("sse_clients", "gauge", "Clients that are connected.", ("", len(publisher)))
+    add("sse_lagging_clients", "gauge", "Clients whose socket would not take all.", ("", publisher.lagging))
+    add("sse_events_total", "counter", "Events published.", ("", publisher.events))
+    add("sse_deliveries_total", "counter", "Events sent, over all clients.", ("", counters.deliveries))
+    add("sse_sent_bytes_total", "counter", "Bytes sent to clients.", ("", counters.bytes))
+    add("sse_gaps_total", "counter", "Gaps that clients were told.", ("", counters.gaps))
+    add("sse_drops_total", "counter", "Clients gone, by reason.",
+        *((f'{{reason="{reason}"}}', count) for reason, count in counters.drops.items()))
+    add("sse_refused_total", "counter", "Requests refused, by status.",
+        *((f'{{status="{status}"}}', count) for status, count in sorted(refused.copy().items())))
+    add("sse_turn_seconds", "summary", "Time of the publisher's turns, without waiting.",
+        ("_sum", counters.turn_seconds), ("_count", counters.turns))
+    return "\n".join(lines) + "\n"
+
+
 class TLSSocket(ssl.SSLSocket):
     """A TLS socket that says BlockingIOError where a plain one does, and what it wants to be offered again then.
 
@@ -657,7 +718,7 @@ def tls_context(cert: str, key: Optional[str]) -> ssl.SSLContext:
 
 def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     """Parse the command line; a bad one ends the process with one line on standard error and status 2."""
-    parser = Parser(prog="sse_server.py", description="A small Server-Sent Events server.")
+    parser = Parser(prog=PROGRAM, description="A small Server-Sent Events server.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     parser.add_argument("--port", type=port_number, default=6500, help="port to listen on; 0 picks one (default 6500)")
     parser.add_argument("--interval", type=seconds, default=1.0, metavar="SECONDS",
@@ -685,7 +746,9 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
                         help="pause of a client before it reconnects, +-50 %% at random (default 3)")
     parser.add_argument("--max-clients", type=whole_number, default=10000, metavar="N",
                         help="clients at a time (default 10000)")
-    parser.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
+    loudness.add_argument("--quiet", action="store_true", help="log warnings only")
     options = parser.parse_args(arguments)
     options.token += os.environ.get("SSE_TOKEN", "").split()
     options.publish_token = options.publish_token or os.environ.get("SSE_PUBLISH_TOKEN")
@@ -731,11 +794,11 @@ def number(text: str, kind: Callable, fits: Callable, description: str):
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the server until Enter, SIGINT or SIGTERM. Returns the exit status. Call it in the main thread."""
     options = parse_arguments(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.DEBUG if options.verbose else logging.INFO)
+    set_up_logging(options)
     try:
         server = make_server(options)
-    except (OSError, ValueError) as error:
-        print(f"sse_server.py: {error}", file=sys.stderr)
+    except ValueError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
@@ -747,7 +810,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     source = threading.Thread(target=run_source, args=(server, options, stopping, waker), name="source")
     with server:
         source.start()
-        wait_for_stop(wakee, watch_input=not options.stdin)
+        wait_for_stop(wakee, not options.stdin, StatusLine(server) if sys.stderr.isatty() and not options.quiet else None)
         stopping.set()
     source.join()
     return 0
@@ -785,13 +848,44 @@ def run_source(server: SSEServer, options: argparse.Namespace, stopping: threadi
         waker.send(b"\0")
 
 
-def wait_for_stop(wakee: socket.socket, watch_input: bool) -> None:
+def set_up_logging(options: argparse.Namespace) -> None:
+    """Log to standard error; on a terminal, over the status line."""
+    level = logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO
+    logging.basicConfig(format=(CLEAR_LINE if sys.stderr.isatty() else "") + "%(message)s")
+    log.setLevel(level)
+
+
+class StatusLine:
+    """One line at the bottom of a terminal that renews itself."""
+
+    def __init__(self, server: SSEServer) -> None:
+        self._server = server
+        self._last = time.monotonic(), 0
+
+    def show(self) -> None:
+        counters = self._server.counters
+        before, deliveries = self._last
+        self._last = time.monotonic(), counters["deliveries"]
+        rate = (counters["deliveries"] - deliveries) / max(0.001, self._last[0] - before)
+        sys.stderr.write(f"{CLEAR_LINE}{counters['clients']} clients, {counters['events']} events, {rate:.0f} deliveries/s")
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        sys.stderr.write(CLEAR_LINE)
+        sys.stderr.flush()
+
+
+def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Optional[StatusLine]) -> None:
     """Return on Enter or when `wakee` can be read. The end of standard input is no Enter: services have none."""
     watched = [wakee, sys.stdin.fileno()] if watch_input and sys.stdin is not None else [wakee]
     while True:
-        ready = select.select(watched, [], [])[0]
+        ready = select.select(watched, [], [], 1.0 if status else None)[0]
+        if status:
+            status.clear() if ready else status.show()
         if wakee in ready:
             return
+        if not ready:
+            continue
         try:
             typed = os.read(ready[0], 4096)
         except OSError:         # not open for reading, as nohup leaves it, or a terminal that was hung up

@@ -112,7 +112,9 @@ class Server:
     """`python sse_server.py` as a process, on a free port."""
 
     def __init__(self, *arguments: str, stdin=subprocess.PIPE, env: Optional[dict] = None) -> None:
-        command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", *arguments]
+        loudness = () if {"--verbose", "--loud"} & set(arguments) else ("--quiet",)
+        arguments = [argument for argument in arguments if argument != "--loud"]
+        command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", *loudness, *arguments]
         self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                         env={**os.environ, **(env or {})})
         self.errors = None
@@ -131,6 +133,11 @@ class Server:
         else:
             self.process.send_signal(by)
         return self.process.wait(PATIENCE)
+
+    def peer_lines(self) -> list:
+        """Make sure it is gone, and return what it logged about peers."""
+        edges = ("listening", "stopping", "stopped")
+        return [line for line in self.close().splitlines() if not line.startswith(edges)]
 
     def close(self) -> str:
         """Make sure it is gone, and return what it wrote to standard error."""

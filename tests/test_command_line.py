@@ -1,4 +1,6 @@
 """`python sse_server.py` as people and service managers run it: every test is a real process."""
+import os
+import re
 import shutil
 import signal
 import socket
@@ -145,7 +147,31 @@ def test_verbose_says_who_left_and_no_more():
             client.read_events(1)
         connect(server.port).close()
         server.stop()
-        assert all(" dropped: " in line or " left " in line for line in server.close().splitlines())
+        assert all(re.search(" connected$| dropped: | left ", line) for line in server.peer_lines())
+        assert server.close().startswith("listening on http://127.0.0.1:") and server.close().endswith("stopped\n")
+
+
+def test_without_a_flag_only_the_edges_are_logged_and_quiet_logs_nothing():
+    for flag, expected in (("--loud", ["listening", "stopping", "stopped"]), ("--quiet", [])):
+        with serving(flag, *FAST) as server:
+            with Client(server.port) as client:
+                client.read_events(1)
+            server.stop()
+            assert [line.split()[0] for line in server.close().splitlines()] == expected
+
+
+def test_a_terminal_gets_a_status_line_that_renews_itself():
+    controller, terminal = os.openpty()
+    command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", "--interval", "0.05"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal)
+    os.close(terminal)
+    with process:
+        seen = b""
+        while not re.search(rb"\r\x1b\[K0 clients, [0-9]+ events, 0 deliveries/s\r\x1b\[K0 clients", seen):
+            seen += os.read(controller, 1000)
+        process.communicate(b"\n", timeout=PATIENCE)
+    os.close(controller)
+    assert process.returncode == 0
 
 
 def test_stop_is_bounded_even_with_a_client_that_does_not_read():
