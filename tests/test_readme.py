@@ -1,0 +1,184 @@
+"""The README keeps its word: every command in it is run here, and its table of flags is the one of --help."""
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import requests
+
+from helpers import PATIENCE, TOP, Client, need, wait_until
+
+README = (TOP / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def test_flags_are_those_of_help():
+    shown = subprocess.run([sys.executable, TOP / "sse_server.py", "--help"], capture_output=True, text=True,
+                           env={**os.environ, "COLUMNS": "200"}).stdout
+    helped = dict(re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?)(?:  +|\n +)(.*)$", shown, re.MULTILINE))
+    table = {flag: (meaning, default) for flag, meaning, default in
+             re.findall(r"^\| `(--[^`]+)` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)}
+    assert set(table) == set(helped)
+    for flag, (_, default) in table.items():
+        said = re.search(r"\(default[: ]+([^;)]+)", helped[flag])
+        assert default == (said[1] if said else "off"), flag
+
+
+class Shell:
+    """Run a command of the README as it stands but for its ports, which are free ones here."""
+
+    def __init__(self, folder) -> None:
+        self.ports = {"6500": str(free_port()), "6501": str(free_port()), "6502": str(free_port()),
+                      "6379": str(free_port())}
+        self.folder = folder
+        self.processes = []
+
+    def start(self, command: str, **options) -> subprocess.Popen:
+        for old, new in self.ports.items():
+            command = command.replace(old, new)
+        command = command.replace("redis-cli ", f"redis-cli -p {self.ports['6379']} ")
+        command = command.replace("python sse_server.py", f"{shlex.quote(sys.executable)} {TOP}/sse_server.py")
+        process = subprocess.Popen(["bash", "-c", command], cwd=self.folder, stdin=subprocess.PIPE, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, **options)
+        self.processes.append(process)
+        return process
+
+    def serve(self, command: str) -> None:
+        process = self.start(command)
+        while "Listening" not in process.stdout.readline():
+            assert process.poll() is None, command
+
+    def output(self, command: str) -> str:
+        process = self.start(command)
+        return process.communicate(timeout=PATIENCE)[0]
+
+    def watch(self, command: str, text: str) -> subprocess.Popen:
+        process = self.start(command)
+        line = process.stdout.readline()
+        while line and text not in line:
+            line = process.stdout.readline()
+        assert text in line, command
+        return process
+
+    def stop(self) -> None:
+        for process in self.processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.communicate()
+        self.processes = []
+
+
+@pytest.fixture
+def shell(tmp_path):
+    need("curl", "curl")
+    shell = Shell(tmp_path)
+    yield shell
+    shell.stop()
+
+
+def commands(*starts: str) -> list:
+    """The commands of the README that these texts are in, in order; each text names one."""
+    return [next(command for command in COMMANDS if start in command) for start in starts]
+
+
+def test_run_and_see(shell):
+    run, see = commands("python sse_server.py --port 6500", "curl -N http://127.0.0.1:6500/token")
+    shell.serve(run)
+    shell.watch(see, "data: ")
+    metrics, status = commands("/-/metrics", "/-/status")
+    assert "sse_clients 1\n" in shell.output(metrics)
+    assert '"clients": 1' in shell.output(status)
+
+
+def test_pipe(shell):
+    pipe, = commands("seq 1 100000 |")
+    shell.start(pipe.replace("seq 1 100000", "(sleep 2; seq 1 100000)"))
+    port = int(shell.ports["6500"])
+    wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"], capture_output=True).returncode == 0)
+    with Client(port) as client:
+        tail = b""
+        while True:
+            data = client.sock.recv(1 << 18)
+            if not data:
+                break
+            tail = (tail + data)[-500:]
+    assert b"data: 100000\r\n" in tail and tail.endswith(b"0\r\n\r\n")
+
+
+def test_post_and_channel(shell):
+    serve, post, watch = commands("--publish-token SECRET", "curl -d 'hello' 'http", "'http://127.0.0.1:6500/?channel=news'")
+    shell.serve(serve)
+    watching = shell.start(watch)
+    wait_until(lambda: requests.get(f"http://127.0.0.1:{shell.ports['6500']}/-/status", timeout=PATIENCE).json()["list"])
+    assert '{"id": "' in shell.output(post)
+    line = watching.stdout.readline()
+    while line and "hello" not in line:
+        line = watching.stdout.readline()
+    assert line
+
+
+def test_program(tmp_path):
+    program, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(program.splitlines()) < 15
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", program.replace("6500", str(port))], cwd=TOP)
+    try:
+        wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"], capture_output=True).returncode == 0)
+        with Client(port) as client:
+            event, = client.read_events(1)
+            assert event.name == "disk" and event.data.endswith(" MiB free")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_tokens_origins_and_tls(shell):
+    env, origin, tls = commands("SSE_TOKEN=", "--origin", "--cert cert.pem")
+    url = f"http://127.0.0.1:{shell.ports['6500']}"
+    shell.serve(env)
+    assert requests.head(url + "/two", timeout=PATIENCE).status_code == 200
+    assert requests.post(url + "/three", data="x", timeout=PATIENCE).status_code == 200
+    shell.stop()
+    shell.serve(origin)
+    assert requests.head(url + "/one", timeout=PATIENCE).status_code == 200
+    assert requests.head(url + "/two", timeout=PATIENCE).status_code == 401
+    shell.stop()
+    subprocess.run([need("openssl", "openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out",
+                    "cert.pem", "-subj", "/CN=localhost"], cwd=shell.folder, check=True, capture_output=True)
+    shell.serve(tls)
+    with requests.Session() as session:
+        session.trust_env = False
+        with pytest.raises(requests.exceptions.SSLError):
+            session.head(url.replace("http:", "https:"), timeout=PATIENCE)
+
+
+def test_redis(shell):
+    need("redis-server", "redis-server")
+    pytest.importorskip("redis")
+    shell.start(f"exec redis-server --port {shell.ports['6379']} --save '' --dir {shell.folder}")
+    one, two, post, add = commands("--port 6501 --redis", "--port 6502 --redis", "http://127.0.0.1:6502/SECRET", "XADD")
+    wait_until(lambda: "PONG" in shell.output("redis-cli ping"))
+    shell.serve(one), shell.serve(two)
+    request = b"GET /?channel=news HTTP/1.1\r\nHost: x\r\n\r\n"
+    with Client(int(shell.ports["6501"]), request) as client:
+        client.open()
+        shell.output(post), shell.output(add)
+        assert [event[:2] for event in client.read_events(2)] == [("message", "hello"), ("custom", "hello")]
+
+
+def test_every_command_is_run_by_a_test():
+    """By its own words: each test above names the commands that it runs."""
+    source = (TOP / "tests" / "test_readme.py").read_text()
+    named = [text for call in re.findall(r"= commands\((.*)\)", source) for text in re.findall(r'"([^"]+)"', call)]
+    assert [command for command in COMMANDS if command != "make test" and not any(text in command for text in named)] == []
