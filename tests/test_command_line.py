@@ -50,6 +50,18 @@ def test_runs_without_any_standard_input():
         assert process.wait(PATIENCE) == 0
 
 
+def test_runs_on_with_a_standard_input_that_cannot_be_read():
+    """As nohup leaves it: a write-only /dev/null."""
+    command = f'exec "{sys.executable}" "{TOP}/sse_server.py" --port 0 --quiet 0>/dev/null'
+    with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        port = int(re.search(rb":([0-9]+)\n", process.stdout.readline())[1])
+        with Client(port) as client:
+            client.read_events(1)
+            process.terminate()
+            assert process.wait(PATIENCE) == 0 and process.stderr.read() == b""
+
+
 def test_typing_without_enter_does_not_stop_it():
     with serving(*FAST) as server, Client(server.port) as client:
         server.process.stdin.write(b"not yet")

@@ -4,6 +4,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import requests
@@ -33,6 +34,52 @@ def test_tokens(path, fields, admitted):
             sock.sendall(get(path, *fields))
             assert sock.recv(1000).startswith(line)
         assert ask(server.port, get(path, *fields, method="HEAD")).startswith(line)
+
+
+@pytest.mark.parametrize("options", [{"tokens": [""]}, {"publish_tokens": [""]}, {"origins": ["https://a.test/"]},
+                                     {"origins": ["https://A.test"]}, {"origins": ["a.test"]}, {"retry": float("inf")}])
+def test_options_that_would_let_in_everybody_or_nobody_are_refused(options):
+    with pytest.raises(ValueError):
+        SSEServer(port=0, **options)
+
+
+def test_a_bearer_token_may_be_utf_8():
+    with SSEServer(port=0, tokens=["\u00e9t\u00e9"]) as server, connect(server.port) as sock:
+        sock.sendall(get("/", "Authorization: Bearer \u00e9t\u00e9"))
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_program_that_takes_its_time_to_authorize_does_not_hold_up_stop():
+    release = threading.Event()
+    server = SSEServer(port=0, authorize=lambda request: release.wait(20)).start()
+    socks = [connect(server.port) for _ in range(6)]
+    for sock in socks:
+        sock.sendall(GET)
+    wait_until(lambda: len(server._handshakes) == 6)
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 3
+    release.set()
+    for sock in socks:
+        sock.close()
+    wait_until(lambda: not any(thread.name.startswith("handshake-") for thread in threading.enumerate()))
+
+
+def test_many_tls_clients_at_once_are_all_served(certificate, monkeypatch):
+    monkeypatch.setattr(sse_server, "MAX_HANDSHAKES", 8)
+    served = []
+
+    def visit(port):
+        with SecureClient(port) as client:
+            client.open()
+            served.append(client.stream.status)
+    with SSEServer(port=0, cert=certificate[0], key=certificate[1]) as server:
+        threads = [threading.Thread(target=visit, args=(server.port,)) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert served == [200] * 40
 
 
 def test_the_page_is_for_everybody_but_its_stream_is_not():
@@ -196,11 +243,21 @@ def test_plain_on_a_tls_port_and_tls_on_a_plain_port(certificate):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--cert", "/nowhere"], "cannot use /nowhere"), (["--key", "x"], "--key needs --cert"),
-    (["--cert", str(TOP / "Makefile")], "cannot use ")])
+    (["--cert", str(TOP / "Makefile")], "cannot use "), (["--token", ""], "a token is empty"),
+    (["--origin", "example.org"], "the origin 'example.org' is not one")])
 def test_a_bad_certificate_is_one_line_and_status_2(arguments, said):
     done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", *arguments], capture_output=True,
                           text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_encrypted_key_is_one_line_and_no_prompt(certificate, tmp_path):
+    locked = tmp_path / "locked.pem"
+    subprocess.run(["openssl", "ec", "-in", certificate[1], "-aes256", "-passout", "pass:x", "-out", locked], check=True,
+                   capture_output=True)
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--cert", certificate[0], "--key", locked],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
+    assert done.returncode == 2 and "encrypted" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"tokens": ["one"], "publish_tokens": ["t"]}], ids=["open", "tokens"])

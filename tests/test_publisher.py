@@ -540,3 +540,79 @@ def test_a_client_that_joins_ahead_of_a_backlog_gets_nothing_twice(bench):
 def test_negative_options_are_a_value_error(bad):
     with pytest.raises(ValueError):
         Publisher(**bad)
+
+
+def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
+    """It once stayed lagging, with a socket that was always ready: the publisher burned a core, and dropped it."""
+    b = bench(history=1000)
+    b.turn()
+    for number in range(3):
+        b.publish("x" * 40000, channel="a")
+    mine = b.peer(channels=["a"], last_id="0-0")
+    b.publish("other", channel="b")
+    for _ in range(10):
+        b.turn()
+        mine.take()
+    assert not b.publisher._lagging
+    b.publish("late", channel="a")
+    b.turn()
+    assert mine.data()[-1] == "late"
+
+
+def test_a_patient_publish_keeps_what_a_resuming_client_is_due(bench):
+    b = bench(history=64)
+    ids = [b.publish(str(number)) for number in range(64)]
+    b.turn()
+    back = b.peer(last_id=ids[0], narrow=True)
+    b.publisher._thread = threading.Thread(target=lambda: [b.publisher.turn(0.05) for _ in range(12)])
+    b.publisher._thread.start()
+    waiting = threading.Thread(target=lambda: b.publish("late", wait=50.0))
+    waiting.start()
+    b.publisher._thread.join()
+    assert waiting.is_alive() and b.publisher._log.first <= 1
+    back.server_end.room = 1 << 20
+    while waiting.is_alive():
+        b.turn()
+    b.turn(3)
+    assert back.data() == [*map(str, range(1, 64)), "late"]
+    waiting.join()
+    b.publisher._thread = threading.Thread()
+
+
+def test_a_patient_publish_gives_up_a_client_that_does_not_read(bench):
+    b = bench(history=64)
+    deaf, reader = b.peer(narrow=True), b.peer()
+    for number in range(64):
+        b.publish(str(number))
+        b.turn()
+    done = []
+    waiting = threading.Thread(target=lambda: done.append([b.publish("late", wait=5.0) for _ in range(100)]))
+    waiting.start()
+    while waiting.is_alive():
+        b.now += 0.5
+        b.turn()
+    waiting.join()
+    b.turn()
+    assert done and reader.data()[-100:] == ["late"] * 100
+    assert not next(iter(b.publisher._lagging)).awaited
+    assert b.now < 1000 + 20        # one pause of 5 s, and not one an event
+    deaf.server_end.room = 1 << 20
+    b.turn(3)
+    assert deaf.take().events[0].name == "gap"
+
+
+def test_drain_returns_though_others_publish(bench):
+    b = bench(history=64)
+    narrow = b.peer(narrow=True)
+    b.publish("one")
+    b.turn()
+    draining = threading.Thread(target=b.publisher.drain, args=(3.0,))
+    draining.start()
+    rounds = 0
+    while draining.is_alive() and rounds < 10000:
+        rounds += 1
+        b.now += 0.01
+        b.publish("more")
+        b.turn()
+    assert not draining.is_alive() and narrow.data() == []
+    draining.join()
