@@ -56,8 +56,10 @@ class Client:
         return data
 
     def read_until(self, condition: Callable[[Decoder], object]) -> "Client":
-        """Receive until the condition holds of the stream; fail if it ends before."""
+        """Receive until the condition holds of the stream; fail if it ends before, or never does while heartbeats come."""
+        deadline = time.monotonic() + 2 * PATIENCE
         while not condition(self.stream):
+            assert time.monotonic() < deadline, f"still not so: {self.stream.events[-3:]}, {self.stream.partial!r}"
             assert self.receive(), f"the stream ended early: {self.stream.events[-3:]}, {self.stream.partial!r}"
         return self
 

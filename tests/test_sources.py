@@ -63,6 +63,7 @@ def test_a_pipe_is_served_to_the_end_and_then_it_stops():
 
 def test_a_signal_stops_a_pipe_that_is_open():
     with serving("--stdin") as server, Client(server.port) as client:
+        client.open()
         server.process.stdin.write(b"one\n")
         server.process.stdin.flush()
         client.read_events(1)

@@ -1,0 +1,159 @@
+"""What installing gives: the command, the page and the modules, from a wheel and from an sdist."""
+import ast
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import urllib.request
+import venv
+import zipfile
+from contextlib import contextmanager
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+import pytest
+
+from helpers import PATIENCE, TOP, Client, need
+
+BUILDER = "setuptools>=70.1"        # the first that needs no package `wheel`
+SDIST = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+
+
+def run(*command: object, **options) -> str:
+    """Run a command that must succeed, and return its output."""
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=120, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def pip(*arguments: object, **options) -> str:
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **options)
+
+
+def names_of_modules() -> List[str]:
+    """Return the modules that setup.cfg says are installed."""
+    config = configparser.ConfigParser()
+    config.read(TOP / "setup.cfg", encoding="utf-8")
+    return config["options"]["py_modules"].split()
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """Copy the tracked files, so that a build leaves nothing in the checkout."""
+    if not (TOP / ".git").exists():
+        pytest.skip("this is no checkout")
+    tracked = subprocess.run([need("git", "git"), "ls-files", "-z"], cwd=TOP, capture_output=True, text=True, check=True)
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (TOP / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(TOP / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory) -> Tuple[Path, Path]:
+    """Build a wheel and an sdist, and return their paths."""
+    folder, tools = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("tools")
+    checkout = copy_of_checkout(tmp_path_factory.mktemp("checkout"))
+    pip("install", "--quiet", "--target", tools, BUILDER)
+    env = {**os.environ, "PYTHONPATH": str(tools)}
+    run(sys.executable, "-c", SDIST, folder, cwd=checkout, env=env)
+    pip("wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, cwd=checkout, env=env)
+    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def command(packages, tmp_path_factory) -> Path:
+    """Install the wheel in a fresh environment, and return its command."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    run(folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index",
+        packages[0])
+    return folder / "bin" / "sse-server"
+
+
+@contextmanager
+def running(command: Path, folder: Path) -> Iterator[Tuple[subprocess.Popen, int]]:
+    """Run the installed command in a folder, away from the checkout."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen([str(command), "--port", "0", "--interval", "0.05"], cwd=folder, env=env,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            yield process, port_of(process)
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def port_of(process: subprocess.Popen) -> int:
+    """Read where the server says it listens."""
+    for line in process.stdout:
+        port = line.strip().rpartition(b":")[2]
+        if port.isdigit():
+            return int(port)
+    raise AssertionError(process.stderr.read().decode())
+
+
+def page(port: int) -> bytes:
+    """Get what a browser is shown."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Accept": "text/html"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=PATIENCE) as answer:
+        return answer.read()
+
+
+def metadata(wheel: Path) -> Message:
+    """Return the metadata of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_every_module_is_named():
+    assert sorted(names_of_modules()) == sorted(path.stem for path in TOP.glob("*.py"))
+
+
+def test_every_module_can_be_read_by_python_3_9():
+    for name in names_of_modules():
+        ast.parse((TOP / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 9))
+
+
+def test_the_wheel_is_for_any_machine_and_holds_the_modules_and_the_page(packages):
+    wheel = packages[0]
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name for name in names if "/" not in name} == {f"{name}.py" for name in names_of_modules()}
+    assert [name for name in names if name.endswith(".data/data/share/sse-server/index.html")]
+    assert [name for name in names if ".dist-info/" in name and name.endswith("/LICENSE")]
+
+
+def test_the_metadata(packages):
+    fields = metadata(packages[0])
+    assert fields["Name"] in ("sse-server", "sse_server")
+    assert fields["Requires-Python"] == ">=3.9"
+    assert "redis" in fields.get_all("Provides-Extra")
+    needed = [need.replace('"', "'") for need in fields.get_all("Requires-Dist")]
+    assert all("extra ==" in need for need in needed)       # nothing but the standard library by default
+    assert any(need.startswith("redis") and "extra == 'redis'" in need for need in needed)
+
+
+def test_the_sdist_holds_what_a_build_needs(packages):
+    with tarfile.open(packages[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "index.html", "setup.cfg", "pyproject.toml"} <= names
+    assert {f"{name}.py" for name in names_of_modules()} <= names
+
+
+def test_the_installed_command_serves_the_page_and_the_clock_and_enter_stops_it(command, tmp_path):
+    with running(command, tmp_path) as (process, port), Client(port) as client:
+        assert page(port) == (TOP / "index.html").read_bytes()
+        assert len(client.read_events(2)) >= 2
+        errors = process.communicate(b"\n", timeout=PATIENCE)[1]
+        assert process.returncode == 0
+        assert b"Traceback" not in errors
+        client.read_to_end()
