@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test test-long fuzz bench siege clean
+.PHONY: run test test-long fuzz bench bench-peers siege clean interop
 
 run:
 	$(PYTHON) sse_server.py --port 6500
@@ -28,3 +28,10 @@ bench: $(VENV)/ready
 
 siege:
 	$(PYTHON) benchmarks/siege.py
+
+interop: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet httpx httpx-sse sseclient-py
+	$(VENV)/bin/python -m pytest -m interop
+
+bench-peers: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/peers.py
