@@ -202,17 +202,16 @@ class Publisher:
         frames.check_event(event, channel)
         payload = frames.encode(data, event)
         length = len(payload) + ID_LENGTH
-        given = None
+        appended = None
         with self._mutex:
-            appended = not wait or self._evict_spared(length, wait)
-            if appended:
-                given = self._append(payload, length, id, channel)
-        if not appended:
+            if not wait or self._evict_spared(length, wait):
+                appended = self._append(payload, length, id, channel)
+        if appended is None:
             with self._asking(wait):
                 while self._stop_by is None and not self._evict_spared(length, wait):
                     self._moved.wait(RECHECK)
-                given = self._append(payload, length, id, channel)
-        id, wake = given
+                appended = self._append(payload, length, id, channel)
+        id, wake = appended
         if wake:
             self._wake()
         return frames.format_id(id)

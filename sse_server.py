@@ -54,9 +54,9 @@ AHEAD_TIME = 1.0            # seconds to wait for an id that a client brings fro
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
 CLEAR_LINE = "\r\x1b[K"     # of a terminal
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
-PAGES = (Path(__file__).with_name("index.html"),        # in a checkout; else where installing puts it
-         Path(sysconfig.get_path("data"), "share", "sse-server", "index.html"))
-PAGE = next(filter(Path.exists, PAGES), PAGES[0])
+PAGES = (Path(__file__).parent, *(     # in a checkout; else where installing puts it, for all or for one user
+    Path(data, "share", "sse-server") for data in (sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))))
+PAGE = next((page for page in (folder / "index.html" for folder in PAGES) if page.exists()), None)
 _ORIGIN = re.compile("null|[a-z][a-z0-9+.-]*://[^/A-Z]+")     # RFC 6454 section 6.2
 HTML = "text/html; charset=utf-8"
 
@@ -102,7 +102,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self._stopping = threading.Event()
         self._numbers = count(1)
         self._accept_failed_at = -math.inf
-        self._page = PAGE.read_bytes()
+        self._page = PAGE.read_bytes() if PAGE else None
         self._retry = retry
         if "" in (*tokens, *publish_tokens):
             raise ValueError("a token is empty: anybody would have it")
@@ -340,7 +340,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
         head_only = request.method == "HEAD"
         if request.path == "/favicon.ico":
             raise Refusal(404, "There is no icon here.")
-        if request.path == "/" and request.accepts("text/html"):
+        if self._page and request.path == "/" and request.accepts("text/html"):
             return http1.answer(200, self._page, content_type=HTML, head_only=head_only), False
         self._admit(request)
         if request.path in ("/-/metrics", "/-/status"):

@@ -63,9 +63,9 @@ def listening(script: Path, url: str) -> Iterator[Listener]:
     listener = Listener()
     process = subprocess.Popen(["node", str(script), url, *NAMES], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                encoding="utf-8")
-    threads = [
-        threading.Thread(target=collect, args=(process.stdout, lambda line: listener.got.append(tuple(json.loads(line))))),
-        threading.Thread(target=collect, args=(process.stderr, lambda line: listener.notes.append(line.strip())))]
+    takes = {process.stdout: lambda line: listener.got.append(tuple(json.loads(line))),
+             process.stderr: lambda line: listener.notes.append(line.strip())}
+    threads = [threading.Thread(target=collect, args=output) for output in takes.items()]
     with process:
         for thread in threads:
             thread.start()

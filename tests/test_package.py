@@ -32,6 +32,7 @@ def run(*command: object, **options) -> str:
 
 
 def pip(*arguments: object, **options) -> str:
+    """Run pip, which must succeed."""
     return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **options)
 
 
@@ -46,12 +47,22 @@ def copy_of_checkout(folder: Path) -> Path:
     """Copy the tracked files, so that a build leaves nothing in the checkout."""
     if not (TOP / ".git").exists():
         pytest.skip("this is no checkout")
-    tracked = subprocess.run([need("git", "git"), "ls-files", "-z"], cwd=TOP, capture_output=True, text=True, check=True)
-    for name in filter(None, tracked.stdout.split("\0")):
+    tracked = run(need("git", "git"), "ls-files", "-z", cwd=TOP)
+    for name in filter(None, tracked.split("\0")):
         if (TOP / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(TOP / name, folder / name)
     return folder
+
+
+def get_builder(folder: Path) -> None:
+    """Install setuptools in a folder: skip where no registry can be reached, but fail in CI."""
+    try:
+        pip("install", "--quiet", "--target", folder, BUILDER)
+    except AssertionError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"pip cannot install {BUILDER}: {str(error)[-300:]}")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +70,7 @@ def packages(tmp_path_factory) -> Tuple[Path, Path]:
     """Build a wheel and an sdist, and return their paths."""
     folder, tools = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("tools")
     checkout = copy_of_checkout(tmp_path_factory.mktemp("checkout"))
-    pip("install", "--quiet", "--target", tools, BUILDER)
+    get_builder(tools)
     env = {**os.environ, "PYTHONPATH": str(tools)}
     run(sys.executable, "-c", SDIST, folder, cwd=checkout, env=env)
     pip("wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, cwd=checkout, env=env)
@@ -137,9 +148,9 @@ def test_the_metadata(packages):
     assert fields["Name"] in ("sse-server", "sse_server")
     assert fields["Requires-Python"] == ">=3.9"
     assert "redis" in fields.get_all("Provides-Extra")
-    needed = [need.replace('"', "'") for need in fields.get_all("Requires-Dist")]
-    assert all("extra ==" in need for need in needed)       # nothing but the standard library by default
-    assert any(need.startswith("redis") and "extra == 'redis'" in need for need in needed)
+    needed = [line.replace('"', "'") for line in fields.get_all("Requires-Dist")]
+    assert all("extra ==" in line for line in needed)       # nothing but the standard library by default
+    assert any(line.startswith("redis") and "extra == 'redis'" in line for line in needed)
 
 
 def test_the_sdist_holds_what_a_build_needs(packages):
