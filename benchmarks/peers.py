@@ -1,0 +1,406 @@
+"""Measure the server beside others that do the same: `make bench-peers` installs them, and writes docs/peers.md.
+
+Every server gets the load of bench.py's fan-out, in turn and in a fresh process for each run; see load.py. A figure is
+the best of its runs, because noise only ever adds. Peers that need packages get them in the folder PEERS_DIR, or in
+one that is removed at the end. One that cannot be had, or takes too long, is left out with a word why.
+"""
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+
+from bench import BURST, RATE, Result, deliver
+from load import Clients, Measure, ServerProcess, c_loop, cpu_clock, descriptor_limit, memory, our_server
+
+CLIENTS = 1000
+RUNS = 3
+EVENTS = 40             # in a steady run
+PATIENCE = 60.0         # seconds that one peer may take in all, without its installation
+PEERS = Path(__file__).resolve().parent / "peers"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MARK, STAMP = b"\ndata: ", 36          # before the data; of the data, what says when and which
+PACKAGES = ("sse-starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "aiohttp-sse")
+COLUMNS = (("cpu", "CPU per delivery, steady", "us", 2), ("burst", "CPU per delivery, burst", "us", 3),
+           ("p99", "p99 latency, steady", "ms", 1), ("wall", "connects per s", "", 0),
+           ("connects", "connects per CPU s", "", 0), ("memory", "memory per idle client", "KiB", 2))
+LABELS, WIDTH, TOP = 170, 270, 36      # of the chart
+STYLE = """<style>
+text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-weight: 600 } .tick { font-size: 10px; fill: #666 }
+line { stroke: #8884 } .bar { fill: #7d8fa3 } .ours { fill: #d9730d }
+@media (prefers-color-scheme: dark) { text { fill: #ddd } .tick { fill: #aaa } }
+</style>"""
+INTRODUCTION = """# Beside others
+
+The same load for all: {clients} clients, each event 68 bytes of data. The server has core 0, its clients core 1. Steady
+is {events} events at {rate} a second, a burst {burst} events at once. CPU is that of the server's process or processes,
+read from outside. Every figure is the best of its runs, {runs} at most, in turn and each in a fresh process.
+
+{rows}
+
+![Server CPU per delivery, steady and in a burst](peers.svg)
+
+{machine}; Python {python}; {date}. Command: `make bench-peers`.
+
+{versions}
+
+What the figures do not say:
+
+- They compare what each costs out of the box, not what each offers: the C loop has no log, no resume and no heartbeat.
+- In a burst, this server sends what has come since its last turn in one piece; the others send event by event.
+- nginx + nchan gets its events by HTTP, one POST after the answer to the last, from a process that is not counted. That
+  nginx parses them is counted.
+- Memory is anonymous memory of the process: neither the kernel's sockets, nor what nginx shares, nor what a garbage
+  collector or an allocator has kept for later and gives to the next client.
+- All clients are one process on one core: where a server is faster than that, connects per second are the load's
+  limit; those per second of CPU are not.
+"""
+
+
+class Peer(NamedTuple):
+    name: str
+    start: Callable[[str], Optional[ServerProcess]]     # in this folder
+    version: Callable[[str], str]
+
+
+class Left(Exception):
+    """A peer is left out; the word why."""
+
+
+class TolerantClients(Clients):
+    """Clients of any server: whatever ends its frames, an event is a line of data that starts as ours do."""
+
+    def _receive(self, fd: int) -> None:
+        data = os.read(fd, 262144)
+        assert data, "a client was dropped"
+        self.received += len(data)
+        data = self._tails.get(fd, b"") + data
+        at = data.rfind(MARK, 0, max(0, len(data) - STAMP))         # the last one that is whole
+        # what is kept starts after the mark that was read, so that no event counts twice
+        self._tails[fd] = data[max(at + 1, len(data) - len(MARK) - STAMP):]
+        if at >= 0:
+            self._note(fd, data[at + len(MARK):at + len(MARK) + STAMP])
+
+    def _note(self, fd: int, stamp: bytes) -> None:
+        self._last[fd] = int(stamp[20:29])
+        self.latencies.append(time.monotonic() - int(stamp[:19]) / 1e9)
+
+
+class PeerProcess(ServerProcess):
+    """A peer; if it has children, these are the server, and it only publishes."""
+
+    def pids(self) -> List[int]:
+        return descendants(self.process.pid) or [self.process.pid]
+
+    def cpu(self) -> float:
+        return sum(map(cpu_clock, self.pids()))
+
+    def memory(self) -> int:
+        return sum(map(memory, self.pids()))
+
+
+def descendants(pid: int) -> List[int]:
+    """Return all processes below this one."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        children = [int(child) for child in file.read().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def output(*command: str) -> str:
+    """Return the first line that a command says, in either stream."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE)
+    return (done.stdout.splitlines() or [""])[0].strip()
+
+
+def install(*command: str) -> None:
+    """Run an installer quietly; what it cannot get leaves the peer out."""
+    try:
+        subprocess.run(command, check=True, timeout=2 * PATIENCE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        raise Left("unavailable") from None
+
+
+def venv_python(folder: str) -> str:
+    """Return the interpreter of a virtual environment that has the Python peers' packages."""
+    python = os.path.join(folder, "venv", "bin", "python")
+    ready = os.path.join(folder, "venv", "ready")
+    if not os.path.exists(ready):
+        install(sys.executable, "-m", "venv", os.path.dirname(os.path.dirname(python)))
+        install(python, "-m", "pip", "install", "--quiet", *PACKAGES)
+        Path(ready).touch()
+    return python
+
+
+def python_peer(name: str, file: str) -> Callable[[str], ServerProcess]:
+    return lambda folder: PeerProcess(name, [venv_python(folder), str(PEERS / file)])
+
+
+def python_version(*packages: str) -> Callable[[str], str]:
+    script = "import sys; from importlib.metadata import version as v; print(', '.join(p + ' ' + v(p) for p in sys.argv[1:]))"
+    return lambda folder: output(venv_python(folder), "-c", script, *packages)
+
+
+def node_modules(folder: str) -> str:
+    """Return the folder of the Node peer's package, installed on demand."""
+    if not shutil.which("node"):
+        raise Left("unavailable")
+    modules = os.path.join(folder, "node_modules")
+    if not os.path.exists(os.path.join(modules, "better-sse")):
+        install("npm", "install", "--silent", "--prefix", folder, "better-sse")
+    return modules
+
+
+def node_peer(folder: str) -> ServerProcess:
+    os.environ["NODE_PATH"] = node_modules(folder)
+    return PeerProcess("better-sse", ["node", str(PEERS / "better_sse.cjs")])
+
+
+def node_version(folder: str) -> str:
+    with open(os.path.join(node_modules(folder), "better-sse", "package.json")) as file:
+        return f"better-sse {json.load(file)['version']}, Node {output('node', '--version').lstrip('v')}"
+
+
+def nchan_peer(folder: str) -> ServerProcess:
+    return PeerProcess("nchan", [sys.executable, str(PEERS / "nchan.py")])
+
+
+def nchan_version(folder: str) -> str:
+    """Return the versions of the system's packages."""
+    if not shutil.which("nginx") or not os.path.exists("/usr/lib/nginx/modules/ngx_nchan_module.so"):
+        raise Left("unavailable")
+    nchan = output("dpkg-query", "-W", "-f", "${Version}\n", "libnginx-mod-nchan") if shutil.which("dpkg-query") else ""
+    return f"nchan {nchan.split(':')[-1]}, nginx {output('nginx', '-v').split('/')[-1]}"
+
+
+def this_python(folder: str) -> str:
+    return f"Python {platform.python_version()}"
+
+
+def all_peers() -> List[Peer]:
+    """Return who is measured: this server and the yardstick first."""
+    return [
+        Peer("this server", lambda folder: our_server(), this_python),
+        Peer("C loop", c_loop, lambda folder: output("cc", "--version")),
+        Peer("nginx + nchan", nchan_peer, nchan_version),
+        Peer("Node better-sse", node_peer, node_version),
+        Peer("sse-starlette, uvicorn", python_peer("sse-starlette", "sse_starlette_uvicorn.py"),
+             python_version("sse-starlette", "uvicorn", "uvloop")),
+        Peer("aiohttp-sse", python_peer("aiohttp-sse", "aiohttp_sse_server.py"), python_version("aiohttp-sse", "aiohttp")),
+        Peer("ThreadingHTTPServer", lambda folder: PeerProcess("threads", [sys.executable, str(PEERS / "threads.py")]),
+             this_python)]
+
+
+def end(server: ServerProcess) -> None:
+    """Kill a server and what it started; harmless where it has ended."""
+    if server.process.poll() is None:
+        for pid in [*descendants(server.process.pid), server.process.pid]:
+            os.kill(pid, signal.SIGKILL)
+
+
+def connect(server: ServerProcess, clients: Clients) -> Result:
+    """Connect all clients; return connects per second, of wall and of CPU, and the memory that each idle one took."""
+    clients.connect(100)                # what a first client costs once is not counted
+    before = server.memory()
+    number = CLIENTS - len(clients)
+    with Measure(server) as measure:
+        clients.connect(number)
+        time.sleep(.1)                  # a server may have more to do than to answer, and it is to count
+    return {"wall": number / (measure.wall - .1), "connects": number / measure.cpu,
+            "memory": (server.memory() - before) / number / 1024}
+
+
+def measure(server: ServerProcess) -> Result:
+    """Return all figures of one run of a server."""
+    clients = TolerantClients(server.port)
+    try:
+        result = connect(server, clients)
+        result.update(deliver(server, clients, EVENTS, 1 / RATE))
+        burst = deliver(server, clients, BURST, 0)
+        return {**result, "burst": burst["cpu"], "load": max(result["load"], burst["load"])}
+    finally:
+        clients.close()
+
+
+def run(peer: Peer, folder: str, patience: float) -> Result:
+    """Start a peer, measure it, and end it, within so many seconds."""
+    server = peer.start(folder)
+    if not server:
+        raise Left("unavailable")
+    # a server that is killed ends every wait for it: its clients are dropped and its answers end
+    timer = threading.Timer(patience, end, [server])
+    timer.start()
+    deadline = time.monotonic() + patience
+    try:
+        result = measure(server)
+        server.stop()
+        return result
+    except (AssertionError, OSError, subprocess.SubprocessError):
+        raise Left("failed" if time.monotonic() < deadline else "slow") from None
+    finally:
+        timer.cancel()
+        end(server)
+
+
+def better(results: List[Result]) -> Result:
+    """Return the best of each figure: the most connects, the least of all else."""
+    return {name: (max if name in ("wall", "connects", "load") else min)(result[name] for result in results)
+            for name in results[0]}
+
+
+def attempt(peer: Peer, folder: str, patience: float) -> Result:
+    """Run a peer once; what goes wrong leaves it out."""
+    try:
+        return run(peer, folder, patience)
+    except (ValueError, OSError, subprocess.SubprocessError):   # it does not start, or says no port
+        raise Left("failed") from None
+
+
+def alternate(peers: List[Peer], folder: str, words: Dict[str, str]) -> Dict[str, List[Result]]:
+    """Run all peers in turn, RUNS times; return the results of each, and add the words for those left out."""
+    results: Dict[str, List[Result]] = {}
+    spent = dict.fromkeys((peer.name for peer in peers), 0.0)
+    for _ in range(RUNS):
+        for peer in peers:
+            done = results.get(peer.name, [])
+            if peer.name in words or done and spent[peer.name] * (1 + 1 / len(done)) > PATIENCE:
+                continue                # one that is slow keeps the runs it has
+            began = time.monotonic()
+            try:
+                results.setdefault(peer.name, []).append(attempt(peer, folder, PATIENCE - spent[peer.name]))
+            except Left as left:
+                words[peer.name] = str(left)
+            spent[peer.name] += time.monotonic() - began
+            print(f"{peer.name:24} {time.monotonic() - began:5.1f} s  {words.get(peer.name, '')}", file=sys.stderr, flush=True)
+    return {name: runs for name, runs in results.items() if runs}
+
+
+def prepare(peers: List[Peer], folder: str) -> Tuple[Dict[str, str], Dict[str, str]]:
+    """Install what is missing, outside the peers' time; return the versions, and the words for those that cannot be had."""
+    versions: Dict[str, str] = {}
+    words: Dict[str, str] = {}
+    for peer in peers:
+        try:
+            versions[peer.name] = peer.version(folder)
+        except Left as left:
+            words[peer.name] = str(left)
+        except (OSError, subprocess.SubprocessError):
+            words[peer.name] = "unavailable"
+    return versions, words
+
+
+def row(name: str, cells: List[str]) -> str:
+    return "| " + " | ".join([name, *cells]) + " |"
+
+
+def ratio(value: float, reference: float) -> str:
+    """Return a ratio to three digits, no more."""
+    quotient = value / reference if reference else 0.0
+    return f"{quotient:.2f}" if quotient < 100 else f"{quotient:.0f}"
+
+
+def table(figures: Dict[str, Result], words: Dict[str, str], runs: Dict[str, int]) -> str:
+    """Return the Markdown table: ratios to the C loop, then the absolute figures."""
+    base = figures.get("C loop")
+    heads = [f"{title}{', ' + unit if unit else ''}" for _, title, unit, _ in COLUMNS]
+    ratios = [f"{title}, of the C loop" for key, title, _, _ in COLUMNS if key in ("cpu", "burst", "connects")] if base else []
+    lines = [row("server", ratios + heads + ["runs"]), row("---", ["---:"] * (len(ratios) + len(heads) + 1))]
+    for name, result in figures.items():
+        cells = [ratio(result[key], base[key]) for key in ("cpu", "burst", "connects")] if base else []
+        cells += [f"{result[key]:.{digits}f}" for key, _, _, digits in COLUMNS]
+        lines.append(row(name, cells + [str(runs[name])]))
+    lines += [row(name, [f"left out: {word}"] + [""] * (len(ratios) + len(heads)))
+              for name, word in words.items() if name not in figures]
+    return "\n".join(lines)
+
+
+def bar(x: float, y: int, width: float, text: str, ours: bool) -> str:
+    """Return a bar and its figure."""
+    kind = "ours" if ours else "bar"
+    return (f'<rect class="{kind}" x="{x}" y="{y}" width="{width:.1f}" height="16" rx="2"/>'
+            f'<text x="{x + width + 6:.1f}" y="{y + 12}">{text}</text>')
+
+
+def decades(figures: Dict[str, Result]) -> Tuple[int, int]:
+    """Return the powers of ten between which all costs lie."""
+    values = [result[key] for result in figures.values() for key in ("cpu", "burst")]
+    return math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+
+
+def panel(figures: Dict[str, Result], key: str, title: str, left: int) -> List[str]:
+    """Return one panel: bars from the lowest power of ten, on a logarithmic scale."""
+    low, high = decades(figures)
+    step = WIDTH / (high - low)
+    bottom = TOP + 24 * len(figures)
+    parts = [f'<text class="title" x="{left}" y="20">{title}</text>']
+    for power in range(low, high + 1):
+        x = left + (power - low) * step
+        parts.append(f'<line x1="{x:.1f}" y1="{TOP - 6}" x2="{x:.1f}" y2="{bottom}"/>'
+                     f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{10.0 ** power:g}</text>')
+    for place, (name, result) in enumerate(figures.items()):
+        width = (math.log10(result[key]) - low) * step
+        parts.append(bar(left, TOP + 24 * place, width, f"{result[key]:.3g}", name == "this server"))
+    return parts
+
+
+def chart(figures: Dict[str, Result]) -> str:
+    """Return an SVG of the CPU per delivery, steady and in a burst; readable in light and dark."""
+    height = TOP + 24 * len(figures) + 40
+    names = [f'<text x="{LABELS - 10}" y="{TOP + 24 * place + 12}" text-anchor="end">{name}</text>'
+             for place, name in enumerate(figures)]
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * LABELS + 2 * WIDTH} {height}" role="img" '
+             'aria-label="Server CPU per delivery">', STYLE, *names,
+             *panel(figures, "cpu", f"us of CPU per delivery, {RATE} events/s", LABELS),
+             *panel(figures, "burst", f"in a burst of {BURST} events", LABELS + WIDTH + 80),
+             f'<text class="tick" x="{LABELS}" y="{height - 6}">logarithmic scales; less is better</text>', "</svg>"]
+    return "\n".join(parts) + "\n"
+
+
+def machine() -> str:
+    """Return what this runs on."""
+    model = ""
+    with open("/proc/cpuinfo") as file:
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
+
+
+def report(rows: str, figures: Dict[str, Result], versions: Dict[str, str]) -> str:
+    """Return the page: what was measured, where and when, the table and the chart."""
+    listed = "\n".join(f"- {name}: {versions[name]}" for name in figures)
+    return INTRODUCTION.format(clients=CLIENTS, rate=RATE, burst=BURST, events=EVENTS, runs=RUNS, rows=rows, versions=listed,
+                               machine=machine(), python=platform.python_version(), date=time.strftime("%Y-%m-%d"))
+
+
+def write(figures: Dict[str, Result], words: Dict[str, str], runs: Dict[str, int], versions: Dict[str, str]) -> None:
+    """Print the table; write the page and its chart."""
+    rows = table(figures, words, runs)
+    print(rows)
+    (DOCS / "peers.md").write_text(report(rows, figures, versions))
+    (DOCS / "peers.svg").write_text(chart(figures))
+
+
+def main() -> None:
+    """Measure everyone, and write down what came of it."""
+    descriptor_limit()
+    if (os.cpu_count() or 1) < 2:
+        sys.exit("two cores are needed: one for the server, one for the load")
+    os.sched_setaffinity(0, {1})
+    peers = all_peers()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = os.path.abspath(os.environ.get("PEERS_DIR") or scratch)
+        os.makedirs(folder, exist_ok=True)
+        versions, words = prepare(peers, folder)
+        results = alternate(peers, folder, words)
+    figures = {name: better(runs) for name, runs in results.items()}
+    write(figures, words, {name: len(runs) for name, runs in results.items()}, versions)
+
+
+if __name__ == "__main__":
+    main()
