@@ -27,7 +27,7 @@ EVENTS = 40             # in a steady run
 PATIENCE = 60.0         # seconds that one peer may take in all, without its installation
 PEERS = Path(__file__).resolve().parent / "peers"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-MARK, STAMP = b"\ndata: ", 36          # before the data; of the data, what says when and which
+MARK, STAMP = b"\ndata:", 37           # before the data; of what follows, a space or none, what says when and which
 PACKAGES = ("sse-starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "aiohttp-sse")
 COLUMNS = (("cpu", "CPU per delivery, steady", "us", 2), ("burst", "CPU per delivery, burst", "us", 3),
            ("p99", "p99 latency, steady", "ms", 1), ("wall", "connects per s", "", 0),
@@ -55,7 +55,8 @@ read from outside. Every figure is the best of its runs, {runs} at most, in turn
 What the figures do not say:
 
 - They compare what each costs out of the box, not what each offers: the C loop has no log, no resume and no heartbeat.
-- In a burst, this server sends what has come since its last turn in one piece; the others send event by event.
+- In a burst, each client of this server and of Node gets what has gathered in one piece; those of the others get it in
+  several or many.
 - nginx + nchan gets its events by HTTP, one POST after the answer to the last, from a process that is not counted. That
   nginx parses them is counted.
 - Memory is anonymous memory of the process: neither the kernel's sockets, nor what nginx shares, nor what a garbage
@@ -90,6 +91,7 @@ class TolerantClients(Clients):
             self._note(fd, data[at + len(MARK):at + len(MARK) + STAMP])
 
     def _note(self, fd: int, stamp: bytes) -> None:
+        stamp = stamp.lstrip()
         self._last[fd] = int(stamp[20:29])
         self.latencies.append(time.monotonic() - int(stamp[:19]) / 1e9)
 
@@ -301,9 +303,9 @@ def row(name: str, cells: List[str]) -> str:
 
 
 def ratio(value: float, reference: float) -> str:
-    """Return a ratio to three digits, no more."""
-    quotient = value / reference if reference else 0.0
-    return f"{quotient:.2f}" if quotient < 100 else f"{quotient:.0f}"
+    """Return a ratio with two decimals, or as many as a small one needs."""
+    quotient = value / reference
+    return f"{quotient:.2f}" if quotient >= .1 else f"{quotient:.2g}"
 
 
 def table(figures: Dict[str, Result], words: Dict[str, str], runs: Dict[str, int]) -> str:
