@@ -18,8 +18,8 @@ Who owns what (the publisher thread owns whatever is not named here):
     _spared                             the mutex    publisher, register     publish, drain
     _patiences                          the mutex    publish, drain          publisher
     _groups, _channels, _lagging,       -            publisher               publisher
-    _selector, _sweep_at, every Client
-      and Group, registered sockets
+      _batches, _selector, _sweep_at,
+      every Client and Group, registered sockets
 
 The mutex is never held across a system call.
 """

@@ -54,9 +54,9 @@ AHEAD_TIME = 1.0            # seconds to wait for an id that a client brings fro
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
 CLEAR_LINE = "\r\x1b[K"     # of a terminal
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
-PAGES = (Path(__file__).parent, *(     # in a checkout; else where installing puts it, for all or for one user
+PAGE_FOLDERS = (Path(__file__).parent, *(     # in a checkout; else where installing puts it, for all or for one user
     Path(data, "share", "sse-server") for data in (sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))))
-PAGE = next((page for page in (folder / "index.html" for folder in PAGES) if page.exists()), None)
+PAGE = next((page for page in (folder / "index.html" for folder in PAGE_FOLDERS) if page.exists()), None)
 _ORIGIN = re.compile("null|[a-z][a-z0-9+.-]*://[^/A-Z]+")     # RFC 6454 section 6.2
 HTML = "text/html; charset=utf-8"
 

@@ -1,12 +1,9 @@
 """What comes in at the door: silent, garbled and broken connections cost nobody else anything."""
-import os
 import random
-import socket
 import threading
 
 import pytest
 
-import http1
 import sse_server
 from helpers import GET, Client, ask, connect, reset, wait_until
 

@@ -1,13 +1,12 @@
 """Nothing silently lost: a client that comes back gets exactly what it missed, or is told that it cannot."""
 import json
 import random
-import socket
 import threading
 import time
 
 import pytest
 
-from helpers import GET, Client, ask, wait_until
+from helpers import Client, ask, wait_until
 from sse_server import SSEServer
 
 
