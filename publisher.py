@@ -35,8 +35,8 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
-import frames
-from frames import Batch, Frame, Log
+from sse_core import frames
+from sse_core.log import Batch, Frame, Log
 
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
 SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most

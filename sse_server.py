@@ -36,10 +36,11 @@ from itertools import count
 from pathlib import Path
 from typing import Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
 
-import frames
-import http1
-import sources
-from http1 import Refusal, Request
+from sse_core import frames
+from sse_core import http1
+from sse_core import sources
+from sse_core.http1 import Refusal, Request
+from sse_core.redis_stream import FIRST_PAUSE, REDIS_TIMEOUT, RedisStream, Unavailable
 from publisher import STALL, Publisher, Stopped, jittered
 
 HEAD_TIME = 10.0            # seconds for one request to arrive, however it dribbles
@@ -114,7 +115,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self._authorize = authorize
         self._origins = frozenset(origins)
         self.tls = tls_context(cert, key) if cert else None
-        self._stream = sources.RedisStream(redis, stream, history) if redis else None
+        self._stream = RedisStream(redis, stream, history) if redis else None
         if ":" in host:
             self.address_family = socket.AF_INET6
         self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
@@ -177,7 +178,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
             self._publisher.stop()
             self.server_close()
             if self._follower and self._follower.is_alive():
-                self._follower.join(sources.REDIS_TIMEOUT)
+                self._follower.join(REDIS_TIMEOUT)
             if self._started:
                 log.info("stopped")
 
@@ -189,7 +190,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
         data: text of at most 1 MiB. event: its name. channel: only for clients that asked for it; None: for everyone.
         wait: seconds to hold back for clients that are slow, see `Publisher.publish`. Raises ValueError for what no
-        event can hold, Stopped before `start` and after `stop`, sources.Unavailable if Redis does not take it (without
+        event can hold, Stopped before `start` and after `stop`, Unavailable if Redis does not take it (without
         `wait`, which waits for Redis too; an event whose answer was lost may then be published twice).
         """
         if not self._started:
@@ -207,10 +208,10 @@ class SSEServer(socketserver.ThreadingTCPServer):
                 raise Stopped("the server is stopped")
             try:
                 return self._stream.publish(data, event, channel)
-            except sources.Unavailable:
+            except Unavailable:
                 if not wait:
                     raise
-                self._stopping.wait(sources.FIRST_PAUSE)
+                self._stopping.wait(FIRST_PAUSE)
 
     def _follow(self) -> None:
         try:
@@ -400,7 +401,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
             raise Refusal(400, f"This is no event: {error}.") from None
         except Stopped:
             raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
-        except sources.Unavailable as error:
+        except Unavailable as error:
             raise Refusal(503, f"{error}. Try again later; it may have been published.", ["Retry-After: 5"]) from None
         return http1.answer(200, json.dumps({"id": id}).encode() + b"\n", self._cross_origin(request),
                             content_type="application/json", keep_alive=keep_alive)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import http1
+from sse_core import http1
 import sse_server
 from helpers import GET, PATIENCE, TOP, Client, ask, connect, wait_until
 from sse_server import SSEServer

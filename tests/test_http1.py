@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-import http1
-from http1 import Refusal, parse
+from sse_core import http1
+from sse_core.http1 import Refusal, parse
 
 H = b"Host: x\r\n"
 

@@ -37,10 +37,12 @@ def pip(*arguments: object, **options) -> str:
 
 
 def names_of_modules() -> List[str]:
-    """Return the modules that setup.cfg says are installed."""
+    """Return the files that setup.cfg says are installed."""
     config = configparser.ConfigParser()
     config.read(TOP / "setup.cfg", encoding="utf-8")
-    return config["options"]["py_modules"].split()
+    assert config["options"]["packages"] == "sse_core"
+    inner = sorted(str(path.relative_to(TOP)) for path in TOP.glob("sse_core/*.py"))
+    return [*(f"{name}.py" for name in config["options"]["py_modules"].split()), *inner, "sse_core/py.typed"]
 
 
 def copy_of_checkout(folder: Path) -> Path:
@@ -125,12 +127,13 @@ def metadata(wheel: Path) -> Message:
 
 
 def test_every_module_is_named():
-    assert sorted(names_of_modules()) == sorted(path.stem for path in TOP.glob("*.py"))
+    at_the_top = {name for name in names_of_modules() if "/" not in name}
+    assert at_the_top == {path.name for path in TOP.glob("*.py")} == {"publisher.py", "sse_server.py"}
 
 
 def test_every_module_can_be_read_by_python_3_9():
     for name in names_of_modules():
-        ast.parse((TOP / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 9))
+        ast.parse((TOP / name).read_text(encoding="utf-8"), feature_version=(3, 9))
 
 
 def test_the_wheel_is_for_any_machine_and_holds_the_modules_and_the_page(packages):
@@ -138,7 +141,7 @@ def test_the_wheel_is_for_any_machine_and_holds_the_modules_and_the_page(package
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {name for name in names if "/" not in name} == {f"{name}.py" for name in names_of_modules()}
+    assert {name for name in names if ".dist-info/" not in name and ".data/" not in name} == set(names_of_modules())
     assert [name for name in names if name.endswith(".data/data/share/sse-server/index.html")]
     assert [name for name in names if ".dist-info/" in name and name.endswith("/LICENSE")]
 
@@ -157,7 +160,7 @@ def test_the_sdist_holds_what_a_build_needs(packages):
     with tarfile.open(packages[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "index.html", "setup.cfg", "pyproject.toml"} <= names
-    assert {f"{name}.py" for name in names_of_modules()} <= names
+    assert set(names_of_modules()) <= names
 
 
 def test_the_installed_command_serves_the_page_and_the_clock_and_enter_stops_it(command, tmp_path):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-import frames
+from sse_core import frames
 from publisher import STALL, Publisher, Stopped
 from wire import Decoder
 

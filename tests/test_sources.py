@@ -10,8 +10,8 @@ import threading
 import pytest
 import requests
 
-import frames
-import sources
+from sse_core import frames
+from sse_core import sources
 from helpers import PATIENCE, TOP, Client, ask, connect, serving, wait_until
 from sse_server import SSEServer
 from wire import Decoder

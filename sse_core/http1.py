@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 from urllib.parse import parse_qs, unquote_to_bytes
 
-import frames
+from sse_core import frames
 
 MAX_LINE = 8000             # bytes of the request line: what RFC 9112 section 3 wants supported
 MAX_HEAD = 16 << 10         # bytes of request line and fields

@@ -1,0 +1,95 @@
+"""Turn events into bytes, one frame being exactly one HTTP chunk, and keep the newest frames in one log.
+
+No socket, no thread and no clock in here: time and order come from the caller, bytes go back to it.
+
+On the wire a frame is eight lower-case hex digits, CRLF, the event, CRLF (RFC 9112 section 7.1). The event is the
+fields `id:`, `event:`, `data:` in this order (WHATWG HTML section 9.2.5). The length line has a fixed width, so a
+client of HTTP/1.0, which knows no chunks, is sent a plain slice of the same frame.
+"""
+import json
+import re
+from typing import Optional, Tuple
+
+MAX_EVENT = 1 << 20         # bytes of data in one event; a frame can be longer, by one `data: ` a line
+MAX_NAME = 1024             # bytes of an event's or a channel's name
+BATCH = 64 << 10            # bytes joined for one send: what a client's kernel buffer takes
+END = b"0\r\n\r\n"          # the chunk that ends a stream in order
+
+Id = Tuple[int, int]        # (milliseconds, counter within the millisecond), ordered as Redis orders stream ids
+_ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
+_LINE_END = re.compile("\r\n|\n|\r")        # these three only (WHATWG 9.2.5); str.splitlines splits at more
+_NOT_IN_A_NAME = re.compile("[\r\n\0\ud800-\udfff]")
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raise ValueError if `name` could not stand on one line of a stream; `kind` says in the error what it names."""
+    if _NOT_IN_A_NAME.search(name):
+        raise ValueError(f"the {kind} has a CR, LF, NUL or a lone surrogate")
+    if len(name.encode()) > MAX_NAME:
+        raise ValueError(f"the {kind} is longer than {MAX_NAME} bytes")
+
+
+def check_channel(name: str) -> None:
+    """Raise ValueError for what no channel can be called."""
+    if not name:
+        raise ValueError("the channel has no name; an event that is for everyone has no channel")
+    check_name("channel", name)
+
+
+def check_event(event: Optional[str], channel: Optional[str]) -> None:
+    """Raise ValueError for names that no event can have. `gap` is the server's own."""
+    if event:
+        check_name("event name", event)
+    if event == "gap":
+        raise ValueError("the event name gap is the server's own")
+    if channel is not None:
+        check_channel(channel)
+
+
+def encode(data: str, event: Optional[str] = None) -> bytes:
+    """Encode one event, without its id, as the fields of a stream; its name has been checked.
+
+    Raises ValueError for data with a lone surrogate or over 1 MiB in UTF-8.
+    """
+    if len(data) > MAX_EVENT // 4 and len(data.encode(errors="replace")) > MAX_EVENT:   # 4: bytes of a character at most
+        raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
+    name = f"event: {event}\n" if event else ""
+    lines = "\r\ndata: ".join(_LINE_END.split(data)) if "\n" in data or "\r" in data else data
+    try:
+        return f"{name}data: {lines}\r\n\r\n".encode()
+    except UnicodeEncodeError:
+        raise ValueError("the data has a lone surrogate and cannot be sent as UTF-8") from None
+
+
+def chunk(payload: bytes) -> bytes:
+    """Wrap the payload as one HTTP chunk, its length as eight hex digits like the original."""
+    return b"%08x\r\n%b\r\n" % (len(payload), payload)
+
+
+HEARTBEAT = chunk(b":\r\n\r\n")      # a comment: read and ignored
+
+
+def unchunk(frame: bytes) -> memoryview:
+    """Return the payload of a chunk made by `chunk`, without a copy of it."""
+    return memoryview(frame)[10:-2]
+
+
+def retry(milliseconds: int) -> bytes:
+    """Return a chunk that tells a client how long to wait before it reconnects."""
+    return chunk(b"retry: %d\r\n\r\n" % milliseconds)
+
+
+def gap_payload(after: Optional[str], resumed: Optional[str], reason: str) -> bytes:
+    """Return an event that tells a client which frames it will not get. It has no id: the client keeps its own."""
+    return encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap")
+
+
+def parse_id(text: str) -> Optional[Id]:
+    """Return the id that the text spells in its one canonical way, or None if it spells none."""
+    match = _ID.fullmatch(text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def format_id(id: Optional[Id]) -> Optional[str]:
+    """Return the id as text, `MILLISECONDS-N`; None stays None."""
+    return id and "%d-%d" % id

@@ -1,0 +1,96 @@
+"""Turn what happens outside into events: where events come from.
+
+A source is a function that is given `publish` and a stop flag, runs in the thread `source`, and returns when it has
+no more events or the flag is set.
+"""
+import logging
+import os
+import random
+import select
+import threading
+import time
+from typing import Callable, Iterator, List, Set
+
+from sse_core.frames import MAX_EVENT
+
+STOP_CHECK = 0.25       # seconds between two looks at the stop flag while there is nothing to read
+
+log = logging.getLogger("sse_server")
+
+
+def clock(publish: Callable[..., object], stopping: threading.Event, interval: float = 1.0) -> None:
+    """Publish the local time every `interval` seconds as the original does: four times in ten as `custom`."""
+    due = time.monotonic()
+    while True:
+        due = max(due + interval, time.monotonic())     # after a suspend: go on, do not catch up
+        if stopping.wait(max(0.0, due - time.monotonic())):
+            return
+        event = "custom" if random.randint(0, 9) > 5 else None
+        publish(time.strftime("%m/%d/%Y %H:%M:%S"), event)
+
+
+def lines(publish: Callable[..., object], stopping: threading.Event, descriptor: int, patience: float = 5.0) -> None:
+    """Publish each line that comes from a file descriptor, without its line end; return at the end of the input.
+
+    Bytes that are not UTF-8 become U+FFFD, a line over 1 MiB is left out: each with one warning. `patience`: how many
+    seconds `publish` may wait for a client before it evicts a frame that the client is due.
+    """
+    splitter = LineSplitter()
+    while not stopping.is_set():
+        if not select.select([descriptor], [], [], STOP_CHECK)[0]:
+            continue
+        try:
+            data = os.read(descriptor, 1 << 16)
+        except OSError as error:        # not open for reading, or a terminal that was hung up
+            log.warning("standard input: %s; taken for its end", error.strerror)
+            data = b""
+        for line in splitter.feed(data) if data else splitter.end():
+            publish(line, wait=patience)
+        if not data:
+            return
+
+
+class LineSplitter:
+    """Turn bytes in any pieces into lines of text, holding at most one line of MAX_EVENT bytes."""
+
+    def __init__(self) -> None:
+        self._held: List[bytes] = []    # pieces of a line whose end is still to come
+        self._length = 0                # of these, in bytes; kept up while nothing is held of a line that is too long
+        self._warned: Set[str] = set()
+
+    def feed(self, data: bytes) -> Iterator[str]:
+        """Yield the lines that end in `data`."""
+        *ended, rest = data.split(b"\n")
+        for line in ended:
+            self._hold(line)
+            yield from self._finish()
+        self._hold(rest)
+
+    def end(self) -> Iterator[str]:
+        """Yield the last line, if it had no line end."""
+        if self._length:
+            yield from self._finish()
+
+    def _hold(self, piece: bytes) -> None:
+        self._length += len(piece)
+        self._held.append(piece)
+        if self._length > MAX_EVENT + 1:        # with room for the CR of a line end
+            self._held.clear()
+
+    def _finish(self) -> Iterator[str]:
+        skipping, line = self._length > MAX_EVENT + 1, b"".join(self._held)
+        self._held, self._length = [], 0
+        text = line[:-1] if line.endswith(b"\r") else line
+        decoded = text.decode(errors="replace")
+        if "\ufffd" in decoded and decoded.encode() != text:
+            self._warn("bytes that are not UTF-8 are published as U+FFFD")
+            text = decoded.encode()
+        if skipping or len(text) > MAX_EVENT:
+            self._warn(f"lines over {MAX_EVENT} bytes are left out")
+        else:
+            yield decoded
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            log.warning("standard input: %s", what)
+        self._warned.add(what)
