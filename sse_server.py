@@ -34,14 +34,15 @@ import threading
 import time
 from itertools import count
 from pathlib import Path
-from typing import Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NoReturn, Optional, Sequence, Tuple, Union
 
 from sse_core import frames
 from sse_core import http1
 from sse_core import sources
 from sse_core.http1 import Refusal, Request
-from sse_core.redis_stream import FIRST_PAUSE, REDIS_TIMEOUT, RedisStream, Unavailable
-from publisher import STALL, Publisher, Stopped, jittered
+from sse_core.redis_stream import FIRST_PAUSE, REDIS_TIMEOUT, RedisStream
+from publisher import Publisher
+from sse_core.broadcast import Broadcast, NotRunning, Unavailable
 
 HEAD_TIME = 10.0            # seconds for one request to arrive, however it dribbles
 LINGER_TIME = 1.0           # seconds for a refused client to read why before its connection is cut
@@ -51,7 +52,6 @@ BACKLOG = 1024              # connections the kernel holds ready for accept
 SEND_BUFFER = 64 << 10      # bytes of kernel memory for each client; else it takes 4 MiB for a stalled one
 ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
 RECOVERED = 10.0            # seconds without a failure after which the next one is worth a warning again
-AHEAD_TIME = 1.0            # seconds to wait for an id that a client brings from another server of the same stream
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
 CLEAR_LINE = "\r\x1b[K"     # of a terminal
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
@@ -72,6 +72,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
     heartbeat: seconds of silence after which a client is sent a comment; 0: never.
     retry: seconds a client should wait before it reconnects, told with +-50 % jitter.
     max_clients: how many clients there can be at a time.
+    patience: seconds in which a slow client must take 16 KiB each, to be waited for by `publish(..., wait=True)`.
     tokens: who may watch, by `/TOKEN` or `Authorization: Bearer TOKEN`; none: everybody.
     publish_tokens: who may POST events, in the same way; none: nobody.
     authorize: a function of the `http1.Request` that says who may watch, in place of `tokens`. It is called in a
@@ -90,7 +91,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
     request_queue_size = BACKLOG
 
     def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 1024, heartbeat: float = 15.0,
-                 retry: float = 3.0, max_clients: int = 10000, tokens: Sequence[str] = (),
+                 retry: float = 3.0, max_clients: int = 10000, patience: float = 5.0, tokens: Sequence[str] = (),
                  publish_tokens: Sequence[str] = (), authorize: Optional[Callable[[Request], bool]] = None,
                  origins: Sequence[str] = (), cert: Optional[str] = None, key: Optional[str] = None,
                  redis: Optional[str] = None, stream: str = "sse") -> None:
@@ -118,14 +119,20 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self._stream = RedisStream(redis, stream, history) if redis else None
         if ":" in host:
             self.address_family = socket.AF_INET6
-        self._publisher = Publisher(history=history, heartbeat=heartbeat, retry=retry, max_clients=max_clients)
+        self.on_fault: Callable[[], None] = lambda: None    # called when a fault in one of its threads ends the server
+        self._broadcast = Broadcast(history=history, retry=retry, max_clients=max_clients, patience=patience,
+                                    shared=self._stream is not None, on_fault=lambda: self.on_fault())
+        self._publisher = Publisher(self._broadcast, heartbeat)
         try:
             super().__init__((host, port), Handshake)
         except BaseException:
-            self._publisher.stop()
+            self._publisher.join()
             raise
-        self._acceptor = threading.Thread(target=self.serve_forever, name="accept")
-        self._follower = threading.Thread(target=self._follow, name="source") if self._stream else None
+        self._acceptor = self._thread("accept", self.serve_forever)
+        self._follower = self._thread("source", self._follow) if self._stream else None
+
+    def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        return threading.Thread(target=self._broadcast.run, args=(target,), name=name)
 
     @property
     def port(self) -> int:
@@ -141,20 +148,20 @@ class SSEServer(socketserver.ThreadingTCPServer):
     @property
     def clients(self) -> int:
         """How many clients are registered."""
-        return len(self._publisher)
+        return len(self._broadcast)
 
     def start(self) -> "SSEServer":
-        """Start the threads. Does nothing if they run; raises Stopped after `stop`: then make a new server."""
+        """Start the threads. Does nothing if they run; raises NotRunning after `stop`: then make a new server."""
         with self._lifecycle:
             if self._stopped:
-                raise Stopped("the server was stopped; make a new one")
+                raise NotRunning("the server was stopped; make a new one")
             if not self._started:
                 if self._stream:
-                    self._stream.load(self._publisher)
+                    self._stream.load(self._broadcast, time.time())
                 self._publisher.start()
                 self._started = True
-                self._acceptor.start()
                 log.info("listening on %s", self.url)
+                self._acceptor.start()
                 if self._follower:
                     self._follower.start()
         return self
@@ -162,50 +169,54 @@ class SSEServer(socketserver.ThreadingTCPServer):
     def stop(self) -> None:
         """Stop within 3 seconds: clients get what is in the log, their streams end, threads and sockets are gone.
 
-        Does nothing the second time; returns when the server has stopped, whoever stops it.
+        Does nothing the second time; returns when the server has stopped, whoever stops it. Raises RuntimeError, from its
+        cause, if a fault in one of the server's threads had ended it before.
         """
         self._stopping.set()
         with self._lifecycle:
             if self._stopped:
                 return
             self._stopped = True
-            if self._started:
-                log.info("stopping with %d clients", self.clients)
+            clients = self.clients
             if self._acceptor.is_alive():
                 self._connect_to_self()
                 self._acceptor.join()
             self._cut_handshakes()
-            self._publisher.stop()
+            self._broadcast.stop()
+            if self._started:       # not before: a handler that publishes must not find the server running
+                log.info("stopping with %d clients", clients)
+            self._publisher.join()
             self.server_close()
             if self._follower and self._follower.is_alive():
                 self._follower.join(REDIS_TIMEOUT)
             if self._started:
                 log.info("stopped")
+            if self._broadcast.fault:
+                raise RuntimeError("a fault has ended the server") from self._broadcast.fault
 
     shutdown = stop     # what socketserver calls it
 
-    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None, wait: float = 0.0
+    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None, wait: bool = False
                 ) -> Optional[str]:
         """Publish an event and return its id, or None with `history=0`; it is on its way then, not yet received.
 
         data: text of at most 1 MiB. event: its name. channel: only for clients that asked for it; None: for everyone.
-        wait: seconds to hold back for clients that are slow, see `Publisher.publish`. Raises ValueError for what no
-        event can hold, Stopped before `start` and after `stop`, Unavailable if Redis does not take it (without
-        `wait`, which waits for Redis too; an event whose answer was lost may then be published twice).
+        wait: hold back for clients that are slow, see `patience`. Raises ValueError for what no event can hold,
+        NotRunning before `start` and after `stop`, Unavailable if Redis does not take it (without `wait`, which waits
+        for Redis too; an event whose answer was lost may then be published twice).
         """
         if not self._started:
-            raise Stopped("the server has not been started")
+            raise NotRunning("the server has not been started")
         if self._stream:
             return self._publish_to_stream(data, event, channel, wait)
-        return self._publisher.publish(data, event, channel, wait)
+        return self._broadcast.publish(data, event, channel, wait)
 
-    def _publish_to_stream(self, data: str, event: Optional[str], channel: Optional[str], wait: float) -> str:
+    def _publish_to_stream(self, data: str, event: Optional[str], channel: Optional[str], wait: bool) -> str:
         """Add an event to the Redis stream; if the source can wait, as long as Redis is away."""
         frames.check_event(event, channel)
         frames.encode(data)
         while True:
-            if self._stopping.is_set():
-                raise Stopped("the server is stopped")
+            self._broadcast.check_running()
             try:
                 return self._stream.publish(data, event, channel)
             except Unavailable:
@@ -214,16 +225,11 @@ class SSEServer(socketserver.ThreadingTCPServer):
                 self._stopping.wait(FIRST_PAUSE)
 
     def _follow(self) -> None:
-        try:
-            self._stream.follow(self._publisher, self._stopping)
-        except Stopped:         # while it was publishing
-            pass
+        self._stream.follow(self._broadcast, self._stopping)
 
-    def drain(self, seconds: float) -> None:
-        """Wait until all clients have every event, leaving out those that are due one older than so many seconds."""
-        if self._stream:
-            self._publisher.await_id(self._stream.newest_added, seconds)
-        self._publisher.drain(seconds)
+    def drain(self) -> None:
+        """Wait until all clients have every event; those that do not keep the pace (`patience`) are not waited for."""
+        self._broadcast.drain()
 
     def __enter__(self) -> "SSEServer":
         try:
@@ -260,8 +266,6 @@ class SSEServer(socketserver.ThreadingTCPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL * 1000))
         super().server_activate()
 
     # Run by the accept loop
@@ -332,7 +336,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
 
     def is_slow(self, request: Request) -> bool:
         """Whether a request for the stream can take long to look at: then it is not for the accept loop."""
-        return self._authorize is not None or request.path.startswith("/-/") or self._stream is not None and request.last_id is not None
+        return self._authorize is not None or request.path.startswith("/-/")
 
     def respond(self, request: Request) -> Tuple[bytes, bool]:
         """Return the answer to a request without a body, and whether it is the head of a stream to be registered."""
@@ -353,23 +357,18 @@ class SSEServer(socketserver.ThreadingTCPServer):
         """Return the metrics, or the status."""
         fields = ["Cache-Control: no-store", *self._cross_origin(request)]
         if request.path == "/-/metrics":
-            body, content_type = metrics(self._publisher, self._refused), "text/plain; version=0.0.4; charset=utf-8"
+            body, content_type = metrics(self.figures()), "text/plain; version=0.0.4; charset=utf-8"
         else:
             body, content_type = json.dumps(self.status()) + "\n", "application/json"
         return http1.answer(200, body.encode(), fields, content_type=content_type, head_only=request.method == "HEAD")
 
     def status(self) -> dict:
         """Return what `/-/status` shows. Times are seconds, `since` is since the epoch; at most 1000 clients are named."""
-        return {**self.counters, "list": self._publisher.status()}
+        return {**self.figures(), "list": self._broadcast.describe_clients()}
 
-    @property
-    def counters(self) -> dict:
-        """The figures of `status`, without the list of clients."""
-        counters = self._publisher.counters
-        return {"clients": len(self._publisher), "lagging": self._publisher.lagging, "events": self._publisher.events,
-                "deliveries": counters.deliveries, "bytes": counters.bytes, "gaps": counters.gaps,
-                "drops": dict(counters.drops), "refused": {str(status): count for status, count in self._refused.copy().items()},
-                "turn_seconds": round(counters.turn_seconds / max(1, counters.turns), 6)}
+    def figures(self) -> dict:
+        """Return the figures of `status`, without the list of clients. `turn_seconds` are those of all `turns`."""
+        return {**self._publisher.figures(), "refused": {str(status): count for status, count in self._refused.copy().items()}}
 
     def _admit(self, request: Request) -> None:
         """Raise Refusal for a request that may not watch."""
@@ -399,7 +398,7 @@ class SSEServer(socketserver.ThreadingTCPServer):
             raise Refusal(400, "The body is not UTF-8.") from None
         except ValueError as error:
             raise Refusal(400, f"This is no event: {error}.") from None
-        except Stopped:
+        except NotRunning:
             raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
         except Unavailable as error:
             raise Refusal(503, f"{error}. Try again later; it may have been published.", ["Retry-After: 5"]) from None
@@ -417,22 +416,17 @@ class SSEServer(socketserver.ThreadingTCPServer):
             raise Refusal(400, f"This channel cannot be: {error}.") from None
         return channels
 
-    def catch_up(self, request: Request) -> None:
-        """Wait a moment for an id that the client brings from another server of the same stream, if that is ahead."""
-        if self._stream and request.last_id:
-            self._publisher.await_id(request.last_id, AHEAD_TIME)
-
     def register(self, sock: socket.socket, request: Request, head: bytes, peer: str) -> bool:
         """Hand a socket over to the publisher. Returns False, and the socket stays the caller's, if it takes no more."""
         sock.setblocking(False)
-        return self._publisher.register(sock, head, peer=peer, chunked=request.chunked,
+        return self._broadcast.register(sock, head, peer=peer, chunked=request.chunked,
                                         channels=self._channels(request), last_id=request.last_id)
 
     def turn_away(self, request: Request, head: bytes) -> bytes:
         """Return the answer to a client that cannot be registered. Raises Refusal for one that is no EventSource."""
         if not request.accepts("text/event-stream"):
             raise Refusal(503, "This server takes no more clients now. Try again later.", ["Retry-After: 10"])
-        retry = frames.retry(jittered(10 * max(1.0, self._retry)))      # EventSource would give up for good on a 503
+        retry = frames.greeting(10 * max(1.0, self._retry), None)      # EventSource would give up for good on a 503
         return head + (retry + frames.END if request.chunked else frames.unchunk(retry))
 
     def _is_own_origin(self, request: Request) -> bool:
@@ -571,7 +565,6 @@ class Handshake:
             return self._answer_post(request)
         answer, is_stream = self._server.respond(request)
         if is_stream:
-            self._server.catch_up(request)
             if self._hand_over(request, answer):
                 return False
             answer = self._server.turn_away(request, answer)
@@ -656,46 +649,56 @@ def _shut(sock: socket.socket, how: int) -> None:
         pass
 
 
-def metrics(publisher: Publisher, refused: Dict[int, int]) -> str:
+def metrics(figures: dict) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
-    counters = publisher.counters
     lines: List[str] = []
 
     def add(name: str, kind: str, text: str, *samples: Tuple[str, float]) -> None:
         lines.extend((f"# HELP {name} {text}", f"# TYPE {name} {kind}"))
         lines.extend(f"{name}{suffix} {value}" for suffix, value in samples)
-    add("sse_clients", "gauge", "Clients that are connected.", ("", len(publisher)))
-    add("sse_lagging_clients", "gauge", "Clients whose socket would not take all.", ("", publisher.lagging))
-    add("sse_events_total", "counter", "Events published.", ("", publisher.events))
-    add("sse_deliveries_total", "counter", "Events sent, over all clients.", ("", counters.deliveries))
-    add("sse_sent_bytes_total", "counter", "Bytes sent to clients.", ("", counters.bytes))
-    add("sse_gaps_total", "counter", "Gaps that clients were told.", ("", counters.gaps))
+    add("sse_clients", "gauge", "Clients that are connected.", ("", figures["clients"]))
+    add("sse_lagging_clients", "gauge", "Clients whose socket would not take all.", ("", figures["lagging"]))
+    add("sse_events_total", "counter", "Events published.", ("", figures["events"]))
+    add("sse_deliveries_total", "counter", "Events sent, over all clients.", ("", figures["deliveries"]))
+    add("sse_sent_bytes_total", "counter", "Bytes sent to clients.", ("", figures["bytes"]))
+    add("sse_gaps_total", "counter", "Gaps that clients were told.", ("", figures["gaps"]))
     add("sse_drops_total", "counter", "Clients gone, by reason.",
-        *((f'{{reason="{reason}"}}', count) for reason, count in counters.drops.items()))
+        *((f'{{reason="{reason}"}}', count) for reason, count in figures["drops"].items()))
     add("sse_refused_total", "counter", "Requests refused, by status.",
-        *((f'{{status="{status}"}}', count) for status, count in sorted(refused.copy().items())))
+        *((f'{{status="{status}"}}', count) for status, count in sorted(figures["refused"].items())))
     add("sse_turn_seconds", "summary", "Time of the publisher's turns, without waiting.",
-        ("_sum", counters.turn_seconds), ("_count", counters.turns))
+        ("_sum", figures["turn_seconds"]), ("_count", figures["turns"]))
     return "\n".join(lines) + "\n"
 
 
 class TLSSocket(ssl.SSLSocket):
-    """A TLS socket that says BlockingIOError where a plain one does, and what it wants to be offered again then.
+    """A TLS socket that behaves like a plain one: it says BlockingIOError, and may be offered other bytes after that.
 
-    OpenSSL encrypts a record, of RECORD bytes at most, before it finds the socket full. `committed` is the length of
-    that: the next send must begin with the same bytes (SSL_write(3), the notes on retries).
+    OpenSSL encrypts a record, of RECORD bytes at most, before it finds the socket full, and wants to be offered the
+    same again (SSL_write(3), the notes on retries). So such a record is kept, and all but its last byte reported as
+    sent: the caller, who comes back with that byte, sends it off and needs to know nothing of it.
     """
-    committed = 0
+    _begun = b""        # a record that OpenSSL has begun, all but whose last byte the caller thinks sent
 
-    def send(self, data: bytes, flags: int = 0) -> int:
-        piece = data[:RECORD]
+    def send(self, data: Union[bytes, memoryview], flags: int = 0) -> int:
+        if self._begun:
+            self._offer(self._begun)
+            self._begun = b""
+            return 1
+        piece = bytes(data[:RECORD])
         try:
-            sent = super().send(piece, flags)
+            return self._offer(piece)
+        except BlockingIOError:
+            self._begun = piece
+            if len(piece) == 1:
+                raise
+            return len(piece) - 1
+
+    def _offer(self, data: bytes) -> int:
+        try:
+            return super().send(data)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            self.committed = max(self.committed, len(piece))
             raise BlockingIOError from None
-        self.committed = 0
-        return sent
 
     def recv(self, size: int = 1024, flags: int = 0) -> bytes:
         try:
@@ -730,7 +733,8 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
                         "published goes to it, so that many servers serve the same")
     parser.add_argument("--stream", default="sse", metavar="KEY", help="key of that stream (default sse)")
     parser.add_argument("--patience", type=seconds_or_none, default=5.0, metavar="SECONDS",
-                        help="how long --stdin waits for a client that is slow (default 5; 0: not at all)")
+                        help="--stdin waits for a slow client that takes 16 KiB a second, over so many seconds "
+                        "(default 5; 0: for none)")
     parser.add_argument("--token", action="append", default=[], metavar="TOKEN",
                         help="who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)")
     parser.add_argument("--publish-token", metavar="TOKEN",
@@ -808,12 +812,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         signal.signal(number, lambda *_: None)      # that it came is read from the wake-up socket
     print(f"{'' if options.stdin else 'Press enter to terminate' + chr(10)}Listening on {server.url}", flush=True)
     stopping = threading.Event()
-    source = threading.Thread(target=run_source, args=(server, options, stopping, waker), name="source")
-    with server:
-        source.start()
-        wait_for_stop(wakee, not options.stdin, StatusLine(server) if sys.stderr.isatty() and not options.quiet else None)
-        stopping.set()
-    source.join()
+    source = server._thread("source", lambda: run_source(server, options, stopping, waker))
+    server.on_fault = lambda: waker.send(b"\0")
+    try:
+        with server:
+            source.start()
+            wait_for_stop(wakee, not options.stdin, StatusLine(server) if sys.stderr.isatty() and not options.quiet else None)
+            stopping.set()
+    except RuntimeError:        # it was logged when it happened
+        return 1
+    finally:
+        source.join()
     return 0
 
 
@@ -828,7 +837,7 @@ def make_server(options: argparse.Namespace) -> SSEServer:
             options.host, options.port, history=options.history, heartbeat=options.heartbeat, retry=options.retry,
             max_clients=options.max_clients, tokens=options.token, origins=options.origin, cert=options.cert,
             publish_tokens=[options.publish_token] if options.publish_token else [], key=options.key,
-            redis=options.redis, stream=options.stream)
+            patience=options.patience, redis=options.redis, stream=options.stream)
     except OSError as error:
         raise ValueError(f"cannot listen on {options.host} port {options.port}: {error.strerror}") from None
 
@@ -837,14 +846,12 @@ def run_source(server: SSEServer, options: argparse.Namespace, stopping: threadi
     """Publish what the source that was asked for gives, until its end; then, everyone served, have the server stop."""
     try:
         if options.stdin:
-            sources.lines(server.publish, stopping, sys.stdin.fileno(), options.patience)
-            server.drain(max(1.0, options.patience))
+            sources.lines(server.publish, stopping, sys.stdin.fileno())
+            server.drain()
         elif options.redis:
             stopping.wait()
         else:
             sources.clock(server.publish, stopping, options.interval)
-    except Stopped:         # while it was publishing
-        pass
     finally:
         waker.send(b"\0")
 
@@ -864,7 +871,7 @@ class StatusLine:
         self._last = time.monotonic(), 0
 
     def show(self) -> None:
-        counters = self._server.counters
+        counters = self._server.figures()
         before, deliveries = self._last
         self._last = time.monotonic(), counters["deliveries"]
         rate = (counters["deliveries"] - deliveries) / max(0.001, self._last[0] - before)

@@ -1,4 +1,4 @@
-"""Turn events into bytes, one frame being exactly one HTTP chunk, and keep the newest frames in one log.
+"""Turn events into bytes: a frame is one event, encoded once, as exactly one HTTP chunk.
 
 No socket, no thread and no clock in here: time and order come from the caller, bytes go back to it.
 
@@ -7,6 +7,7 @@ fields `id:`, `event:`, `data:` in this order (WHATWG HTML section 9.2.5). The l
 client of HTTP/1.0, which knows no chunks, is sent a plain slice of the same frame.
 """
 import json
+import random
 import re
 from typing import Optional, Tuple
 
@@ -66,7 +67,8 @@ def chunk(payload: bytes) -> bytes:
     return b"%08x\r\n%b\r\n" % (len(payload), payload)
 
 
-HEARTBEAT = chunk(b":\r\n\r\n")      # a comment: read and ignored
+# A comment, and no blank line after it: that would end a block, of which clients that are not strict make an empty event
+HEARTBEAT = chunk(b":\n")
 
 
 def unchunk(frame: bytes) -> memoryview:
@@ -74,9 +76,20 @@ def unchunk(frame: bytes) -> memoryview:
     return memoryview(frame)[10:-2]
 
 
-def retry(milliseconds: int) -> bytes:
-    """Return a chunk that tells a client how long to wait before it reconnects."""
-    return chunk(b"retry: %d\r\n\r\n" % milliseconds)
+def retry(seconds: float) -> bytes:
+    """Return the field that tells a client how many milliseconds to wait before it reconnects.
+
+    +-50 % at random, so that clients that left together do not come back together.
+    """
+    return b"retry: %d\r\n" % round(seconds * 1000 * random.uniform(0.5, 1.5))
+
+
+def greeting(seconds: float, id: Optional[Id]) -> bytes:
+    """Return the chunk that begins a stream: how long to wait, and the id of the newest event, if that is to be told.
+
+    The block has no data, so it sets a client's last id and dispatches no event (WHATWG 9.2.6).
+    """
+    return chunk((b"id: %d-%d\n" % id if id else b"") + retry(seconds) + b"\r\n")
 
 
 def gap_payload(after: Optional[str], resumed: Optional[str], reason: str) -> bytes:

@@ -1,34 +1,33 @@
-"""Turn a Redis stream into the log that many servers share."""
+"""Turn a Redis stream into the log that many servers share: each follows it, and what is published goes to it.
+
+An entry has the fields `data` and, if it likes, `event` and `channel`, in UTF-8; its id is the event's.
+
+Nothing tells who follows a stream that it lost entries: it may be trimmed past the place where one stands, be made anew
+with ids that start lower, or be restored older. So after every read one looks whether the entry at that place is still
+there, and the same. If not, a gap is told, and the stream is read on from the first entry that is not known.
+"""
 import logging
 import random
 import threading
-import time
-from typing import TYPE_CHECKING, Iterator, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
-from sse_core.frames import Id, check_event, encode, format_id, parse_id
-
-if TYPE_CHECKING:
-    from publisher import Publisher
+from sse_core.broadcast import Broadcast, Event, Unavailable
+from sse_core.frames import Id, check_event, encode, parse_id
 
 BLOCK = 250             # milliseconds that Redis holds back an answer that has no entries: the same for a stream
 READ_COUNT = 500        # entries read at once
 REDIS_TIMEOUT = 2.0     # seconds until Redis counts as away
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0       # seconds between two tries, growing, +-50 % at random
+Entry = Tuple[bytes, Dict[bytes, bytes]]
 
-log = logging.getLogger("sse_server")
-
-
-class Unavailable(Exception):
-    """The place that events go to does not answer now; trying again later may help."""
+logger = logging.getLogger("sse_server")
 
 
 class RedisStream:
-    """A Redis stream as the log that many servers share: each follows it, and what is published goes to it.
+    """A Redis stream, followed by one thread; any thread may call `publish`.
 
-    url: redis://HOST:PORT/DB. key: of the stream. history: how many entries `follow` begins with. Needs the package
-    `redis`; ValueError without it, or for a URL that cannot be.
-
-    An entry has the fields `data` and, if it likes, `event` and `channel`, in UTF-8; its id is the event's.
+    url: redis://HOST:PORT/DB. key: of the stream. history: how many entries `load` and `follow` begin with. Needs the
+    package `redis`; ValueError without it, or for a URL that cannot be.
     """
 
     def __init__(self, url: str, key: str, history: int) -> None:
@@ -38,102 +37,150 @@ class RedisStream:
             from redis.retry import Retry
         except ImportError:
             raise ValueError("--redis needs the package redis: python -m pip install redis") from None
-        # Its own retries are off: they would add an event twice without anybody having asked for it
-        self._redis = redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT,
-                                           retry=Retry(NoBackoff(), 0), protocol=2)
+        pool = redis.ConnectionPool.from_url(url)
+        pool.connection_kwargs.update(      # over what the URL says; its own retries would add an event twice, unasked
+            socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2, decode_responses=False,
+            retry=Retry(NoBackoff(), 0))
+        self._redis = redis.Redis.from_pool(pool)
         self._error = redis.RedisError
+        self._refused = redis.ResponseError
         self._key = key
-        self._history = history
-        self._last: Id = (0, 0)         # id of the newest entry that was read; owned by the thread that follows, as are those below
-        self._warned = False            # of an entry that is no event
-        self.newest_added = ""          # id of the last event that was published here, by whatever thread
-        self._away = False              # Redis did not answer last time
-        self._loaded = False            # the log has the entries from before this server
-        self._since = 0                 # milliseconds since the epoch, when it was started
+        self._history = max(1, history)
+        # What follows belongs to the thread that follows, and to `load` before there is one
+        self._last: Optional[Entry] = None      # the newest entry that was read; None: the stream was empty
+        self._added = 0                         # entries that were ever added to it then
+        self._loaded = False                    # the log has the entries from before this server
+        self._since = 0.0                       # seconds since the epoch, when it was started
+        self._away = False                      # Redis did not answer last time
+        self._warned = False                    # of an entry that is no event
 
     def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None) -> str:
-        """Add an event to the stream and return its id. Any thread may call it.
+        """Add an event to the stream and return its id.
 
         Raises Unavailable if Redis does not take it. It may have taken it all the same, and the answer been lost:
         whoever tries again then publishes twice.
         """
         fields = {"data": data, **({"event": event} if event else {}), **({"channel": channel} if channel else {})}
         try:
-            id = self._redis.xadd(self._key, fields, maxlen=max(10000, 10 * self._history), approximate=True).decode()
+            return self._redis.xadd(self._key, fields, maxlen=max(10000, 10 * self._history), approximate=True).decode()
         except self._error as error:
             raise Unavailable(f"Redis does not take events now ({type(error).__name__})") from None
-        self.newest_added = id
-        return id
 
-    def load(self, publisher: "Publisher") -> None:
-        """Fill the publisher's log with the newest entries, if Redis answers; to be called before there are clients."""
-        self._since = int(time.time() * 1000)
+    def load(self, broadcast: Broadcast, now: float) -> None:
+        """Fill the log with the newest entries, if Redis answers. Call it before `follow`; `now`: seconds since the epoch."""
+        self._since = now
         try:
-            publisher.preload(self._events(self._newest()))
-            self._loaded = True
+            self._load(broadcast)
         except self._error as error:
             self._note_fault(error)
 
-    def follow(self, publisher: "Publisher", stopping: threading.Event) -> None:
-        """Publish each entry that comes, until the flag is set, whatever happens to Redis."""
+    def follow(self, broadcast: Broadcast, stopping: threading.Event) -> None:
+        """Add each entry that comes to the log, until the flag is set, whatever happens to Redis."""
         pause = FIRST_PAUSE
         while not stopping.is_set():
             try:
-                entries, is_gap = self._following() if self._loaded else (self._load_late(publisher), False)
+                self._read_on(broadcast) if self._loaded else self._load(broadcast)
             except self._error as error:
                 self._note_fault(error)
                 stopping.wait(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             if self._away:
-                log.warning("Redis is back")
+                logger.warning("Redis is back")
             pause, self._away = FIRST_PAUSE, False
-            if is_gap:
-                publisher.tell_gap(self._last, parse_id(entries[0][0].decode()))
-            for id, data, event, channel in self._events(entries):
-                publisher.publish(data, event, channel, id=id)
-
-    def _load_late(self, publisher: "Publisher") -> list:
-        """Load what is older than this server, and return the entries since: clients may be waiting for those."""
-        entries = self._newest()
-        old = [entry for entry in entries if parse_id(entry[0].decode())[0] < self._since]
-        publisher.preload(self._events(old))
-        self._loaded = True
-        return entries[len(old):]
 
     def _note_fault(self, error: Exception) -> None:
         if not self._away:
-            log.warning("Redis is away (%s); trying again until it is back", type(error).__name__)
+            logger.warning("Redis is away (%s); trying again until it is back", type(error).__name__)
         self._away = True
 
-    def _newest(self) -> list:
-        return self._redis.xrevrange(self._key, count=max(1, self._history))[::-1]
+    def _load(self, broadcast: Broadcast) -> None:
+        """Load what is older than this server, and add the entries since: clients may be waiting for those."""
+        began = broadcast.clock()
+        entries = self._newest()
+        old = sum(_id(entry)[0] < self._since * 1000 for entry in entries)
+        broadcast.preload(list(self._events(entries[:old])))
+        self._loaded = True
+        self._add(broadcast, entries[old:])
+        broadcast.complete(began)
 
-    def _following(self) -> Tuple[list, bool]:
-        """Return the entries after the last one, and whether the stream was trimmed past that: some may be missing.
+    def _newest(self) -> List[Entry]:
+        """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
+        pipe = self._redis.pipeline()       # one transaction, so that what was ever added belongs to what is there
+        pipe.xrevrange(self._key, count=self._history)
+        pipe.xinfo_stream(self._key)
+        newest, info = pipe.execute(raise_on_error=False)
+        for answer in (newest, info):
+            if isinstance(answer, Exception) and not (answer is info and isinstance(info, self._refused)):
+                raise answer
+        self._added = 0 if isinstance(info, Exception) else info.get("entries-added", 0)    # none: no such key
+        self._last = newest[0] if newest else None
+        return newest[::-1]
 
-        One request asks for both, so that nothing can come between. An answer that waits for an entry misses none.
+    def _read_on(self, broadcast: Broadcast) -> None:
+        """Wait a moment for entries, and add them, or those of a stream that is not the one it was."""
+        began = broadcast.clock()
+        entries, is_same = self._following()
+        if not is_same:
+            entries = self._begin_again(broadcast, entries)
+        self._add(broadcast, entries)
+        if len(entries) < READ_COUNT:
+            broadcast.complete(began)
+
+    def _following(self) -> Tuple[List[Entry], bool]:
+        """Return the entries after the last one, and whether nothing before them can be missing.
+
+        The look at the last one comes after the read: before it, a burst that trims the stream could come between.
         """
-        last = format_id(self._last)
+        last = self._last[0] if self._last else b"0-0"
         pipe = self._redis.pipeline(transaction=False)
-        pipe.xrange(self._key, last, last)
         pipe.xread({self._key: last}, count=READ_COUNT, block=BLOCK)
-        still_there, streams = pipe.execute()
+        pipe.xrange(self._key, last, last)
+        streams, there = pipe.execute()
         entries = streams[0][1] if streams else []
-        return entries, bool(entries) and not still_there and self._last > (0, 0)
+        if self._last:
+            return entries, there == [self._last]
+        return entries, not entries or len(entries) == READ_COUNT or self._ever_added() - self._added <= len(entries)
 
-    def _events(self, entries: list) -> Iterator[Tuple[Id, str, Optional[str], Optional[str]]]:
+    def _ever_added(self) -> int:
+        """Return how many entries were ever added to the stream; 0 where Redis is older than 7.0 and does not count."""
+        return self._redis.xinfo_stream(self._key).get("entries-added", 0)
+
+    def _begin_again(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:
+        """Tell a gap, and return the entries with which the stream goes on."""
+        after = _id(self._last) if self._last else None
+        oldest = self._redis.xrange(self._key, count=1)
+        if not (entries and oldest and (after is None or _id(oldest[0]) > after)):
+            entries = self._unknown(broadcast, self._newest())      # else it was only trimmed, and these are in order
+        broadcast.tell_gap(after, _id(entries[0]) if entries else None)
+        return entries
+
+    def _unknown(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:
+        """Return the entries that follow the last one that the log has."""
+        known = [index for index, entry in enumerate(entries) for event in self._events([entry]) if broadcast.has(event)]
+        return entries[known[-1] + 1:] if known else entries
+
+    def _add(self, broadcast: Broadcast, entries: List[Entry]) -> None:
+        for event in self._events(entries):
+            broadcast.add(event)
+        self._last = entries[-1] if entries else self._last
+
+    def _events(self, entries: Iterable[Entry]) -> Iterator[Event]:
         """Yield the entries that are events; skip the others, with one warning."""
-        for raw_id, fields in entries:
-            id = self._last = parse_id(raw_id.decode())
+        for entry in entries:
+            fields = entry[1]
             try:
                 data = fields[b"data"].decode()
                 event, channel = (fields[name].decode() if name in fields else None for name in (b"event", b"channel"))
                 check_event(event, channel)
-                encode(data)
+                payload = encode(data, event)
             except (KeyError, ValueError):
                 if not self._warned:
-                    log.warning("the Redis stream has entries without data or with a bad name; they are skipped")
+                    logger.warning("the Redis stream has entries without data or with a bad name; they are skipped")
                 self._warned = True
-                continue
-            yield id, data, event, channel
+            else:
+                yield Event(_id(entry), payload, channel)
+
+
+def _id(entry: Entry) -> Id:
+    return parse_id(entry[0].decode()) or (0, 0)

@@ -15,7 +15,7 @@ from sse_core.frames import MAX_EVENT
 
 STOP_CHECK = 0.25       # seconds between two looks at the stop flag while there is nothing to read
 
-log = logging.getLogger("sse_server")
+logger = logging.getLogger("sse_server")
 
 
 def clock(publish: Callable[..., object], stopping: threading.Event, interval: float = 1.0) -> None:
@@ -29,11 +29,11 @@ def clock(publish: Callable[..., object], stopping: threading.Event, interval: f
         publish(time.strftime("%m/%d/%Y %H:%M:%S"), event)
 
 
-def lines(publish: Callable[..., object], stopping: threading.Event, descriptor: int, patience: float = 5.0) -> None:
+def lines(publish: Callable[..., object], stopping: threading.Event, descriptor: int) -> None:
     """Publish each line that comes from a file descriptor, without its line end; return at the end of the input.
 
-    Bytes that are not UTF-8 become U+FFFD, a line over 1 MiB is left out: each with one warning. `patience`: how many
-    seconds `publish` may wait for a client before it evicts a frame that the client is due.
+    Bytes that are not UTF-8 become U+FFFD, a line over 1 MiB is left out: each with one warning. Slow clients that keep
+    the pace hold the lines back, see `Broadcast.publish`.
     """
     splitter = LineSplitter()
     while not stopping.is_set():
@@ -42,10 +42,10 @@ def lines(publish: Callable[..., object], stopping: threading.Event, descriptor:
         try:
             data = os.read(descriptor, 1 << 16)
         except OSError as error:        # not open for reading, or a terminal that was hung up
-            log.warning("standard input: %s; taken for its end", error.strerror)
+            logger.warning("standard input: %s; taken for its end", error.strerror)
             data = b""
         for line in splitter.feed(data) if data else splitter.end():
-            publish(line, wait=patience)
+            publish(line, wait=True)
         if not data:
             return
 
@@ -92,5 +92,5 @@ class LineSplitter:
 
     def _warn(self, what: str) -> None:
         if what not in self._warned:
-            log.warning("standard input: %s", what)
+            logger.warning("standard input: %s", what)
         self._warned.add(what)

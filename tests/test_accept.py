@@ -111,15 +111,15 @@ def test_start_and_stop_can_be_called_twice_and_from_any_thread():
         thread.join(5)
         assert not thread.is_alive()
     server.stop()
-    with pytest.raises(sse_server.Stopped):
+    with pytest.raises(sse_server.NotRunning):
         server.start()
-    with pytest.raises(sse_server.Stopped):
+    with pytest.raises(sse_server.NotRunning):
         server.publish("too late")
 
 
 def test_a_server_that_was_never_started_can_be_stopped():
     server = sse_server.SSEServer(port=0)
-    with pytest.raises(sse_server.Stopped):
+    with pytest.raises(sse_server.NotRunning):
         server.publish("too early")
     server.stop()
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from sse_core import frames
-from sse_core.log import MAX_LOG, Batch, Log
+from sse_core.log import MAX_LOG, SCAN, Batch, Log
 from helpers import TOP
 from wire import Decoder, Event
 
@@ -72,8 +72,9 @@ def test_random_text_arrives_as_it_was():
 
 
 def test_small_chunks_carry_no_event():
-    stream = decode(frames.HEARTBEAT, frames.retry(1500))
-    assert stream.comments == 1 and stream.retries == [1500] and not stream.events
+    stream = decode(frames.HEARTBEAT, frames.greeting(3, (5, 7)), frames.HEARTBEAT, frames.greeting(3, None))
+    assert stream.comments == 2 and not stream.events
+    assert stream.last_id == "5-7" and all(1500 <= retry <= 4500 for retry in stream.retries)
 
 
 def fill(log: Log, *ids, size: int = 0) -> None:
@@ -88,13 +89,13 @@ def test_the_log_is_bounded_in_number():
     log = Log(history=100)
     fill(log, *((n, 0) for n in range(1, 1001)))
     assert (log.first, log.next) == (900, 1000)
-    assert [frame.id for frame in log.read(900, 1000)] == [(n, 0) for n in range(901, 1001)]
+    assert [log.frame(number).id for number in range(900, 1000)] == [(n, 0) for n in range(901, 1001)]
 
 
 def test_the_log_is_bounded_in_bytes():
     log = Log(history=100, size=10000)
     fill(log, *((n, 0) for n in range(1, 1001)), size=1000)
-    kept = list(log.read(log.first, log.next))
+    kept = [log.frame(number) for number in range(log.first, log.next)]
     assert 5 < len(kept) < 10 and sum(len(frame.chunk) for frame in kept) <= 10000
 
 
@@ -121,21 +122,58 @@ def test_parse_id(text, id):
     assert id is None or frames.format_id(id) == text
 
 
-def test_locate():
+def test_locate_finds_the_frame_after_an_id_or_says_why_there_may_be_a_gap():
     log = Log(64)
-    assert log.locate("5-0") == (0, "unknown")                  # nothing was ever published
+    log.begin((10, 0))
+    assert log.locate((5, 0)) == (0, "unknown")                 # nothing was ever published
     fill(log, *((n, 0) for n in range(10, 110)))                # 10-0 .. 109-0, the newest 64 from 46-0 on are kept
     assert (log.first, log.next) == (36, 100)
-    assert log.locate("109-0") == (100, None)                   # has everything
-    assert log.locate("108-0") == (99, None)
-    assert log.locate("46-0") == (37, None)
-    assert log.locate("45-0") == (36, None)                     # gone itself, but nothing after it is
-    assert log.locate("44-0") == (36, "evicted")
-    assert log.locate("10-0") == (36, "evicted")
-    assert log.locate("9-0") == (36, "unknown")                 # before the first ever
-    assert log.locate("110-0") == (36, "unknown")               # from the future
-    assert log.locate("60-5") == (51, "unknown")                # between two of ours
-    assert log.locate("nonsense") == (36, "unknown")
+    assert log.locate((109, 0)) == (100, None)                  # has everything
+    assert log.locate((108, 0)) == (99, None)
+    assert log.locate((46, 0)) == (37, None)
+    assert log.locate((45, 0)) == (36, None)                    # gone itself, but nothing after it is
+    assert log.locate((44, 0)) == (36, "evicted")
+    assert log.locate((10, 0)) == (36, "evicted")
+    assert log.locate((9, 0)) == (36, "unknown")                # before the first ever
+    assert log.locate((110, 0)) == (36, "unknown")              # from the future
+    assert log.locate((60, 5)) == (51, "unknown")               # between two of ours
+    assert log.locate(None) == (36, "unknown")
+
+
+def test_an_event_that_never_was_begins_a_log_without_a_gap():
+    log = Log(64, (10, 0))
+    assert log.locate((10, 0)) == (0, None) and log.locate((9, 9)) == (0, "unknown")
+    fill(log, (11, 0))
+    assert log.locate((10, 0)) == (0, None) and log.locate((11, 0)) == (1, None)
+
+
+def test_a_gap_of_the_source_is_told_to_whoever_resumes_from_before_it():
+    log = Log(64)
+    log.begin((1, 0))
+    fill(log, (1, 0), (2, 0))
+    log.append(b"gap", None, None, 0.0)
+    fill(log, (3, 0))
+    assert log.locate((2, 0)) == (2, None) and log.frame(2).id is None
+    assert log.locate((3, 0)) == (4, None)
+    assert log.first_id(2) == (3, 0)
+    fill(log, *((n, 0) for n in range(4, 65)))
+    log.evict()
+    assert log.locate((2, 0)) == (2, None)                      # its own frame is gone, the gap is not
+
+
+def test_an_id_that_goes_back_begins_a_new_epoch():
+    log = Log(64)
+    fill(log, *((n, 0) for n in range(100, 180)))
+    log.append(b"gap", None, None, 0.0)
+    epoch = log.next
+    fill(log, (5, 0), (6, 0), (7, 0))
+    assert log.locate((6, 0)) == (epoch + 2, None)
+    assert log.locate((179, 0)) == (epoch, "unknown")           # of the former epoch: all of the new one
+    assert log.locate((4, 0)) == (epoch, "unknown")
+    assert log.locate((5, 1)) == (epoch + 1, "unknown")
+    assert log.last_id == (7, 0) and log.next_id(1) == (7, 1)
+    fill(log, *((n, 0) for n in range(8, 80)))
+    assert log.locate((8, 0)) == (log.first, "evicted")
 
 
 def frames_of(*payloads: bytes) -> list:
@@ -163,6 +201,14 @@ def test_collect_takes_only_what_is_wanted_and_a_batch_at_most():
     found, cursor = log.collect(0, 100, lambda frame: frame.channel == "odd")
     assert [frame.number for frame in found] == [1, 3, 5, 7, 9, 11] and cursor == 13
     assert log.collect(90, 100, lambda frame: False) == ([], 100)
+
+
+def test_a_scan_ends_after_a_fixed_number_of_frames():
+    log = Log(5 * SCAN)
+    for number in range(3 * SCAN):
+        log.append(b"", None, "other", 0.0)
+    assert log.collect(7, 3 * SCAN, lambda frame: False) == ([], 7 + SCAN)
+    assert log.first_id(0) is None
 
 
 def test_no_import_beyond_the_standard_library():

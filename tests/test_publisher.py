@@ -3,11 +3,14 @@ import logging
 import random
 import socket
 import threading
+import time
 
 import pytest
 
 from sse_core import frames
-from publisher import STALL, Publisher, Stopped
+from publisher import STALL, Publisher
+from sse_core.broadcast import Broadcast, NotRunning
+from sse_server import TLSSocket
 from wire import Decoder
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -32,14 +35,14 @@ class Narrow:
 class Peer:
     """A registered client and the test's end of its socket pair."""
 
-    def __init__(self, publisher: Publisher, narrow: bool = False, **options) -> None:
+    def __init__(self, broadcast: Broadcast, narrow: bool = False, **options) -> None:
         ours, self.sock = socket.socketpair()
         ours.setblocking(False)
         self.sock.setblocking(False)
         self.server_end = Narrow(ours) if narrow else ours
         self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "")
         self.raw = b""
-        assert publisher.register(self.server_end, HEAD, **options)
+        assert broadcast.register(self.server_end, HEAD, **options)
 
     def take(self) -> Decoder:
         """Receive all that is there now."""
@@ -60,14 +63,15 @@ class Peer:
 class Bench:
     """A publisher turned by hand."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, heartbeat: float, **options) -> None:
         self.now = 1000.0
         self.peers = []
-        self.publisher = Publisher(clock=lambda: self.now, wall=lambda: self.now, **options)
-        self.publish = self.publisher.publish
+        self.broadcast = Broadcast(clock=lambda: self.now, wall=lambda: self.now, **options)
+        self.publisher = Publisher(self.broadcast, heartbeat)
+        self.publish = self.broadcast.publish
 
     def peer(self, **options) -> Peer:
-        self.peers.append(Peer(self.publisher, **options))
+        self.peers.append(Peer(self.broadcast, **options))
         return self.peers[-1]
 
     def turn(self, times: int = 1) -> None:
@@ -90,7 +94,8 @@ def bench():
         return benches[-1]
     yield make
     for each in benches:
-        each.publisher.stop()
+        each.broadcast.stop()
+        each.publisher.join()
         for peer in each.peers:
             peer.sock.close()
 
@@ -136,7 +141,7 @@ def test_a_send_cut_at_every_byte(bench, chunked, history):
         b.turn()
         assert whole.data() == narrow.data() == ["one", "two\nlines", "three", "four", "five"], cut
         assert whole.raw[-150:] == narrow.raw[-150:]
-        assert not b.publisher._lagging
+        assert not b.broadcast._lagging
 
 
 def test_a_client_that_takes_a_byte_a_turn_gets_everything(bench):
@@ -186,7 +191,7 @@ def test_a_gap_before_the_first_frame_and_between_frames(bench):
     narrow.server_end.room = 1 << 20
     b.turn(2)
     events = narrow.take().events
-    assert events[0].name == "gap" and '"after": null' in events[0].data
+    assert events[0].name == "gap" and f'"after": "{events[0].id}"' in events[0].data     # where it was told it stands
     assert [event.data for event in events[1:]] == [str(number) for number in range(136, 200)]
     last = events[-1].id
     narrow.server_end.room = 0
@@ -218,20 +223,17 @@ def test_a_gap_that_is_cut_is_told_once(bench):
 
 
 class Committing(Narrow):
-    """Behaves as OpenSSL does: when the socket is full it has begun a record all the same, and wants it again."""
-    committed = 0
-    held = b""
+    """A TLS socket over an OpenSSL that, when its socket is full, has begun a record all the same, and wants it again."""
+    _begun = held = b""
+    send = TLSSocket.send
 
-    def send(self, data) -> int:
-        data = bytes(data)
-        assert data.startswith(self.held), "not what was begun"
+    def _offer(self, data: bytes) -> int:
+        assert not self.held or data == self.held, "not what was begun"
         if not self.room:
-            self.held = data[:max(len(self.held), 100)]
-            self.committed = len(self.held)
+            self.held = data
             raise BlockingIOError
-        sent = self.sock.send(data[:max(len(self.held), min(self.room, 100))])
-        self.held, self.committed, self.room = b"", 0, max(0, self.room - sent)
-        return sent
+        self.held, self.room = b"", max(0, self.room - len(data))
+        return self.sock.send(data)
 
 
 def test_what_tls_has_begun_is_offered_again(bench):
@@ -316,13 +318,13 @@ def test_a_client_that_never_reads_beside_fifty_that_do(bench):
         for reader in readers:
             assert reader.take().events[-1].data == text
     assert all(reader.data() == texts for reader in readers)
-    assert len(b.publisher._lagging) == 1 and len(b.publisher) == 51
+    assert len(b.broadcast._lagging) == 1 and len(b.broadcast) == 51
     b.turn(1)
     for _ in range(300):
         deaf.take()
         b.turn()
     assert [event.name for event in deaf.stream.events].count("gap") == 1
-    assert deaf.data()[-1] == texts[-1] and not b.publisher._lagging
+    assert deaf.data()[-1] == texts[-1] and not b.broadcast._lagging
 
 
 def test_a_stalled_client_is_dropped_after_30_seconds_and_logged_once(bench, caplog):
@@ -332,14 +334,14 @@ def test_a_stalled_client_is_dropped_after_30_seconds_and_logged_once(bench, cap
     b.publish("x")
     b.turn()
     b.pass_time(STALL - 1)
-    assert len(b.publisher) == 2
+    assert len(b.broadcast) == 2
     narrow.server_end.room = 1      # one byte taken: the time begins anew
     b.turn()
     b.pass_time(STALL - 1)
-    assert len(b.publisher) == 2
+    assert len(b.broadcast) == 2
     with caplog.at_level(logging.WARNING):
         b.pass_time(10)
-    assert len(b.publisher) == 1 and narrow.sock.recv(100) and narrow.sock.recv(100) == b""
+    assert len(b.broadcast) == 1 and narrow.sock.recv(100) and narrow.sock.recv(100) == b""
     assert [record.getMessage() for record in caplog.records] == ["10.0.0.1:7 dropped: stalled"]
     b.publish("y")
     b.turn()
@@ -369,7 +371,7 @@ def test_heartbeats_to_http_1_0(bench):
     plain = b.peer(chunked=False)
     b.turn()
     b.pass_time(25)
-    assert plain.take().comments == 2 and plain.raw == HEAD + b":\r\n\r\n" * 2
+    assert plain.take().comments == 2 and plain.raw == HEAD + b":\n" * 2
 
 
 def test_no_heartbeat_inside_a_frame_and_none_if_turned_off(bench):
@@ -414,7 +416,7 @@ def test_a_client_that_closes_is_removed_at_once_and_what_it_sends_is_discarded(
     talking.sock.send(b"x" * 100000)
     closing.sock.close()
     b.turn(3)
-    assert len(b.publisher) == 1
+    assert len(b.broadcast) == 1
     b.publish("still there")
     b.turn()
     assert talking.data() == ["still there"]
@@ -427,8 +429,8 @@ def test_a_reset_during_the_fan_out_harms_nobody_else(bench):
     for peer in peers[::3]:
         peer.sock.close()
     b.publish("x")
-    b.publisher._fan_out(list(b.publisher._log.read(0, 1)))     # before the selector tells that they are gone
-    assert len(b.publisher) == 6
+    b.publisher._fan_out([b.broadcast._log.frame(0)])     # before the selector tells that they are gone
+    assert len(b.broadcast) == 6
     assert all(peer.data() == ["x"] for index, peer in enumerate(peers) if index % 3)
 
 
@@ -438,11 +440,11 @@ def test_no_more_than_max_clients(bench):
     b.peer(), b.peer()
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert not b.publisher.register(ours, HEAD)
+        assert not b.broadcast.register(ours, HEAD)
         b.turn()
         first.sock.close()
         b.turn()
-        assert b.publisher.register(ours, HEAD)
+        assert b.broadcast.register(ours, HEAD)
         b.turn()
         assert theirs.recv(100) == HEAD
 
@@ -455,9 +457,9 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
     b.publisher.start()
     for number in range(100):
         b.publish(str(number))
-    stopper = threading.Thread(target=b.publisher.stop)
+    stopper = threading.Thread(target=lambda: (b.broadcast.stop(), b.publisher.join()))
     stopper.start()
-    while b.publisher._stop_by is None:
+    while b.broadcast._stop_by is None:
         pass
     b.now += 2      # the deaf one keeps it waiting until its second is over
     b.publisher._wake()
@@ -466,7 +468,7 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
     assert chunked.data() == plain.data() == [str(number) for number in range(100)]
     assert chunked.stream.ended and not plain.stream.ended
     assert not deaf.take().ended
-    assert not b.publisher.register(deaf.server_end, HEAD)
+    assert not b.broadcast.register(deaf.server_end, HEAD)
 
 
 def test_a_fault_in_the_publisher_thread_leaves_nobody_waiting(bench, monkeypatch):
@@ -478,9 +480,9 @@ def test_a_fault_in_the_publisher_thread_leaves_nobody_waiting(bench, monkeypatc
     b.publisher.start()
     b.publisher._thread.join(5)
     assert not b.publisher._thread.is_alive() and peer.take() and peer.sock.recv(1) == b""
-    with pytest.raises(Stopped):
+    with pytest.raises(NotRunning):
         b.publish("x")
-    assert not b.publisher.register(peer.sock, HEAD)
+    assert not b.broadcast.register(peer.sock, HEAD)
 
 
 def test_channels_reach_only_those_who_asked(bench):
@@ -536,10 +538,11 @@ def test_a_client_that_joins_ahead_of_a_backlog_gets_nothing_twice(bench):
     assert (numbers(old), numbers(ahead), numbers(resumed)) == (list(range(11)), [10], [7, 8, 9, 10])
 
 
-@pytest.mark.parametrize("bad", [{"history": -1}, {"heartbeat": -1.0}, {"retry": -0.1}, {"max_clients": -1}])
+@pytest.mark.parametrize("bad", [{"history": -1}, {"heartbeat": -1.0}, {"retry": -0.1}, {"max_clients": -1}, {"patience": -1.0}])
 def test_negative_options_are_a_value_error(bad):
     with pytest.raises(ValueError):
-        Publisher(**bad)
+        heartbeat = bad.pop("heartbeat", 1.0)
+        Publisher(Broadcast(**bad), heartbeat)
 
 
 def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
@@ -553,10 +556,16 @@ def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
     for _ in range(10):
         b.turn()
         mine.take()
-    assert not b.publisher._lagging
+    assert not b.broadcast._lagging
     b.publish("late", channel="a")
     b.turn()
     assert mine.data()[-1] == "late"
+
+
+def in_a_thread(function, *arguments, **options) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments, kwargs=options)
+    thread.start()
+    return thread
 
 
 def test_a_patient_publish_keeps_what_a_resuming_client_is_due(bench):
@@ -564,54 +573,150 @@ def test_a_patient_publish_keeps_what_a_resuming_client_is_due(bench):
     ids = [b.publish(str(number)) for number in range(64)]
     b.turn()
     back = b.peer(last_id=ids[0], narrow=True)
-    b.publisher._thread = threading.Thread(target=lambda: [b.publisher.turn(0.05) for _ in range(12)])
-    b.publisher._thread.start()
-    waiting = threading.Thread(target=lambda: b.publish("late", wait=50.0))
-    waiting.start()
-    b.publisher._thread.join()
-    assert waiting.is_alive() and b.publisher._log.first <= 1
+    waiting = in_a_thread(b.publish, "late", wait=True)
+    b.pass_time(4)
+    assert waiting.is_alive() and b.broadcast._log.first <= 1
     back.server_end.room = 1 << 20
     while waiting.is_alive():
         b.turn()
     b.turn(3)
     assert back.data() == [*map(str, range(1, 64)), "late"]
     waiting.join()
-    b.publisher._thread = threading.Thread()
 
 
-def test_a_patient_publish_gives_up_a_client_that_does_not_read(bench):
-    b = bench(history=64)
+def test_a_patient_publish_gives_up_a_client_that_does_not_read_after_one_pause(bench):
+    b = bench(history=64, patience=5.0)
     deaf, reader = b.peer(narrow=True), b.peer()
     for number in range(64):
         b.publish(str(number))
         b.turn()
     done = []
-    waiting = threading.Thread(target=lambda: done.append([b.publish("late", wait=5.0) for _ in range(100)]))
-    waiting.start()
+    waiting = in_a_thread(lambda: done.append([b.publish("late", wait=True) for _ in range(100)]))
     while waiting.is_alive():
-        b.now = min(b.now + 0.5, 1008.0)        # one pause of 5 s, and not one an event: the clock goes no further
+        b.now = min(b.now + 0.5, 1005.5)        # one pause of 5 s, and not one an event: the clock goes no further
         b.turn()
     waiting.join()
     b.turn()
     assert done and reader.data()[-100:] == ["late"] * 100
-    assert not next(iter(b.publisher._lagging)).awaited
     deaf.server_end.room = 1 << 20
     b.turn(3)
     assert deaf.take().events[0].name == "gap"
 
 
-def test_drain_returns_though_others_publish(bench):
+def piped(b, texts: list, read, step: float = 0.25, seconds: float = 1000.0) -> float:
+    """Publish texts with `wait` beside readers that `read` once a step; return how long that and the drain took."""
+    began = b.now
+    done = threading.Event()
+
+    def pipe():
+        for text in texts:
+            b.publish(text, wait=True)
+        b.broadcast.drain()
+        done.set()
+    thread = in_a_thread(pipe)
+    while not done.is_set() and b.now - began < seconds:
+        read()
+        for _ in range(50):     # so that the pipe can do all that it may before time goes on
+            b.turn()
+            time.sleep(0.0001)
+        b.now += step
+    b.broadcast.stop()
+    thread.join()
+    assert done.is_set()
+    return b.now - began
+
+
+@pytest.mark.parametrize("pace", [17_000, 50_000, 1_000_000])
+@pytest.mark.parametrize("lumps", [1, 4])
+def test_a_reader_of_a_steady_pace_gets_every_line_of_a_pipe(bench, pace, lumps):
+    """Patience counts progress, not age; also when the socket takes nothing for a second, and then four times as much."""
     b = bench(history=64)
-    narrow = b.peer(narrow=True)
-    b.publish("one")
+    steady = b.peer(narrow=True)
+    steady.server_end.room = 1000
     b.turn()
-    draining = threading.Thread(target=b.publisher.drain, args=(3.0,))
-    draining.start()
-    rounds = 0
-    while draining.is_alive() and rounds < 10000:
-        rounds += 1
-        b.now += 0.01
-        b.publish("more")
+    texts = [f"{number} ".ljust(10_000, "x") for number in range(200)]
+    count = iter(range(10**9))
+
+    def read():
+        if next(count) % lumps == 0:
+            steady.server_end.room = pace // 4 * lumps
+        steady.take()
+    piped(b, texts, read)
+    b.turn(3)
+    assert steady.data() == texts
+
+
+def test_a_trickling_reader_holds_up_a_pipe_once(bench):
+    b = bench(history=64)
+    trickling, reader = b.peer(narrow=True), b.peer()
+    trickling.server_end.room = 1000
+    b.turn()
+    texts = [f"{number} ".ljust(1_000, "x") for number in range(2000)]
+
+    def read():
+        trickling.server_end.room = 1
+        reader.take()
+        trickling.take()
+    assert piped(b, texts, read) < 15
+    b.turn(3)
+    assert reader.data() == texts and trickling.data() == []
+
+
+def test_posts_beside_a_pipe_cost_no_line(bench):
+    """Who does not wait has the last quarter of the log to himself."""
+    b = bench(history=64)
+    slow = b.peer(narrow=True)
+    slow.server_end.room = 1000
+    b.turn()
+    texts = [f"{number} ".ljust(10_000, "x") for number in range(100)]
+    posts = []
+
+    def read():
+        slow.server_end.room = 25_000
+        if len(posts) < 30:
+            posts.append(b.publish(f"post {len(posts)}"))
+        slow.take()
+    piped(b, texts, read)
+    b.turn(3)
+    assert [text for text in slow.data() if not text.startswith("post")] == texts
+    assert len([text for text in slow.data() if text.startswith("post")]) == 30 == len(posts)
+
+
+def test_posts_that_evict_are_told_as_a_gap_and_the_client_is_waited_for_as_before(bench):
+    b = bench(history=64)
+    slow = b.peer(narrow=True)
+    slow.server_end.room = 1000
+    b.turn()
+    for number in range(200):
+        b.publish(f"post {number}")
         b.turn()
-    assert not draining.is_alive() and narrow.data() == []
+    texts = [f"{number} ".ljust(1_000, "x") for number in range(100)]
+
+    def read():
+        slow.server_end.room = 10_000
+        slow.take()
+    piped(b, texts, read)
+    b.turn(3)
+    names = [event.name for event in slow.take().events]
+    assert names.count("gap") == 1
+    assert [text for text in slow.data() if not text.startswith(("post", "{"))] == texts
+
+
+def test_drain_waits_for_a_client_that_keeps_the_pace_and_for_no_other(bench):
+    b = bench(history=64)
+    narrow, deaf = b.peer(narrow=True), b.peer(narrow=True)
+    b.turn()
+    text = "x" * 500_000
+    b.publish(text)
+    b.turn()
+    began = b.now
+    draining = in_a_thread(b.broadcast.drain)
+    while draining.is_alive():
+        narrow.server_end.room = 5000
+        narrow.take()
+        b.publish("more", channel="other")
+        b.pass_time(0.25, 0.25)
+        time.sleep(0.001)
     draining.join()
+    assert narrow.data() == [text] and 20 < b.now - began < 30
+    assert deaf.data() == []

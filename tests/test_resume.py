@@ -104,7 +104,7 @@ def test_an_id_of_an_empty_log(server):
 def test_an_evicted_id():
     with SSEServer(port=0, history=100) as server:
         ids = [server.publish(str(number)) for number in range(300)]
-        wait_until(lambda: server._publisher._next == 300)
+        wait_until(lambda: server._broadcast.fanned_out == 300)
         events = first_events(server.port, 101, ids[50])
         assert json.loads(events[0].data) == {"after": ids[50], "resumed": ids[200], "reason": "evicted"}
         assert [event.data for event in events[1:]] == [str(number) for number in range(200, 300)]

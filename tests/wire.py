@@ -84,12 +84,20 @@ class Decoder:
         assert rest[size:size + 2] == b"\r\n"
         self.ended, self._raw = not size, rest[size + 2:]
         self._unchunked += rest[:size]
-        while b"\r\n\r\n" in self._unchunked:
+        while b"\r\n\r\n" in self._unchunked or self._unchunked.startswith(b":\n"):
+            if self._unchunked.startswith(b":\n"):
+                self._unchunked = self._unchunked[2:]
+                self._payload(b":\n")
+                continue
             block, blank, self._unchunked = self._unchunked.partition(b"\r\n\r\n")
             self._payload(block + blank)
         return not self.ended
 
     def _take_block(self) -> bool:
+        if self._raw.startswith(b":\n"):
+            self._raw = self._raw[2:]
+            self._payload(b":\n")
+            return True
         block, blank, rest = self._raw.partition(b"\r\n\r\n")
         if not blank:
             return False
@@ -98,7 +106,10 @@ class Decoder:
         return True
 
     def _payload(self, payload: bytes) -> None:
-        """One chunk is one block of lines that ends in a blank one, and dispatches one event at most."""
+        """One chunk is one block of lines that ends in a blank one, and dispatches one event at most; or a comment."""
+        if payload == b":\n":       # no blank line: that would end a block, of which lax clients make an event
+            self.comments += 1
+            return
         self.payloads.append(payload)
         text = payload.decode("utf-8", errors="strict")
         lines = re.split("\r\n|\r|\n", text)
@@ -107,9 +118,7 @@ class Decoder:
         for line in lines[:-2]:
             field, colon, value = line.partition(":")
             value = value[1:] if value.startswith(" ") else value
-            if not field:
-                self.comments += 1
-            elif field == "data":
+            if field == "data":
                 data.append(value)
             elif field == "event":
                 name = value or "message"
