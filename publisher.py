@@ -324,7 +324,7 @@ class Publisher:
         if sent:
             now = client.sent_at = self._clock()
             if client.awaited_until > now:
-                client.awaited_until = min(client.awaited_until + sent / PACE, now + self._broadcast.patience)
+                client.awaited_until = min(client.awaited_until + sent / PACE, now + self._broadcast.credit)
             client.bytes += sent
             self.counters.bytes += sent
         return sent
