@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from sse_core import handshake
 import sse_server
 from helpers import GET, Client, ask, connect, reset, wait_until
 
@@ -54,7 +55,7 @@ def test_garbage_is_answered_and_closed(server, garbage, status):
 
 
 def test_a_head_that_never_ends_is_cut(server, monkeypatch):
-    monkeypatch.setattr(sse_server, "HEAD_TIME", 0.2)
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.2)
     assert ask(server.port, b"GET / HT").startswith(b"HTTP/1.1 408 ")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sse_core import http1
+from sse_core import handshake
 import sse_server
 from helpers import GET, PATIENCE, TOP, Client, ask, connect, wait_until
 from sse_server import SSEServer
@@ -20,7 +21,7 @@ def handshakes() -> int:
 
 
 def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
-    monkeypatch.setattr(sse_server, "MAX_HANDSHAKES", 10)
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 10)
     silent = []
     for number in range(30):
         silent.append(connect(server.port))
@@ -34,7 +35,7 @@ def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
 
 
 def test_a_dribbling_request_is_cut_by_the_total(server, monkeypatch):
-    monkeypatch.setattr(sse_server, "HEAD_TIME", 0.5)
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.5)
     began = time.monotonic()
     with connect(server.port) as sock:
         answer = b""

@@ -9,6 +9,7 @@ import time
 import pytest
 import requests
 
+from sse_core import handshake
 import sse_server
 from helpers import GET, PATIENCE, TOP, Client, ask, connect, need, reset, serving, wait_until
 from sse_server import SSEServer
@@ -66,7 +67,7 @@ def test_a_program_that_takes_its_time_to_authorize_does_not_hold_up_stop():
 
 
 def test_many_tls_clients_at_once_are_all_served(certificate, monkeypatch):
-    monkeypatch.setattr(sse_server, "MAX_HANDSHAKES", 8)
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 8)
     served = []
 
     def visit(port):
@@ -216,7 +217,7 @@ def test_tls_with_a_client_that_reads_slowly_and_is_lapped(secure):
 
 
 def test_tls_handshakes_hold_up_nobody_and_are_cut(secure, monkeypatch):
-    monkeypatch.setattr(sse_server, "HEAD_TIME", 0.3)
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.3)
     with connect(secure.port) as silent, SecureClient(secure.port) as client:
         client.open()
         assert silent.recv(1) == b""
