@@ -65,8 +65,8 @@ class Answers:
 
     def is_slow(self, request: Request) -> bool:
         """Say whether `respond` may take its time: then it is not for the accept loop."""
-        return (self._access.takes_time or request.path.startswith("/-/")
-                or self._await_id is not None and request.last_id is not None)
+        waits = self._await_id is not None and request.last_id is not None
+        return waits or self._access.takes_time or request.path.startswith("/-/")
 
     def respond(self, request: Request) -> Union[bytes, Opening]:
         """Return the answer to a request without a body, or what is to be registered.

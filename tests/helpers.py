@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator, Optional, Tuple
 
 import pytest
 
@@ -17,6 +17,7 @@ from wire import Decoder
 TOP = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0         # seconds until a condition that is waited for counts as failed
 GET = b"GET /token HTTP/1.1\r\nHost: test\r\n\r\n"
+PUBLISH_TOKEN = "SECRET"    # of the fixture `open_server`
 
 
 def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
@@ -108,6 +109,33 @@ def ask(port: int, request: bytes) -> bytes:
             if not data:
                 return received
             received += data
+
+
+def get(path: str = "/", *fields: str, method: str = "GET") -> bytes:
+    """Return a request's head."""
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *fields, "", ""]).encode()
+
+
+def post(port: int, path: str = f"/{PUBLISH_TOKEN}", body: bytes = b"hello", *fields: str) -> bytes:
+    """POST a body and return the answer."""
+    length = f"Content-Length: {len(body)}"
+    return ask(port, get(path, length, "Connection: close", *fields, method="POST") + body)
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def make_certificate(folder: Path) -> Tuple[str, str]:
+    """Make a certificate for this machine: return the paths of cert.pem and key.pem."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run([need("openssl", "openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:P-256", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+                    "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True, capture_output=True)
+    return str(cert), str(key)
 
 
 class Server:
