@@ -172,6 +172,7 @@ class SSEServer(_Listener):
                  authorize: Optional[Authorize] = None, origins: Sequence[str] = (),
                  cert: Optional[str] = None, key: Optional[str] = None,
                  redis: Optional[str] = None, stream: str = "sse") -> None:
+        """Begin to listen. The options stand above."""
         self._lifecycle = threading.RLock()
         self._started = False
         self._stopped = False                   # or `stop` is at it

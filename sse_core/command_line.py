@@ -21,75 +21,6 @@ STATUS_EVERY = 1.0          # seconds between two status lines
 logger = logging.getLogger("sse_server")
 
 
-def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Parse the command line; None: of this process.
-
-    A bad one ends the process with one line on standard error and status 2.
-    """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    options.token += os.environ.get("SSE_TOKEN", "").split()
-    options.publish_token = options.publish_token or os.environ.get("SSE_PUBLISH_TOKEN")
-    if options.key and not options.cert:
-        parser.error("--key needs --cert")
-    if options.stdin and sys.stdin is None:
-        parser.error("--stdin needs a standard input")
-    return options
-
-
-def _parser() -> "Parser":
-    parser = Parser(prog=PROGRAM, description="A small Server-Sent Events server.")
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    add("--port", type=port_number, default=6500,
-        help="port to listen on; 0 picks one (default 6500)")
-    _add_sources(add)
-    _add_access(add)
-    add("--history", type=whole_number, default=1024, metavar="FRAMES", help="events kept for "
-        "clients that come back; 0: no ids, the wire of the original (default 1024)")
-    add("--heartbeat", type=seconds_or_none, default=15.0, metavar="SECONDS",
-        help="silence after which a client is sent a comment; 0: never (default 15)")
-    add("--retry", type=seconds_or_none, default=3.0, metavar="SECONDS",
-        help="pause of a client before it reconnects, +-50 %% at random (default 3)")
-    add("--max-clients", type=whole_number, default=10000, metavar="N",
-        help="clients at a time (default 10000)")
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
-    loudness.add_argument("--quiet", action="store_true", help="log warnings only")
-    return parser
-
-
-def _add_sources(add: Callable[..., object]) -> None:
-    add("--interval", type=seconds, default=1.0, metavar="SECONDS",
-        help="time between two ticks of the clock (default 1)")
-    add("--stdin", action="store_true", help="each line of standard input is an event, in place "
-        "of the clock; after the last one, everyone served, the server stops")
-    add("--redis", metavar="URL", help="redis://HOST:PORT/DB: events come from a Redis stream, and "
-        "what is published goes to it, so that many servers serve the same")
-    add("--stream", default="sse", metavar="KEY", help="key of that stream (default sse)")
-    add("--patience", type=seconds_or_none, default=5.0, metavar="SECONDS",
-        help="how long --stdin waits for a client that is slow (default 5; 0: not at all)")
-
-
-def _add_access(add: Callable[..., object]) -> None:
-    add("--token", action="append", default=[], metavar="TOKEN", help="who may watch; can be "
-        "repeated, and come from SSE_TOKEN instead (default: everybody)")
-    add("--publish-token", metavar="TOKEN", help="who may publish by POST; can come from "
-        "SSE_PUBLISH_TOKEN instead (default: nobody)")
-    add("--origin", action="append", default=[], metavar="ORIGIN", help="of pages that may read "
-        "and publish, as https://example.org; can be repeated (default: all)")
-    add("--cert", metavar="FILE", help="certificate chain for TLS, PEM")
-    add("--key", metavar="FILE", help="its key, if that is not in the same file")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that reports an error on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the process with this message and status 2."""
-        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
-
-
 def _number(kind: Callable[[str], float], fits: Callable[[float], bool],
             description: str) -> Callable[[str], float]:
     """Return a function that converts an option's value, or raises the error argparse reports."""
@@ -108,6 +39,71 @@ port_number = _number(int, lambda port: 0 <= port < 65536, "a port from 0 to 655
 whole_number = _number(int, lambda value: 0 <= value < 1 << 31, "a whole number from 0 on")
 seconds = _number(float, lambda value: 0 < value < 1e6, "a number of seconds above 0")
 seconds_or_none = _number(float, lambda value: 0 <= value < 1e6, "a number of seconds from 0 on")
+
+
+# A flag with what it takes; its type, `list` if it can be repeated; the default; the help
+FLAGS: Sequence[Tuple[str, Callable[[str], Any], Any, str]] = (
+    ("--host HOST", str, "127.0.0.1", "address to listen on (default 127.0.0.1)"),
+    ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default 6500)"),
+    ("--interval SECONDS", seconds, 1.0, "time between two ticks of the clock (default 1)"),
+    ("--stdin", bool, False, "each line of standard input is an event, in place of the clock; "
+     "after the last one, everyone served, the server stops"),
+    ("--redis URL", str, None, "redis://HOST:PORT/DB: events come from a Redis stream, and what is "
+     "published goes to it, so that many servers serve the same"),
+    ("--stream KEY", str, "sse", "key of that stream (default sse)"),
+    ("--patience SECONDS", seconds_or_none, 5.0,
+     "how long --stdin waits for a client that is slow (default 5; 0: not at all)"),
+    ("--token TOKEN", list, [],
+     "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
+    ("--publish-token TOKEN", str, None,
+     "who may publish by POST; can come from SSE_PUBLISH_TOKEN instead (default: nobody)"),
+    ("--origin ORIGIN", list, [], "of pages that may read and publish, as https://example.org; "
+     "can be repeated (default: all)"),
+    ("--cert FILE", str, None, "certificate chain for TLS, PEM"),
+    ("--key FILE", str, None, "its key, if that is not in the same file"),
+    ("--history FRAMES", whole_number, 1024, "events kept for clients that come back; "
+     "0: no ids, the wire of the original (default 1024)"),
+    ("--heartbeat SECONDS", seconds_or_none, 15.0,
+     "silence after which a client is sent a comment; 0: never (default 15)"),
+    ("--retry SECONDS", seconds_or_none, 3.0,
+     "pause of a client before it reconnects, +-50 %% at random (default 3)"),
+    ("--max-clients N", whole_number, 10000, "clients at a time (default 10000)"),
+)
+
+
+def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the command line; None: of this process.
+
+    A bad one ends the process with one line on standard error and status 2.
+    """
+    parser = Parser(prog=PROGRAM, description="A small Server-Sent Events server.")
+    for flag, kind, default, text in FLAGS:
+        name, _, metavar = flag.partition(" ")
+        if not metavar:
+            parser.add_argument(name, action="store_true", help=text)
+        elif kind is list:
+            parser.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+        else:
+            parser.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
+    loudness.add_argument("--quiet", action="store_true", help="log warnings only")
+    options = parser.parse_args(arguments)
+    options.token = [*options.token, *os.environ.get("SSE_TOKEN", "").split()]
+    options.publish_token = options.publish_token or os.environ.get("SSE_PUBLISH_TOKEN")
+    if options.key and not options.cert:
+        parser.error("--key needs --cert")
+    if options.stdin and sys.stdin is None:
+        parser.error("--stdin needs a standard input")
+    return options
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with this message and status 2."""
+        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
 
 
 def set_up_logging(options: argparse.Namespace) -> None:
