@@ -109,16 +109,20 @@ servers[1].publish("last")
 
 def test_a_forked_child_that_ends_leaves_the_server_to_its_parent(tmp_path):
     with program("""
-import os
+import os, threading, time
 server = SSEServer(port=0).start()
 print(server.port, flush=True)
+while not any(thread.name.startswith("handshake-") for thread in threading.enumerate()):
+    time.sleep(0.01)
 if os.fork() == 0:
     sys.exit(0)
 os.wait()
-server.publish("still here")
+print("child is gone", flush=True)
 sys.stdin.readline()
-""", tmp_path) as (process, port), Client(port, GET.replace(b"token", b"token?lastEventId=0-0")) as client:
-        client.read_until(lambda stream: [event for event in stream.events if event.data == "still here"])
+""", tmp_path) as (process, port), Client(port, GET[:10]) as client:
+        assert process.stdout.readline() == "child is gone\n"
+        client.sock.sendall(GET[10:])
+        client.open()
         process.stdin.close()
         assert client.read_to_end().ended and process.wait(PATIENCE) == 0
 
