@@ -32,14 +32,13 @@ logger = logging.getLogger("sse_server")
 class Handshakes:
     """The handshakes that have a thread: MAX_HANDSHAKES at most, so a crowd costs no more.
 
-    answers: to their requests. context: for TLS, or None.
-    register: takes a socket, an Opening and the peer's name. False: the socket is not taken.
-    stopping: set before `cut_all` is called.
+    answers: to their requests. context: for TLS, or None. stopping: set before `cut_all` is called.
+    register: takes a non-blocking socket, an Opening and the peer's name; False if it does not.
     """
 
     def __init__(self, answers: Answers, register: Register, context: Optional[ssl.SSLContext],
                  stopping: threading.Event) -> None:
-        self._ended = threading.Condition()     # notified when one ends; its lock guards these two:
+        self._ended = threading.Condition()     # one has ended; guards the next two
         self._unfinished: Dict[Handshake, threading.Thread] = {}    # the oldest first
         self._refused: Dict[int, int] = {}      # requests by the status of their refusal
         self._numbers = count(1)                # for names of threads; the accept loop's own
@@ -104,10 +103,6 @@ class Handshakes:
 
     # Called from any thread
 
-    def __len__(self) -> int:
-        """Return how many are unfinished."""
-        return len(self._unfinished)
-
     @property
     def refusals(self) -> Dict[str, int]:
         """How many requests were refused, by status in growing order."""
@@ -134,11 +129,11 @@ class Handshake:
     """
 
     def __init__(self, sock: socket.socket, peer: str, others: Handshakes) -> None:
-        self._lock = threading.Lock()   # guards these two, so that `cut` never meets a client's
-        self._sock = sock               # socket, which belongs to the publisher
-        self._is_ours = True            # False once it is registered or closed
+        self._lock = threading.Lock()   # guards the next two: `cut` never meets a client's socket
+        self._sock = sock
+        self._is_ours = True            # False once it is registered, or closed
         self._peer = peer
-        self._others = others           # it is one of these when it has a thread
+        self._others = others           # among which it is when it has a thread
         self._answers = others.answers
         self._received = b""            # of the request, so far
         self._kept = False              # a request was answered, and the connection kept
@@ -229,8 +224,8 @@ class Handshake:
             self._refuse(refusal, request)
         except OSError:
             raise
-        except Exception:       # of a program's `authorize`, or a fault of ours: it costs this
-            logger.exception("%s: the request could not be answered", self._peer)   # one alone
+        except Exception:       # a fault, ours or of `authorize`: it costs this connection alone
+            logger.exception("%s: the request could not be answered", self._peer)
             self._refuse(Refusal(500, "The server could not answer this request; its log says "
                                       "why."), request)
         return False

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> No
     while not condition():
         assert time.monotonic() < deadline, f"still not so after {timeout} s"
         time.sleep(0.002)
+
+
+def handshakes() -> int:
+    """Return how many requests that have not wholly arrived the servers of this process look after."""
+    return sum(thread.name.startswith("handshake-") for thread in threading.enumerate())
 
 
 def connect(port: int, **options) -> socket.socket:

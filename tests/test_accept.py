@@ -5,7 +5,7 @@ import threading
 import pytest
 
 import sse_server
-from helpers import GET, Client, ask, connect, get, reset, wait_until
+from helpers import GET, Client, ask, connect, get, handshakes, reset, wait_until
 from sse_core import handshake
 from sse_server import SSEServer
 from test_http1 import mutated
@@ -103,7 +103,7 @@ def test_fuzz_of_heads_and_resets_harms_nobody(request, options):
         server.publish("end")
         events = steady.read_until(lambda stream: stream.events and stream.events[-1].data == "end").stream.events
         assert not any(event.name == "gap" for event in events), f"seed {seed}"
-        wait_until(lambda: server.clients == 1 and not server._handshakes)
+        wait_until(lambda: server.clients == 1 and not handshakes())
         assert {"accept", "publisher"} <= {thread.name for thread in threading.enumerate()}, f"seed {seed}"
 
 

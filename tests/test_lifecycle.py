@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 import sse_server
-from helpers import GET, PATIENCE, TOP, Client, connect, wait_until
+from helpers import GET, PATIENCE, TOP, Client, connect, handshakes, wait_until
 from sse_server import SSEServer
 
 
@@ -39,7 +39,7 @@ def test_a_server_that_was_never_started_can_be_stopped():
 def test_stop_cuts_requests_that_have_not_arrived(server):
     with connect(server.port) as silent:
         silent.sendall(b"GET /to")
-        wait_until(lambda: any(t.name.startswith("handshake-") for t in threading.enumerate()))
+        wait_until(handshakes)
         server.stop()
         assert silent.recv(1) == b""
 
@@ -50,14 +50,14 @@ def test_a_program_that_takes_its_time_to_authorize_does_not_hold_up_stop():
     socks = [connect(server.port) for _ in range(6)]
     for sock in socks:
         sock.sendall(GET)
-    wait_until(lambda: len(server._handshakes) == 6)
+    wait_until(lambda: handshakes() == 6)
     began = time.monotonic()
     server.stop()
     assert time.monotonic() - began < 3
     release.set()
     for sock in socks:
         sock.close()
-    wait_until(lambda: not any(thread.name.startswith("handshake-") for thread in threading.enumerate()))
+    wait_until(lambda: not handshakes())
 
 
 @contextmanager

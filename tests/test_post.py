@@ -3,12 +3,11 @@ import json
 import random
 import shutil
 import subprocess
-import threading
 
 import pytest
 import requests
 
-from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, connect, post
+from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, connect, handshakes, post
 from sse_core import frames
 
 
@@ -37,7 +36,7 @@ def test_requests_posts_hundreds_on_one_connection_in_order(open_server):
         events = client.read_events(300)
         assert [event.data for event in events] == [str(number) for number in range(300)]
         assert [event.id for event in events] == ids
-        assert sum(thread.name.startswith("handshake-") for thread in threading.enumerate()) == 1
+        assert handshakes() == 1
 
 
 def test_posts_in_a_row_may_arrive_in_any_pieces(open_server):
