@@ -1,4 +1,4 @@
-"""Real sockets and real processes for the tests: clients that wait on conditions, and servers on a free port."""
+"""Real sockets and real processes for the tests: clients that wait on conditions, and servers."""
 import os
 import re
 import shutil
@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> No
 
 
 def handshakes() -> int:
-    """Return how many requests that have not wholly arrived the servers of this process look after."""
+    """Return how many unfinished requests the servers of this process look after."""
     return sum(thread.name.startswith("handshake-") for thread in threading.enumerate())
 
 
@@ -41,8 +41,8 @@ def connect(port: int, **options) -> socket.socket:
 class Client:
     """A client on a real socket whose stream is decoded strictly."""
 
-    def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None, last_id: str = "",
-                 proxied: bool = False) -> None:
+    def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None,
+                 last_id: str = "", proxied: bool = False) -> None:
         self.sock = socket.socket()
         self.sock.settimeout(PATIENCE)
         if receive_buffer:
@@ -63,12 +63,22 @@ class Client:
         return data
 
     def read_until(self, condition: Callable[[Decoder], object]) -> "Client":
-        """Receive until the condition holds of the stream; fail if it ends before, or never does while heartbeats come."""
+        """Receive until the condition holds of the stream.
+
+        Fails if the stream ends before, or if it never does while heartbeats come.
+        """
         deadline = time.monotonic() + 2 * PATIENCE
         while not condition(self.stream):
-            assert time.monotonic() < deadline, f"still not so: {self.stream.events[-3:]}, {self.stream.partial!r}"
-            assert self.receive(), f"the stream ended early: {self.stream.events[-3:]}, {self.stream.partial!r}"
+            is_late = time.monotonic() > deadline
+            assert not is_late and self.receive(), (
+                f"{'still not so' if is_late else 'the stream ended early'}: "
+                f"{self.stream.events[-3:]}, {self.stream.partial!r}")
         return self
+
+    def read_until_data(self, data: str) -> list:
+        """Receive until the newest event has this data, and return all events."""
+        return self.read_until(lambda stream: stream.events and stream.events[-1].data == data
+                               ).stream.events
 
     def read_events(self, number: int) -> list:
         """Receive until there are so many events in all, and return them."""
@@ -151,8 +161,8 @@ class Server:
         loudness = () if {"--verbose", "--loud"} & set(arguments) else ("--quiet",)
         arguments = [argument for argument in arguments if argument != "--loud"]
         command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", *loudness, *arguments]
-        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env={**os.environ, **(env or {})})
+        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, env={**os.environ, **(env or {})})
         self.errors = None
         self.output = b""
         while not re.search(rb":([0-9]+)\n", self.output):
@@ -186,7 +196,7 @@ class Server:
 
 @contextmanager
 def serving(*arguments: str, **options) -> Iterator[Server]:
-    """Run a server process; it must write nothing to standard error unless the test reads it first."""
+    """Run a server process; it must write no traceback to standard error."""
     server = Server(*arguments, **options)
     try:
         yield server
@@ -196,7 +206,7 @@ def serving(*arguments: str, **options) -> Iterator[Server]:
 
 
 def need(command: str, package: str) -> str:
-    """Return the path of a program that a test cannot do without: skip where it is missing, but fail in CI."""
+    """Return the path of a program that a test needs; where it is missing, skip, but in CI fail."""
     path = shutil.which(command)
     if not path:
         reason = f"{command} is not installed (Debian package {package})"

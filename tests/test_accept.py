@@ -73,20 +73,23 @@ def test_resets_at_any_moment_harm_nobody(server):
             if number % 10 == 0:
                 server.publish(str(number))
         server.publish("end")
-        events = client.read_until(lambda stream: stream.events and stream.events[-1].data == "end").stream.events
-        assert [event.data for event in events] == [*map(str, range(0, 300, 10)), "end"], f"seed {seed}"
+        data = [event.data for event in client.read_until_data("end")]
+        assert data == [*map(str, range(0, 300, 10)), "end"], f"seed {seed}"
         wait_until(lambda: server.clients == 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"tokens": ["one"], "publish_tokens": ["t"]}], ids=["open", "tokens"])
+@pytest.mark.parametrize("options", [{}, {"tokens": ["one"], "publish_tokens": ["t"]}],
+                         ids=["open", "tokens"])
 def test_fuzz_of_heads_and_resets_harms_nobody(request, options):
-    """Random and mutated heads, cut at random points, some reset: it serves on, and is back where it began."""
+    """Random and mutated heads, cut at random, some reset: it serves on, and nothing is left."""
     seed = random.randrange(1 << 32)
     draw = random.Random(seed)
     with SSEServer(port=0, **options) as server, Client(server.port, get("/one")) as steady:
         steady.open()
         for number in range(request.config.getoption("fuzz") * 300):
-            raw = mutated(draw) if draw.random() < 0.8 else bytes(draw.randrange(256) for _ in range(draw.randrange(300)))
+            raw = mutated(draw)
+            if draw.random() < 0.2:
+                raw = bytes(draw.randrange(256) for _ in range(draw.randrange(300)))
             sock = connect(server.port)
             try:
                 sock.sendall(raw[:draw.randrange(len(raw) + 1)])
@@ -101,19 +104,21 @@ def test_fuzz_of_heads_and_resets_harms_nobody(request, options):
             if number % 50 == 0:
                 server.publish(str(number))
         server.publish("end")
-        events = steady.read_until(lambda stream: stream.events and stream.events[-1].data == "end").stream.events
+        events = steady.read_until_data("end")
         assert not any(event.name == "gap" for event in events), f"seed {seed}"
         wait_until(lambda: server.clients == 1 and not handshakes())
-        assert {"accept", "publisher"} <= {thread.name for thread in threading.enumerate()}, f"seed {seed}"
+        threads = {thread.name for thread in threading.enumerate()}
+        assert {"accept", "publisher"} <= threads, f"seed {seed}"
 
 
 def test_a_browser_gets_the_page_and_others_the_stream(server):
     page = ask(server.port, b"GET / HTTP/1.1\r\nHost: x\r\nAccept: text/html,*/*;q=0.8\r\n\r\n")
     head, _, body = page.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 OK\r\n") and b"Content-Type: text/html; charset=utf-8" in head
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"Content-Type: text/html; charset=utf-8" in head
     assert body == sse_server.PAGE.read_bytes()
-    for accept in (b"*/*", b"text/event-stream"):
-        with Client(server.port, b"GET / HTTP/1.1\r\nHost: x\r\nAccept: " + accept + b"\r\n\r\n") as client:
+    for accept in ("*/*", "text/event-stream"):
+        with Client(server.port, get("/", f"Accept: {accept}")) as client:
             assert client.open().stream.fields["Content-Type"] == "text/event-stream"
 
 
@@ -126,7 +131,7 @@ def test_head_gets_the_head_and_registers_nobody(server):
 
 
 def test_there_is_no_icon_and_a_preflight_is_answered(server):
-    assert ask(server.port, b"GET /favicon.ico HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 404 ")
+    assert ask(server.port, get("/favicon.ico")).startswith(b"HTTP/1.1 404 ")
     answer = ask(server.port, b"OPTIONS /token HTTP/1.1\r\nHost: x\r\nOrigin: http://a.test\r\n"
                               b"Access-Control-Request-Method: POST\r\n\r\n").decode()
     assert answer.startswith("HTTP/1.1 204 ") and "Access-Control-Allow-Origin: *\r\n" in answer

@@ -1,4 +1,4 @@
-"""Start, stop and the end of a program: in any order, from any thread, and in order for the clients."""
+"""Start, stop and the end of a program, from any thread; and streams that end in order."""
 import signal
 import subprocess
 import sys
@@ -64,7 +64,8 @@ def test_a_program_that_takes_its_time_to_authorize_does_not_hold_up_stop():
 def program(text: str, folder):
     """Run a program that prints its server's port; yield the process and the port."""
     path = folder / "program.py"
-    path.write_text(f"import sys; sys.path.insert(0, {str(TOP)!r})\nfrom sse_server import SSEServer\n{text}")
+    path.write_text(f"import sys; sys.path.insert(0, {str(TOP)!r})\n"
+                    f"from sse_server import SSEServer\n{text}")
     with subprocess.Popen([sys.executable, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -156,7 +157,8 @@ def test_serve_forever_starts_the_server_and_returns_when_it_is_stopped(name):
         server.serve_forever()
 
 
-@pytest.mark.parametrize("name", ["handle_request", "process_request", "process_request_thread", "finish_request"])
+@pytest.mark.parametrize("name", ["handle_request", "process_request", "process_request_thread",
+                                  "finish_request"])
 def test_hooks_of_socketserver_that_are_replaced_say_so(server, name):
     arguments = () if name == "handle_request" else (None, ("127.0.0.1", 1))
     with pytest.raises(RuntimeError, match="serve_forever"):
@@ -202,8 +204,10 @@ def test_a_port_that_is_taken_leaves_nothing(server):
 @pytest.mark.parametrize("command", [["program.py"], ["publisher.py"]])
 def test_a_publisher_that_is_not_ours_is_named_and_not_run(tmp_path, command):
     for name in ("program.py", "publisher.py"):
-        (tmp_path / name).write_text(f"print('{name} runs'); import sys; sys.path.append({str(TOP)!r}); import sse_server\n")
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+        (tmp_path / name).write_text(f"print('{name} runs')\nimport sys\n"
+                                     f"sys.path.append({str(TOP)!r})\nimport sse_server\n")
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=PATIENCE)
     assert done.returncode == 1 and done.stdout == f"{command[0]} runs\n"
     error = done.stderr.splitlines()[-1]
     assert error.startswith("ImportError: sse_server needs the module publisher that came with it")

@@ -1,4 +1,4 @@
-"""Publishing by POST: what is taken, what is refused and why, and what its connection is good for."""
+"""Publishing by POST: what is taken, what is refused and why, and how its connection goes on."""
 import json
 import random
 import shutil
@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import requests
 
-from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, connect, handshakes, post
+from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, connect, get, handshakes, post
 from sse_core import frames
 
 
@@ -17,13 +17,15 @@ def test_curl_posts_and_the_answer_has_the_id(open_server):
     with Client(open_server.port, b"GET /?channel=news HTTP/1.1\r\nHost: x\r\n\r\n") as client, \
             Client(open_server.port) as other:
         client.open(), other.open()
-        done = subprocess.run([curl, "-sS", "-d", "hello", url], capture_output=True, timeout=PATIENCE)
+        done = subprocess.run([curl, "-sS", "-d", "hello", url], capture_output=True,
+                              timeout=PATIENCE)
         event, = client.read_events(1)
         assert (event.name, event.data) == ("custom", "hello")
         assert json.loads(done.stdout) == {"id": event.id}
-        big = "x" * 200_000         # over 1 KiB: curl says Expect: 100-continue, and waits for the answer
-        subprocess.run([curl, "-sS", "-H", "Expect: 100-continue", "--data-binary", "@-", open_server.url, "-H",
-                        f"Authorization: Bearer {PUBLISH_TOKEN}"], input=big.encode(), check=True, timeout=PATIENCE)
+        big = "x" * 200_000         # over 1 KiB: curl expects 100-continue, and waits for it
+        subprocess.run([curl, "-sS", "-H", "Expect: 100-continue", "--data-binary", "@-",
+                        open_server.url, "-H", f"Authorization: Bearer {PUBLISH_TOKEN}"],
+                       input=big.encode(), check=True, timeout=PATIENCE)
         assert client.read_events(2)[1].data == big
         assert other.read_events(1)[0].data == big
 
@@ -31,7 +33,8 @@ def test_curl_posts_and_the_answer_has_the_id(open_server):
 def test_requests_posts_hundreds_on_one_connection_in_order(open_server):
     with Client(open_server.port) as client, requests.Session() as session:
         client.open()
-        ids = [session.post(open_server.url, data=str(number), headers={"Authorization": f"Bearer {PUBLISH_TOKEN}"},
+        headers = {"Authorization": f"Bearer {PUBLISH_TOKEN}"}
+        ids = [session.post(open_server.url, data=str(number), headers=headers,
                             timeout=PATIENCE).json()["id"] for number in range(300)]
         events = client.read_events(300)
         assert [event.data for event in events] == [str(number) for number in range(300)]
@@ -88,5 +91,5 @@ def test_posting_is_off_unless_there_is_a_token(server):
 
 def test_a_refused_post_leaves_no_event_and_no_continue(open_server):
     with connect(open_server.port) as sock:
-        sock.sendall(b"POST /wrong HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+        sock.sendall(get("/wrong", "Content-Length: 5", "Expect: 100-continue", method="POST"))
         assert sock.recv(1000).startswith(b"HTTP/1.1 401 ")

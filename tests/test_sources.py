@@ -17,7 +17,8 @@ def split(*pieces: bytes) -> list:
 
 
 @pytest.mark.parametrize("data, lines", [
-    (b"", []), (b"\n", [""]), (b"a", ["a"]), (b"a\n", ["a"]), (b"a\nb", ["a", "b"]), (b"a\r\nb\r\n", ["a", "b"]),
+    (b"", []), (b"\n", [""]), (b"a", ["a"]), (b"a\n", ["a"]), (b"a\nb", ["a", "b"]),
+    (b"a\r\nb\r\n", ["a", "b"]),
     (b"a\rb\n", ["a\rb"]), (b"\n\n", ["", ""]), ("é\u2028x\n".encode(), ["é\u2028x"]),
     (b"\xff\xfe\nok\n", ["\ufffd\ufffd", "ok"]), (b"a\0b\n", ["a\0b"])])
 def test_lines_come_whole_and_a_byte_at_a_time_alike(data, lines, caplog):
@@ -32,7 +33,8 @@ def test_a_line_over_1_mib_is_left_out_and_the_next_is_unharmed(caplog):
         assert split(most + end + b"next") == [most.decode(), "next"]
     caplog.clear()
     data = most + b"y\n" + b"next\n" + most * 3 + b"\nlast"
-    assert split(data) == split(*(data[i:i + 65536] for i in range(0, len(data), 65536))) == ["next", "last"]
+    pieces = (data[index:index + 65536] for index in range(0, len(data), 65536))
+    assert split(data) == split(*pieces) == ["next", "last"]
     assert [record.getMessage() for record in caplog.records] == [
         "standard input: lines over 1048576 bytes are left out"] * 2
     assert split(b"\xff" * 400_000 + b"\n", b"next\n") == ["next"]      # 1.2 MB as U+FFFD
@@ -45,11 +47,13 @@ def test_a_pipe_is_served_to_the_end_and_then_it_stops():
         server.process.stdin.close()
         for client in clients:
             stream = client.read_to_end()
-            assert [event.data for event in stream.events] == ["one", "two", "\ufffd", "last"] and stream.ended
+            assert [event.data for event in stream.events] == ["one", "two", "\ufffd", "last"]
+            assert stream.ended
             client.close()
         assert server.process.wait(PATIENCE) == 0
         server.process.stdin = None
-        assert server.close() == "standard input: bytes that are not UTF-8 are published as U+FFFD\n"
+        assert server.close() == ("standard input: bytes that are not UTF-8 are published as "
+                                  "U+FFFD\n")
 
 
 def test_a_signal_stops_a_pipe_that_is_open():
@@ -62,7 +66,10 @@ def test_a_signal_stops_a_pipe_that_is_open():
 
 
 def drain(clients: list, counts: dict) -> None:
-    """Read all clients to their end, counting events and checking their order; decoding strictly would take minutes."""
+    """Read all clients to their end, count events and check their order.
+
+    Decoding strictly would take minutes.
+    """
     selector = selectors.DefaultSelector()
     tails = {}
     for client in clients:
@@ -85,6 +92,12 @@ def drain(clients: list, counts: dict) -> None:
     selector.close()
 
 
+def memory(process: subprocess.Popen) -> int:
+    """Return the KiB of memory that a process has."""
+    done = subprocess.run(["ps", "-o", "rss=", "-p", str(process.pid)], capture_output=True)
+    return int(done.stdout)
+
+
 def flood(number: int, readers: int, slow: bool) -> None:
     """Pipe so many lines to clients that read, and perhaps one that hardly does."""
     with serving("--stdin", "--patience", "1" if slow else "5") as server:
@@ -93,18 +106,19 @@ def flood(number: int, readers: int, slow: bool) -> None:
         counts = {}
         reader = threading.Thread(target=drain, args=(clients, counts))
         reader.start()
-        server.process.stdin.write(b"".join(b"%d\n" % line for line in range(1, number // 2 + 1)))
+        lines = [b"%d\n" % line for line in range(1, number + 1)]
+        server.process.stdin.write(b"".join(lines[:number // 2]))
         server.process.stdin.flush()
-        middle = int(subprocess.run(["ps", "-o", "rss=", "-p", str(server.process.pid)], capture_output=True).stdout)
-        server.process.stdin.write(b"".join(b"%d\n" % line for line in range(number // 2 + 1, number + 1)))
+        middle = memory(server.process)
+        server.process.stdin.write(b"".join(lines[number // 2:]))
         server.process.stdin.flush()
-        end = int(subprocess.run(["ps", "-o", "rss=", "-p", str(server.process.pid)], capture_output=True).stdout)
+        end = memory(server.process)
         server.process.stdin.close()
         server.process.stdin = None
         if sluggish:
             sluggish.read_until(lambda stream: any(event.name == "gap" for event in stream.events))
-            gap = json.loads(next(event.data for event in sluggish.stream.events if event.name == "gap"))
-            assert gap["reason"] == "lagging"
+            gap = next(event for event in sluggish.stream.events if event.name == "gap")
+            assert json.loads(gap.data)["reason"] == "lagging"
             sluggish.close()
         reader.join(100)
         assert not reader.is_alive() and server.process.wait(PATIENCE) == 0

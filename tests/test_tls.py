@@ -1,4 +1,4 @@
-"""TLS: streams, resumes and POSTs as without it; records and handshakes hold up nobody; bad files are told."""
+"""TLS: all as without it; records and handshakes hold up nobody; files that are no use are told."""
 import ssl
 import subprocess
 import sys
@@ -19,7 +19,8 @@ def certificate(tmp_path_factory):
 
 @pytest.fixture
 def secure(certificate):
-    with SSEServer(port=0, cert=certificate[0], key=certificate[1], publish_tokens=["t"], history=1024) as server:
+    with SSEServer(port=0, cert=certificate[0], key=certificate[1], publish_tokens=["t"],
+                   history=1024) as server:
         yield server
 
 
@@ -38,24 +39,28 @@ def test_tls_streams_resumes_and_takes_posts_with_a_verified_certificate(secure,
     url = f"https://localhost:{secure.port}/"
     with requests.Session() as session:
         session.verify, session.trust_env = certificate[0], False
-        assert session.get(url, headers={"Accept": "text/html"}, timeout=PATIENCE).text.startswith("<!DOCTYPE html>")
-        ids = [session.post(url + "t", data=str(n), timeout=PATIENCE).json()["id"] for n in range(20)]
-        with session.get(url, stream=True, headers={"Last-Event-ID": ids[9]}, timeout=PATIENCE) as response:
+        page = session.get(url, headers={"Accept": "text/html"}, timeout=PATIENCE).text
+        assert page.startswith("<!DOCTYPE html>")
+        ids = [session.post(url + "t", data=str(n), timeout=PATIENCE).json()["id"]
+               for n in range(20)]
+        with session.get(url, stream=True, headers={"Last-Event-ID": ids[9]},
+                         timeout=PATIENCE) as response:
             lines = response.iter_lines()
             got = [next(line for line in lines if line.startswith(b"data: ")) for _ in range(10)]
             assert got == [b"data: %d" % n for n in range(10, 20)]
             secure.stop()
-            assert all(line[:4] in (b"", b"id: ", b"data") for line in lines)   # and ends without an exception
+            assert all(line[:4] in (b"", b"id: ", b"data") for line in lines)   # an orderly end
 
 
 def test_a_tls_client_that_reads_slowly_and_is_lapped_gets_whole_frames(secure):
-    """The socket is full in the middle of TLS records, again and again: whole frames, in order, with their gaps."""
+    """The socket is full in the middle of TLS records, again and again."""
     with SecureClient(secure.port, receive_buffer=4096) as slow, SecureClient(secure.port) as fast:
         slow.open(), fast.open()
         wait_until(lambda: secure.clients == 2)
         for number in range(3000):
             secure.publish(f"{number} " + "x" * 2000)
-            fast.read_events(number + 1 if not any(e.name == "gap" for e in fast.stream.events) else 0)
+            gapless = not any(event.name == "gap" for event in fast.stream.events)
+            fast.read_events(number + 1 if gapless else 0)
             if number % 100 == 0:
                 slow.receive(1000)
         slow.read_until(lambda stream: stream.events and stream.events[-1].data.startswith("2999 "))
@@ -114,20 +119,25 @@ def test_plain_on_a_tls_port_and_tls_on_a_plain_port_are_turned_away(certificate
         assert len(server.peer_lines()) == 1
 
 
+def one_line_and_status_2(*arguments) -> str:
+    """Run the server with flags that it must refuse, and return what it says."""
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", *arguments],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          timeout=PATIENCE)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    return done.stderr
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["--cert", "/nowhere"], "cannot use /nowhere"), (["--key", "x"], "--key needs --cert"),
     (["--cert", str(TOP / "Makefile")], "cannot use "), (["--token", ""], "a token is empty"),
     (["--origin", "example.org"], "the origin 'example.org' is not one")])
 def test_what_would_be_no_protection_is_one_line_and_status_2(arguments, said):
-    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", *arguments], capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert said in one_line_and_status_2(*arguments)
 
 
 def test_an_encrypted_key_is_one_line_and_no_prompt(certificate, tmp_path):
     locked = tmp_path / "locked.pem"
-    subprocess.run(["openssl", "ec", "-in", certificate[1], "-aes256", "-passout", "pass:x", "-out", locked], check=True,
-                   capture_output=True)
-    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--cert", certificate[0], "--key", locked],
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
-    assert done.returncode == 2 and "encrypted" in done.stderr and done.stderr.count("\n") == 1
+    subprocess.run(["openssl", "ec", "-in", certificate[1], "-aes256", "-passout", "pass:x",
+                    "-out", locked], check=True, capture_output=True)
+    assert "encrypted" in one_line_and_status_2("--cert", certificate[0], "--key", locked)
