@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test test-long fuzz bench bench-peers siege clean interop
+.PHONY: run test test-long fuzz check bench bench-peers siege clean interop
 
 run:
 	$(PYTHON) sse_server.py --port 6500
@@ -15,13 +15,21 @@ test-long: $(VENV)/ready
 fuzz: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -k fuzz --fuzz 100
 
+check: $(VENV)/checkers
+	$(VENV)/bin/ruff check sse_server.py publisher.py sse_core
+	$(VENV)/bin/mypy sse_server.py publisher.py sse_core
+
+$(VENV)/checkers: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet ruff mypy
+	touch $@
+
 $(VENV)/ready: setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet pytest requests redis
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache __pycache__ */__pycache__
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/bench.py

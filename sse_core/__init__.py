@@ -1,1 +1,1 @@
-"""The parts of the server: events in at one end, one log, every client a cursor along it (README.md, `How it works`)."""
+"""The parts of the server: one log of events, and clients that are cursors moving along it."""

@@ -298,13 +298,14 @@ class Broadcast:
             self._moved.notify_all()
         self.wake()
 
-    def abandon(self) -> List[Client]:
-        """In a forked child, where no thread of the server runs: take nothing, and return the clients to be closed."""
+    def abandon(self) -> None:
+        """In a forked child, where no thread of the server runs: close all sockets, and take nothing."""
         self._mutex = threading.RLock()     # the old one may be held by a thread that is not here
         self._moved = threading.Condition(self._mutex)
         self._stop_by = -math.inf
         self.wake = lambda: None
-        return self._clients
+        for client in self._clients:
+            client.sock.close()
 
     # Requires holding the mutex
 

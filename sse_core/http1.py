@@ -1,7 +1,8 @@
-"""Turn bytes into a request or a refusal, and an answer into bytes: the part of HTTP/1.1 that this server speaks.
+"""Turn bytes into a request or a refusal, and an answer into bytes: what is spoken of HTTP/1.1.
 
-No socket, no thread and no clock in here. `parse` is strict, because what two parsers read differently is how requests
-are smuggled (RFC 9112 section 11.2), and it is small: a head is lines, a line is one regular expression.
+No socket, no thread and no clock in here. `parse` is strict, because requests are smuggled through
+what two parsers read differently (RFC 9112 section 11.2). It is small: a head is lines, and a line
+is one regular expression.
 """
 import hmac
 import re
@@ -23,11 +24,12 @@ _FIELD = re.compile(rb"(" + _TOKEN + rb"):(.*)")
 _BAD_BYTE = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 _BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _ABSOLUTE = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
-_SINGLE = {"host", "content-length", "transfer-encoding", "authorization", "origin", "last-event-id", "expect"}
+_SINGLE = {"host", "content-length", "transfer-encoding", "authorization", "origin",
+           "last-event-id", "expect"}
 
 
 class Refusal(Exception):
-    """A request that is answered with an error: its status, a text that says what to do, and further fields."""
+    """A request that is answered with an error: status, a text that says what to do, fields."""
 
     def __init__(self, status: int, text: str, fields: Iterable[str] = ()) -> None:
         super().__init__(status, text)
@@ -37,7 +39,10 @@ class Refusal(Exception):
 
 
 class Request(NamedTuple):
-    """The head of one request. Field names are lower-case; values are text, one byte one character (latin-1)."""
+    """The head of one request.
+
+    Names of fields are lower-case. Their values are text, each byte one character (latin-1).
+    """
     method: str
     path: str                       # percent-decoded, UTF-8
     query: Dict[str, List[str]]     # percent-decoded, in order
@@ -60,28 +65,34 @@ class Request(NamedTuple):
         return token.strip() if scheme.lower() == "bearer" else None
 
     def has_token(self, tokens: Iterable[bytes]) -> bool:
-        """Say whether path or bearer token is one of these, in a time that does not tell which or how nearly."""
-        given = [self.path[1:].encode()] + ([self.bearer.encode("latin-1")] if self.bearer is not None else [])
+        """Say whether path or bearer token is one of these.
+
+        How long it takes does not tell which, nor how nearly.
+        """
+        given = [self.path[1:].encode()]
+        if self.bearer is not None:
+            given.append(self.bearer.encode("latin-1"))
         return any([hmac.compare_digest(token, each) for token in tokens for each in given])
 
     @property
     def body_length(self) -> int:
-        """The length of the body of a POST in bytes. Raises Refusal if it has none, or one that is too long."""
+        """The length of a POST's body in bytes. Raises Refusal if it is not given, or too long."""
         if "content-length" not in self.fields:
             raise Refusal(411, "Send a Content-Length: a chunked body is not taken.")
         length = int(self.fields["content-length"])
         if length > frames.MAX_EVENT:
-            raise Refusal(413, f"The body is longer than {frames.MAX_EVENT} bytes, the most that an event holds.")
+            raise Refusal(413, f"The body is longer than {frames.MAX_EVENT} bytes, the most that "
+                               "an event holds.")
         return length
 
     @property
     def keeps_alive(self) -> bool:
-        """Whether the client means to send another request on the same connection (RFC 9112 section 9.3)."""
+        """Whether the client may send another request here (RFC 9112 section 9.3)."""
         return self.chunked and "close" not in self.fields.get("connection", "").lower()
 
     @property
     def last_id(self) -> Optional[str]:
-        """The id after which the client wants to go on: Last-Event-ID, else ?lastEventId= as old polyfills send it."""
+        """The id after which the client goes on: Last-Event-ID, else ?lastEventId= of polyfills."""
         header = self.fields.get("last-event-id")
         if header is None:
             return self.parameter("lastEventId")
@@ -93,17 +104,21 @@ class Request(NamedTuple):
 
 
 def parse(buffer: bytes, seen: int = 0) -> Optional[Tuple[Request, int]]:
-    """Parse the request head at the start of `buffer`, of which an earlier call has looked at `seen` bytes.
+    """Parse the request head at the start of `buffer`; `seen` bytes of it were looked at before.
 
-    Returns the request and the length of its head in bytes, or None as long as more bytes are needed. Raises Refusal
-    for what is wrong, as soon as it is seen, and in the same way however the bytes arrived. Takes linear time.
+    Returns the request and the length of its head in bytes, or None if more bytes are needed.
+    Raises Refusal for what is wrong as soon as it is seen, however the bytes arrived. Takes
+    linear time.
     """
-    start = 2 if buffer.startswith(b"\r\n") else 0      # RFC 9112 section 2.2: ignore one empty line before it
+    # The head goes from `start` to `end`, the request line to `line_end`, each -1 if it is not
+    # there yet; `limit` is where the head, or a request line without an end, is too long.
+    start = 2 if buffer.startswith(b"\r\n") else 0      # RFC 9112 2.2: ignore one empty line
     line_end = buffer.find(b"\r\n", start, start + MAX_LINE + 2)
     limit = start + (MAX_LINE + 2 if line_end < 0 else MAX_HEAD)
     end = buffer.find(b"\r\n\r\n", max(line_end, seen - 3), limit) if line_end >= 0 else -1
     if _BAD_BYTE.search(buffer, max(start, seen - 1), end + 4 if end >= 0 else limit):
-        raise Refusal(400, "The request head has a control character, or a line that does not end in CRLF.")
+        raise Refusal(400, "The request head has a control character, or a line that does not "
+                           "end in CRLF.")
     if end >= 0:
         return _parse_head(buffer[start:end]), end + 4
     if len(buffer) < limit:
@@ -135,7 +150,8 @@ def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
     for line in lines:
         match = _FIELD.fullmatch(line)
         if not match:
-            raise Refusal(400, "A header field is not `Name: value` (no space before the colon, no folded lines).")
+            raise Refusal(400, "A header field is not `Name: value` (no space before the colon, "
+                               "no folded lines).")
         name = match[1].decode().lower()
         if name in fields and name in _SINGLE:
             raise Refusal(400, f"The header field {name} is given more than once.")
@@ -145,7 +161,7 @@ def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
 
 
 def _parse_target(target: str, method: str) -> Tuple[str, Dict[str, List[str]]]:
-    """Split and decode a request target: origin-form, absolute-form, or `*` for OPTIONS (RFC 9112 section 3.2)."""
+    """Split and decode a target: a path, a URL, or `*` for OPTIONS (RFC 9112 section 3.2)."""
     absolute = _ABSOLUTE.match(target)
     if absolute:
         target = target[absolute.end():]
@@ -159,7 +175,8 @@ def _parse_target(target: str, method: str) -> Tuple[str, Dict[str, List[str]]]:
         raise Refusal(400, "The request target has a % that two hex digits do not follow.")
     try:
         decoded = unquote_to_bytes(path).decode() if "%" in path else path
-        parameters = parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS) if query else {}
+        parameters = parse_qs(query, keep_blank_values=True, errors="strict",
+                              max_num_fields=MAX_FIELDS) if query else {}
     except UnicodeDecodeError:
         raise Refusal(400, "The request target is not UTF-8.") from None
     except ValueError:
@@ -171,7 +188,8 @@ def _check(request: Request) -> None:
     """Refuse what is well-formed and still not to be served."""
     if request.method not in METHODS:
         if request.method in KNOWN_METHODS:
-            raise Refusal(405, "Use GET for events, POST to publish.", [f"Allow: {', '.join(METHODS)}"])
+            raise Refusal(405, "Use GET for events, POST to publish.",
+                          [f"Allow: {', '.join(METHODS)}"])
         raise Refusal(501, f"This server knows the methods {', '.join(METHODS)}.")
     if "host" not in request.fields and request.version >= (1, 1):
         raise Refusal(400, "HTTP/1.1 needs the header field Host.")
@@ -185,9 +203,10 @@ def _check(request: Request) -> None:
         raise Refusal(400, f"A {request.method} request has no body here.")
 
 
-def answer(status: int, body: bytes = b"", fields: Iterable[str] = (), *, content_type: str = "text/plain; charset=utf-8",
-           keep_alive: bool = False, head_only: bool = False) -> bytes:
-    """Return a whole answer as bytes: status line, Content-Length, whether the connection is kept, `fields`, body."""
+def answer(status: int, body: bytes = b"", fields: Iterable[str] = (), *,
+           content_type: str = "text/plain; charset=utf-8", keep_alive: bool = False,
+           head_only: bool = False) -> bytes:
+    """Return a whole answer as bytes: status line, length, what becomes of the connection, body."""
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     if status != 204:           # RFC 9110 section 8.6: no Content-Length there
         lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]

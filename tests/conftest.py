@@ -8,8 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import wait_until     # noqa: E402
-from sse_server import SSEServer   # noqa: E402
+from helpers import PUBLISH_TOKEN, wait_until    # noqa: E402
+from sse_server import SSEServer                 # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -34,4 +34,11 @@ def nothing_left():
 def server():
     """A running server on a free port that publishes only what the test does."""
     with SSEServer(port=0) as server:
+        yield server
+
+
+@pytest.fixture
+def open_server():
+    """A running server that takes POSTs with PUBLISH_TOKEN."""
+    with SSEServer(port=0, publish_tokens=[PUBLISH_TOKEN]) as server:
         yield server

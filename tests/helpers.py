@@ -1,14 +1,15 @@
-"""Real sockets and real processes for the tests: clients that wait on conditions, and servers on a free port."""
+"""Real sockets and real processes for the tests: clients that wait on conditions, and servers."""
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator, Optional, Tuple
 
 import pytest
 
@@ -17,6 +18,7 @@ from wire import Decoder
 TOP = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0         # seconds until a condition that is waited for counts as failed
 GET = b"GET /token HTTP/1.1\r\nHost: test\r\n\r\n"
+PUBLISH_TOKEN = "SECRET"    # of the fixture `open_server`
 
 
 def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
@@ -27,6 +29,11 @@ def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> No
         time.sleep(0.002)
 
 
+def handshakes() -> int:
+    """Return how many unfinished requests the servers of this process look after."""
+    return sum(thread.name.startswith("handshake-") for thread in threading.enumerate())
+
+
 def connect(port: int, **options) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, **options)
 
@@ -34,8 +41,8 @@ def connect(port: int, **options) -> socket.socket:
 class Client:
     """A client on a real socket whose stream is decoded strictly."""
 
-    def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None, last_id: str = "",
-                 proxied: bool = False) -> None:
+    def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None,
+                 last_id: str = "", proxied: bool = False) -> None:
         self.sock = socket.socket()
         self.sock.settimeout(PATIENCE)
         if receive_buffer:
@@ -56,12 +63,22 @@ class Client:
         return data
 
     def read_until(self, condition: Callable[[Decoder], object]) -> "Client":
-        """Receive until the condition holds of the stream; fail if it ends before, or never does while heartbeats come."""
+        """Receive until the condition holds of the stream.
+
+        Fails if the stream ends before, or if it never does while heartbeats come.
+        """
         deadline = time.monotonic() + 2 * PATIENCE
         while not condition(self.stream):
-            assert time.monotonic() < deadline, f"still not so: {self.stream.events[-3:]}, {self.stream.partial!r}"
-            assert self.receive(), f"the stream ended early: {self.stream.events[-3:]}, {self.stream.partial!r}"
+            is_late = time.monotonic() > deadline
+            assert not is_late and self.receive(), (
+                f"{'still not so' if is_late else 'the stream ended early'}: "
+                f"{self.stream.events[-3:]}, {self.stream.partial!r}")
         return self
+
+    def read_until_data(self, data: str) -> list:
+        """Receive until the newest event has this data, and return all events."""
+        return self.read_until(lambda stream: stream.events and stream.events[-1].data == data
+                               ).stream.events
 
     def read_events(self, number: int) -> list:
         """Receive until there are so many events in all, and return them."""
@@ -110,6 +127,33 @@ def ask(port: int, request: bytes) -> bytes:
             received += data
 
 
+def get(path: str = "/", *fields: str, method: str = "GET") -> bytes:
+    """Return a request's head."""
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *fields, "", ""]).encode()
+
+
+def post(port: int, path: str = f"/{PUBLISH_TOKEN}", body: bytes = b"hello", *fields: str) -> bytes:
+    """POST a body and return the answer."""
+    length = f"Content-Length: {len(body)}"
+    return ask(port, get(path, length, "Connection: close", *fields, method="POST") + body)
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def make_certificate(folder: Path) -> Tuple[str, str]:
+    """Make a certificate for this machine: return the paths of cert.pem and key.pem."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run([need("openssl", "openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:P-256", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+                    "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True, capture_output=True)
+    return str(cert), str(key)
+
+
 class Server:
     """`python sse_server.py` as a process, on a free port."""
 
@@ -117,8 +161,8 @@ class Server:
         loudness = () if {"--verbose", "--loud"} & set(arguments) else ("--quiet",)
         arguments = [argument for argument in arguments if argument != "--loud"]
         command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", *loudness, *arguments]
-        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env={**os.environ, **(env or {})})
+        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, env={**os.environ, **(env or {})})
         self.errors = None
         self.output = b""
         while not re.search(rb":([0-9]+)\n", self.output):
@@ -152,7 +196,7 @@ class Server:
 
 @contextmanager
 def serving(*arguments: str, **options) -> Iterator[Server]:
-    """Run a server process; it must write nothing to standard error unless the test reads it first."""
+    """Run a server process; it must write no traceback to standard error."""
     server = Server(*arguments, **options)
     try:
         yield server
@@ -162,7 +206,7 @@ def serving(*arguments: str, **options) -> Iterator[Server]:
 
 
 def need(command: str, package: str) -> str:
-    """Return the path of a program that a test cannot do without: skip where it is missing, but fail in CI."""
+    """Return the path of a program that a test needs; where it is missing, skip, but in CI fail."""
     path = shutil.which(command)
     if not path:
         reason = f"{command} is not installed (Debian package {package})"

@@ -9,18 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from sse_core import http1
 import sse_server
-from helpers import GET, PATIENCE, TOP, Client, ask, connect, wait_until
+from helpers import GET, PATIENCE, TOP, Client, ask, connect, handshakes, wait_until
+from sse_core import handshake, http1
 from sse_server import SSEServer
 
 
-def handshakes() -> int:
-    return sum(thread.name.startswith("handshake-") for thread in threading.enumerate())
-
-
 def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
-    monkeypatch.setattr(sse_server, "MAX_HANDSHAKES", 10)
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 10)
     silent = []
     for number in range(30):
         silent.append(connect(server.port))
@@ -34,7 +30,7 @@ def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
 
 
 def test_a_dribbling_request_is_cut_by_the_total(server, monkeypatch):
-    monkeypatch.setattr(sse_server, "HEAD_TIME", 0.5)
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.5)
     began = time.monotonic()
     with connect(server.port) as sock:
         answer = b""
@@ -110,7 +106,7 @@ def test_a_head_that_arrives_a_byte_at_a_time_costs_linear_time():
     assert time.process_time() - began < 1.0       # it was 3.5 s when every byte looked at all again
 
 
-def test_no_thread_to_be_had(server, monkeypatch):
+def test_a_system_that_gives_no_more_threads_is_survived(server, monkeypatch):
     """The accept loop survives a system that gives no more threads, and goes on when it does again."""
     def fail(self):
         raise RuntimeError("can't start new thread")

@@ -136,6 +136,32 @@ def test_every_module_can_be_read_by_python_3_9():
         ast.parse((TOP / name).read_text(encoding="utf-8"), feature_version=(3, 9))
 
 
+def imported(name: str) -> set:
+    """Return the modules that a file imports when it runs, whole names; what only a type checker sees is left out."""
+    tree = ast.parse((TOP / name).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    plain = {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
+    partly = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return plain | {node.module for node in partly} | {f"{node.module}.{each.name}" for node in partly for each in node.names}
+
+
+def test_imports_point_one_way():
+    for name in names_of_modules():
+        if name.startswith("sse_core/") and name.endswith(".py"):
+            assert not imported(name) & {"sse_server", "publisher"}, name
+    assert "sse_server" not in imported("publisher.py")
+
+
+def test_the_pure_modules_import_no_socket_no_thread_and_no_clock():
+    impure = {"socket", "ssl", "select", "selectors", "threading", "time", "datetime", "socketserver"}
+    for name in ("access", "frames", "http1", "log"):
+        assert not imported(f"sse_core/{name}.py") & impure, name
+    assert not imported("sse_core/answers.py") & (impure - {"time", "datetime"})
+    assert "sse_server" not in imported("sse_core/handshake.py") | imported("sse_core/command_line.py")
+
+
 def test_the_wheel_is_for_any_machine_and_holds_the_modules_and_the_page(packages):
     wheel = packages[0]
     assert wheel.name.endswith("-py3-none-any.whl")

@@ -10,7 +10,7 @@ import pytest
 from sse_core import frames
 from publisher import STALL, Publisher
 from sse_core.broadcast import Broadcast, NotRunning
-from sse_server import TLSSocket
+from sse_core.tls import TLSSocket
 from wire import Decoder
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"

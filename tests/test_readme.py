@@ -3,22 +3,16 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, need, wait_until
+from helpers import PATIENCE, TOP, Client, free_port, make_certificate, need, wait_until
 
 README = (TOP / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
 
 
 def test_flags_are_those_of_help():
@@ -154,8 +148,7 @@ def test_tokens_origins_and_tls(shell):
     assert requests.head(url + "/one", timeout=PATIENCE).status_code == 200
     assert requests.head(url + "/two", timeout=PATIENCE).status_code == 401
     shell.stop()
-    subprocess.run([need("openssl", "openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out",
-                    "cert.pem", "-subj", "/CN=localhost"], cwd=shell.folder, check=True, capture_output=True)
+    make_certificate(shell.folder)
     shell.serve(tls)
     with requests.Session() as session:
         session.trust_env = False

@@ -1,0 +1,183 @@
+"""Turn a request into an answer: page, preflight, reports, POST, refusal, or a stream's opening.
+
+No socket and no thread in here: bytes go back to the caller, and so does what is to be registered.
+"""
+import json
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
+
+from sse_core import frames, http1
+from sse_core.access import Access
+from sse_core.http1 import Refusal, Request
+from sse_core.broadcast import NotRunning, Unavailable
+
+HTML = "text/html; charset=utf-8"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+JSON = "application/json"
+COME_BACK = 10              # times the usual pause, for a client that finds the server full
+
+FAMILIES = (                # of metrics: name, kind, what it is, and its key among the figures
+    ("sse_clients", "gauge", "Clients that are connected.", "clients"),
+    ("sse_lagging_clients", "gauge", "Clients whose socket would not take all.", "lagging"),
+    ("sse_events_total", "counter", "Events published.", "events"),
+    ("sse_deliveries_total", "counter", "Events sent, over all clients.", "deliveries"),
+    ("sse_sent_bytes_total", "counter", "Bytes sent to clients.", "bytes"),
+    ("sse_gaps_total", "counter", "Gaps that clients were told.", "gaps"),
+    ("sse_drops_total", "counter", "Clients gone, by reason.", "drops"),
+    ("sse_refused_total", "counter", "Requests refused, by status.", "refused"),
+    ("sse_turn_seconds", "summary", "Time of the publisher's turns, without waiting.",
+     "turn_seconds"))
+LABELS = {"drops": "reason", "refused": "status"}
+
+Figures = Mapping[str, Any]
+
+
+class Opening(NamedTuple):
+    """A stream to be opened: what is to be registered, but for the socket."""
+    head: bytes
+    channels: List[str]
+    last_id: Optional[str]
+    chunked: bool
+
+
+class Answers:
+    """Answer the requests to one server. Any thread may call any method.
+
+    access: who may do what. page: what a browser is shown at `/`, or None.
+    retry: seconds of a client's usual pause before it reconnects.
+    publish: takes data, event and channel, and returns the id. Raises ValueError for what is no
+        event, Unavailable, and NotRunning if the server does not run any more.
+    figures: returns what `metrics` takes. status: returns what /-/status shows.
+    """
+
+    def __init__(self, access: Access, *, page: Optional[bytes], retry: float,
+                 publish: Callable[[str, Optional[str], Optional[str]], Optional[str]],
+                 figures: Callable[[], Figures], status: Callable[[], Figures]) -> None:
+        self._access = access
+        self._page = page
+        self._retry = retry
+        self._publish = publish
+        self._figures = figures
+        self._status = status
+
+    def is_slow(self, request: Request) -> bool:
+        """Say whether `respond` may take its time: then it is not for the accept loop."""
+        return self._access.takes_time or request.path.startswith("/-/")
+
+    def respond(self, request: Request) -> Union[bytes, Opening]:
+        """Return the answer to a request without a body, or what is to be registered.
+
+        Raises Refusal, and whatever a program's `authorize` raises.
+        """
+        if request.method == "OPTIONS":
+            return http1.answer(204, fields=self._preflight(request))
+        if request.path == "/favicon.ico":
+            raise Refusal(404, "There is no icon here.")
+        if self._page and request.path == "/" and request.accepts("text/html"):
+            return _whole(request, self._page, HTML)
+        self._access.admit(request)
+        if request.path in ("/-/metrics", "/-/status"):
+            return self._report(request)
+        return self._open(request)
+
+    def _open(self, request: Request) -> Union[bytes, Opening]:
+        """Return a stream's opening; of a HEAD request, its head."""
+        channels = _channels(request)
+        opening = Opening(self._stream_head(request), channels, request.last_id, request.chunked)
+        return opening.head if request.method == "HEAD" else opening
+
+    def _stream_head(self, request: Request) -> bytes:
+        """Return the head of a stream: the original's four lines, then those for proxies."""
+        framing = "Transfer-Encoding: chunked" if request.chunked else "Connection: close"
+        lines = ["HTTP/1.1 200 OK", "Content-Type: text/event-stream", framing,
+                 *self._access.cross_origin(request),
+                 "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", "", ""]
+        return "\r\n".join(lines).encode()
+
+    def turn_away(self, request: Request, opening: Opening) -> bytes:
+        """Return the answer to a client for which there is no room.
+
+        Raises Refusal, but not for an EventSource, which would give up for good on a 503.
+        """
+        if not request.accepts("text/event-stream"):
+            raise Refusal(503, "This server takes no more clients now. Try again later.",
+                          ["Retry-After: 10"])
+        retry = frames.greeting(COME_BACK * max(1.0, self._retry), None)
+        return opening.head + (retry + frames.END if opening.chunked else frames.unchunk(retry))
+
+    def post(self, request: Request, read_body: Callable[[Request], bytes]) -> bytes:
+        """Publish the body of a POST and return the answer. It is read only if it may publish.
+
+        Raises Refusal, and what `read_body` raises.
+        """
+        self._access.admit_post(request)
+        body = read_body(request)
+        try:
+            event, channel = request.parameter("event"), request.parameter("channel")
+            event_id = self._publish(body.decode(), event, channel)
+        except UnicodeDecodeError:
+            raise Refusal(400, "The body is not UTF-8.") from None
+        except ValueError as error:
+            raise Refusal(400, f"This is no event: {error}.") from None
+        except Unavailable as error:
+            raise Refusal(503, f"{error}. Try again later; it may have been published.",
+                          ["Retry-After: 5"]) from None
+        except NotRunning:
+            raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
+        return _whole(request, json.dumps({"id": event_id}).encode() + b"\n", JSON,
+                      self._access.cross_origin(request), keep_alive=request.keeps_alive)
+
+    def refuse(self, refusal: Refusal, request: Optional[Request]) -> bytes:
+        """Return the answer that says what was wrong; the request is None if it is unreadable."""
+        fields = [*refusal.fields, *self._access.cross_origin(request)]
+        head_only = request is not None and request.method == "HEAD"
+        return http1.answer(refusal.status, f"{refusal.text}\n".encode(), fields,
+                            head_only=head_only)
+
+    def _report(self, request: Request) -> bytes:
+        """Return the metrics, or the status."""
+        fields = ["Cache-Control: no-store", *self._access.cross_origin(request)]
+        if request.path == "/-/metrics":
+            return _whole(request, metrics(self._figures()).encode(), METRICS, fields)
+        return _whole(request, json.dumps(self._status()).encode() + b"\n", JSON, fields)
+
+    def _preflight(self, request: Request) -> List[str]:
+        return [*self._access.cross_origin(request),
+                f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
+                "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, "
+                "Last-Event-ID", "Access-Control-Max-Age: 86400"]
+
+
+def _whole(request: Request, body: bytes, content_type: str, fields: Sequence[str] = (), *,
+           keep_alive: bool = False) -> bytes:
+    """Return a good answer with a body; to a HEAD request, its head."""
+    return http1.answer(200, body, fields, content_type=content_type, keep_alive=keep_alive,
+                        head_only=request.method == "HEAD")
+
+
+def _channels(request: Request) -> List[str]:
+    """Return the channels that a client asks for. Raises Refusal."""
+    channels = request.query.get("channel", [])
+    try:
+        for channel in channels:
+            frames.check_channel(channel)
+    except ValueError as error:
+        raise Refusal(400, f"This channel cannot be: {error}.") from None
+    return channels
+
+
+def metrics(figures: Figures) -> str:
+    """Return the figures in the text format of Prometheus, version 0.0.4."""
+    lines: List[str] = []
+    for name, kind, text, key in FAMILIES:
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{suffix} {value}" for suffix, value in _samples(figures, key).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _samples(figures: Figures, key: str) -> Dict[str, Any]:
+    """Return what one figure gives: what follows the name on its line, and the value."""
+    if key in LABELS:
+        return {f'{{{LABELS[key]}="{each}"}}': number for each, number in figures[key].items()}
+    if key == "turn_seconds":
+        return {"_sum": figures[key], "_count": figures["turns"]}
+    return {"": figures[key]}

@@ -1,0 +1,179 @@
+"""Turn flags into options, and Enter and signals into the end: what a person at a terminal meets.
+
+It knows no server: what it shows and waits for is handed in.
+"""
+import argparse
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence, Tuple
+
+CLEAR_LINE = "\r\x1b[K"     # of a terminal
+PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
+STATUS_EVERY = 1.0          # seconds between two status lines
+
+logger = logging.getLogger("sse_server")
+
+
+def _number(kind: Callable[[str], float], fits: Callable[[float], bool],
+            description: str) -> Callable[[str], float]:
+    """Return a function that converts an option's value, or raises the error argparse reports."""
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan        # which fits nowhere
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        return value
+    return convert
+
+
+port_number = _number(int, lambda port: 0 <= port < 65536, "a port from 0 to 65535")
+whole_number = _number(int, lambda value: 0 <= value < 1 << 31, "a whole number from 0 on")
+seconds = _number(float, lambda value: 0 < value < 1e6, "a number of seconds above 0")
+seconds_or_none = _number(float, lambda value: 0 <= value < 1e6, "a number of seconds from 0 on")
+
+
+# A flag with what it takes; its type, `list` if it can be repeated; the default; the help
+FLAGS: Sequence[Tuple[str, Callable[[str], Any], Any, str]] = (
+    ("--host HOST", str, "127.0.0.1", "address to listen on (default 127.0.0.1)"),
+    ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default 6500)"),
+    ("--interval SECONDS", seconds, 1.0, "time between two ticks of the clock (default 1)"),
+    ("--stdin", bool, False, "each line of standard input is an event, in place of the clock; "
+     "after the last one, everyone served, the server stops"),
+    ("--redis URL", str, None, "redis://HOST:PORT/DB: events come from a Redis stream, and what is "
+     "published goes to it, so that many servers serve the same"),
+    ("--stream KEY", str, "sse", "key of that stream (default sse)"),
+    ("--patience SECONDS", seconds_or_none, 5.0,
+     "how long --stdin waits for a slow client that makes no progress (default 5; 0: not at all)"),
+    ("--token TOKEN", list, [],
+     "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
+    ("--publish-token TOKEN", str, None,
+     "who may publish by POST; can come from SSE_PUBLISH_TOKEN instead (default: nobody)"),
+    ("--origin ORIGIN", list, [], "of pages that may read and publish, as https://example.org; "
+     "can be repeated (default: all)"),
+    ("--cert FILE", str, None, "certificate chain for TLS, PEM"),
+    ("--key FILE", str, None, "its key, if that is not in the same file"),
+    ("--history FRAMES", whole_number, 1024, "events kept for clients that come back; "
+     "0: no ids, the wire of the original (default 1024)"),
+    ("--heartbeat SECONDS", seconds_or_none, 15.0,
+     "silence after which a client is sent a comment; 0: never (default 15)"),
+    ("--retry SECONDS", seconds_or_none, 3.0,
+     "pause of a client before it reconnects, +-50 %% at random (default 3)"),
+    ("--max-clients N", whole_number, 10000, "clients at a time (default 10000)"),
+)
+
+
+def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the command line; None: of this process.
+
+    A bad one ends the process with one line on standard error and status 2.
+    """
+    parser = Parser(prog=PROGRAM, description="A small Server-Sent Events server.")
+    for flag, kind, default, text in FLAGS:
+        name, _, metavar = flag.partition(" ")
+        if not metavar:
+            parser.add_argument(name, action="store_true", help=text)
+        elif kind is list:
+            parser.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+        else:
+            parser.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
+    loudness.add_argument("--quiet", action="store_true", help="log warnings only")
+    options = parser.parse_args(arguments)
+    options.token = [*options.token, *os.environ.get("SSE_TOKEN", "").split()]
+    options.publish_token = options.publish_token or os.environ.get("SSE_PUBLISH_TOKEN")
+    if options.key and not options.cert:
+        parser.error("--key needs --cert")
+    if options.stdin and sys.stdin is None:
+        parser.error("--stdin needs a standard input")
+    return options
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with this message and status 2."""
+        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def set_up_logging(options: argparse.Namespace) -> None:
+    """Log to standard error; on a terminal, over the status line."""
+    logging.basicConfig(format=(CLEAR_LINE if sys.stderr.isatty() else "") + "%(message)s")
+    quiet = logging.WARNING if options.quiet else logging.INFO
+    logger.setLevel(logging.DEBUG if options.verbose else quiet)
+
+
+class StatusLine:
+    """One line at the bottom of a terminal that renews itself. Used by the main thread.
+
+    counters: returns the numbers of clients, events and deliveries, by these names.
+    """
+
+    def __init__(self, counters: Callable[[], Mapping[str, Any]]) -> None:
+        self._counters = counters
+        self._last = time.monotonic(), 0        # when it was shown, and deliveries by then
+
+    def show(self) -> None:
+        """Show the line anew."""
+        counters, now = self._counters(), time.monotonic()
+        (before, deliveries), self._last = self._last, (now, counters["deliveries"])
+        rate = (counters["deliveries"] - deliveries) / max(0.001, now - before)
+        self._write(f"{counters['clients']} clients, {counters['events']} events, "
+                    f"{rate:.0f} deliveries/s")
+
+    def clear(self) -> None:
+        """Take the line away."""
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(CLEAR_LINE + text)
+        sys.stderr.flush()
+
+
+def catch_signals() -> Tuple[socket.socket, socket.socket]:
+    """Turn SIGINT and SIGTERM into a byte: return the socket it is read from, and the other end.
+
+    Call it in the main thread. Any thread may send a byte of its own into the other end.
+    """
+    wakee, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno())
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)      # that it came is read from the socket
+    return wakee, waker
+
+
+def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Optional[StatusLine]) -> None:
+    """Return on Enter or when `wakee` can be read.
+
+    The end of standard input is no Enter: services have none.
+    """
+    watched = [wakee.fileno()]
+    if watch_input and sys.stdin is not None:
+        watched.append(sys.stdin.fileno())
+    while True:
+        ready = select.select(watched, [], [], STATUS_EVERY if status else None)[0]
+        if status:
+            status.clear() if ready else status.show()
+        if wakee.fileno() in ready:
+            return
+        if not ready:
+            continue
+        try:
+            typed = os.read(ready[0], 4096)
+        except OSError:     # not open for reading, as nohup leaves it, or a terminal was hung up
+            typed = b""
+        if b"\n" in typed:
+            return
+        if not typed:
+            watched.remove(ready[0])

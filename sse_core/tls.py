@@ -1,0 +1,57 @@
+"""Turn a certificate into TLS sockets that behave like plain ones."""
+import ssl
+from typing import NoReturn, Optional, Union
+
+RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
+
+
+class TLSSocket(ssl.SSLSocket):
+    """A TLS socket that behaves like a plain one: it says BlockingIOError, and may be offered other bytes after that.
+
+    OpenSSL encrypts a record, of RECORD bytes at most, before it finds the socket full, and wants to be offered the
+    same again (SSL_write(3), the notes on retries). So such a record is kept, and all but its last byte reported as
+    sent: the caller, who comes back with that byte, sends it off and needs to know nothing of it.
+    """
+    _begun = b""        # a record that OpenSSL has begun, all but whose last byte the caller thinks sent
+
+    def send(self, data: Union[bytes, memoryview], flags: int = 0) -> int:
+        if self._begun:
+            self._offer(self._begun)
+            self._begun = b""
+            return 1
+        piece = bytes(data[:RECORD])
+        try:
+            return self._offer(piece)
+        except BlockingIOError:
+            self._begun = piece
+            if len(piece) == 1:
+                raise
+            return len(piece) - 1
+
+    def _offer(self, data: bytes) -> int:
+        try:
+            return super().send(data)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+    def recv(self, size: int = 1024, flags: int = 0) -> bytes:
+        try:
+            return super().recv(size, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+
+def tls_context(cert: str, key: Optional[str] = None) -> ssl.SSLContext:
+    """Return a server's context for this certificate.
+
+    Raises OSError or ssl.SSLError if the files cannot be used, ValueError if the key is encrypted.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.sslsocket_class = TLSSocket
+    context.load_cert_chain(cert, key, password=_no_password)
+    return context
+
+
+def _no_password() -> NoReturn:
+    raise ValueError("its key is encrypted, and a service has nobody to type a password")

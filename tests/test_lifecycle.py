@@ -1,0 +1,214 @@
+"""Start, stop and the end of a program, from any thread; and streams that end in order."""
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+import sse_server
+from helpers import GET, PATIENCE, TOP, Client, connect, handshakes, wait_until
+from sse_server import SSEServer
+
+
+def test_start_and_stop_can_be_called_twice_and_from_any_thread():
+    server = sse_server.SSEServer(port=0).start()
+    assert server.start() is server
+    threads = [threading.Thread(target=server.stop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    server.stop()
+    with pytest.raises(sse_server.NotRunning):
+        server.start()
+    with pytest.raises(sse_server.NotRunning):
+        server.publish("too late")
+
+
+def test_a_server_that_was_never_started_can_be_stopped():
+    server = sse_server.SSEServer(port=0)
+    with pytest.raises(sse_server.NotRunning):
+        server.publish("too early")
+    server.stop()
+
+
+def test_stop_cuts_requests_that_have_not_arrived(server):
+    with connect(server.port) as silent:
+        silent.sendall(b"GET /to")
+        wait_until(handshakes)
+        server.stop()
+        assert silent.recv(1) == b""
+
+
+def test_a_program_that_takes_its_time_to_authorize_does_not_hold_up_stop():
+    release = threading.Event()
+    server = SSEServer(port=0, authorize=lambda request: release.wait(20)).start()
+    socks = [connect(server.port) for _ in range(6)]
+    for sock in socks:
+        sock.sendall(GET)
+    wait_until(lambda: handshakes() == 6)
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 3
+    release.set()
+    for sock in socks:
+        sock.close()
+    wait_until(lambda: not handshakes())
+
+
+@contextmanager
+def program(text: str, folder):
+    """Run a program that prints its server's port; yield the process and the port."""
+    path = folder / "program.py"
+    path.write_text(f"import sys; sys.path.insert(0, {str(TOP)!r})\n"
+                    f"from sse_server import SSEServer\n{text}")
+    with subprocess.Popen([sys.executable, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def test_a_program_of_its_own_serves_and_ends_its_streams(tmp_path):
+    with program("""
+with SSEServer(port=0) as server:
+    print(server.port, flush=True)
+    for line in sys.stdin:
+        server.publish(line.strip(), event="line")
+""", tmp_path) as (process, port), Client(port) as client:
+        client.open()
+        process.stdin.write("hello\n")
+        process.stdin.flush()
+        assert client.read_events(1)[0][:2] == ("line", "hello")
+        process.stdin.close()
+        assert client.read_to_end().ended and process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("end, status", [("", 0), ("sys.exit(3)", 3), ("raise KeyError", 1)])
+def test_a_program_that_forgets_stop_ends_and_its_streams_end_in_order(tmp_path, end, status):
+    with program(f"""
+servers = [SSEServer(port=0).start() for _ in range(2)]
+print(servers[1].port, flush=True)
+sys.stdin.readline()
+servers[1].publish("last")
+{end}
+""", tmp_path) as (process, port), Client(port) as client:
+        client.open()
+        process.stdin.write("\n")
+        process.stdin.close()
+        stream = client.read_to_end()
+        assert [event.data for event in stream.events] == ["last"] and stream.ended
+        assert process.wait(PATIENCE) == status
+        assert ("KeyError" if status == 1 else "") in process.stderr.read()
+
+
+def test_a_forked_child_that_ends_leaves_the_server_to_its_parent(tmp_path):
+    with program("""
+import os, threading, time
+server = SSEServer(port=0).start()
+print(server.port, flush=True)
+while not any(thread.name.startswith("handshake-") for thread in threading.enumerate()):
+    time.sleep(0.01)
+if os.fork() == 0:
+    sys.exit(0)
+os.wait()
+print("child is gone", flush=True)
+sys.stdin.readline()
+""", tmp_path) as (process, port), Client(port, GET[:10]) as client:
+        assert process.stdout.readline() == "child is gone\n"
+        client.sock.sendall(GET[10:])
+        client.open()
+        process.stdin.close()
+        assert client.read_to_end().ended and process.wait(PATIENCE) == 0
+
+
+def test_serve_forever_in_a_program_ends_by_ctrl_c_with_the_streams_ended(tmp_path):
+    with program("""
+server = SSEServer(port=0)
+print(server.port, flush=True)
+server.serve_forever()
+""", tmp_path) as (process, port), Client(port) as client:
+        client.open()
+        process.send_signal(signal.SIGINT)
+        assert client.read_to_end().ended
+        assert process.wait(PATIENCE) != 0 and "KeyboardInterrupt" in process.stderr.read()
+
+
+@pytest.mark.parametrize("name", ["stop", "shutdown", "server_close"])
+def test_serve_forever_starts_the_server_and_returns_when_it_is_stopped(name):
+    server = SSEServer(port=0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    with Client(server.port) as client:
+        client.open()
+        server.publish("served")
+        assert client.read_events(1)[0].data == "served"
+        assert thread.is_alive()
+        getattr(server, name)()
+        thread.join(PATIENCE)
+        assert not thread.is_alive() and client.read_to_end().ended
+    with pytest.raises(sse_server.NotRunning):
+        server.serve_forever()
+
+
+@pytest.mark.parametrize("name", ["handle_request", "process_request", "process_request_thread",
+                                  "finish_request"])
+def test_hooks_of_socketserver_that_are_replaced_say_so(server, name):
+    arguments = () if name == "handle_request" else (None, ("127.0.0.1", 1))
+    with pytest.raises(RuntimeError, match="serve_forever"):
+        getattr(server, name)(*arguments)
+    with Client(server.port) as client:
+        client.open()
+
+
+def test_verify_request_decides_before_a_socket_is_taken():
+    class Picky(SSEServer):
+        let_in = False
+
+        def verify_request(self, request, client_address):
+            assert client_address[0] == "127.0.0.1"
+            return self.let_in
+    with Picky(port=0) as server:
+        with connect(server.port) as refused:
+            assert refused.recv(1) == b""
+        server.let_in = True
+        with Client(server.port) as client:
+            client.open()
+
+
+def test_a_start_that_finds_no_thread_leaves_nothing(monkeypatch):
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+    server = SSEServer(port=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            server.start()
+    with pytest.raises(sse_server.NotRunning):
+        server.start()
+
+
+def test_a_port_that_is_taken_leaves_nothing(server):
+    with pytest.raises(OSError):
+        SSEServer(port=server.port)
+    with pytest.raises(ValueError):
+        SSEServer(port=0, retry=-1)
+
+
+@pytest.mark.parametrize("command", [["program.py"], ["publisher.py"]])
+def test_a_publisher_that_is_not_ours_is_named_and_not_run(tmp_path, command):
+    for name in ("program.py", "publisher.py"):
+        (tmp_path / name).write_text(f"print('{name} runs')\nimport sys\n"
+                                     f"sys.path.append({str(TOP)!r})\nimport sse_server\n")
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=PATIENCE)
+    assert done.returncode == 1 and done.stdout == f"{command[0]} runs\n"
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("ImportError: sse_server needs the module publisher that came with it")
+    assert str(tmp_path / "publisher.py") in error

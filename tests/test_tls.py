@@ -1,0 +1,143 @@
+"""TLS: all as without it; records and handshakes hold up nobody; files that are no use are told."""
+import ssl
+import subprocess
+import sys
+import threading
+
+import pytest
+import requests
+
+from helpers import GET, PATIENCE, TOP, Client, connect, make_certificate, serving, wait_until
+from sse_core import handshake
+from sse_server import SSEServer
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def secure(certificate):
+    with SSEServer(port=0, cert=certificate[0], key=certificate[1], publish_tokens=["t"],
+                   history=1024) as server:
+        yield server
+
+
+class SecureClient(Client):
+    """A client over TLS, not verifying."""
+
+    def __init__(self, port: int, request: bytes = GET, receive_buffer=None) -> None:
+        super().__init__(port, b"", receive_buffer)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.sock = context.wrap_socket(self.sock)
+        self.sock.sendall(request)
+
+
+def test_tls_streams_resumes_and_takes_posts_with_a_verified_certificate(secure, certificate):
+    url = f"https://localhost:{secure.port}/"
+    with requests.Session() as session:
+        session.verify, session.trust_env = certificate[0], False
+        page = session.get(url, headers={"Accept": "text/html"}, timeout=PATIENCE).text
+        assert page.startswith("<!DOCTYPE html>")
+        ids = [session.post(url + "t", data=str(n), timeout=PATIENCE).json()["id"]
+               for n in range(20)]
+        with session.get(url, stream=True, headers={"Last-Event-ID": ids[9]},
+                         timeout=PATIENCE) as response:
+            lines = response.iter_lines()
+            got = [next(line for line in lines if line.startswith(b"data: ")) for _ in range(10)]
+            assert got == [b"data: %d" % n for n in range(10, 20)]
+            secure.stop()
+            assert all(line[:4] in (b"", b"id: ", b"data") for line in lines)   # an orderly end
+
+
+def test_a_tls_client_that_reads_slowly_and_is_lapped_gets_whole_frames(secure):
+    """The socket is full in the middle of TLS records, again and again."""
+    with SecureClient(secure.port, receive_buffer=4096) as slow, SecureClient(secure.port) as fast:
+        slow.open(), fast.open()
+        wait_until(lambda: secure.clients == 2)
+        for number in range(3000):
+            secure.publish(f"{number} " + "x" * 2000)
+            gapless = not any(event.name == "gap" for event in fast.stream.events)
+            fast.read_events(number + 1 if gapless else 0)
+            if number % 100 == 0:
+                slow.receive(1000)
+        slow.read_until(lambda stream: stream.events and stream.events[-1].data.startswith("2999 "))
+        events = slow.stream.events
+        assert any(event.name == "gap" for event in events)
+        expected = 0
+        for event in events:
+            if event.name == "gap":
+                expected = None
+            else:
+                value = int(event.data.split()[0])
+                assert expected in (None, value)
+                expected = value + 1
+
+
+def test_many_tls_clients_at_once_are_all_served(certificate, monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 8)
+    served = []
+
+    def visit(port):
+        with SecureClient(port) as client:
+            client.open()
+            served.append(client.stream.status)
+    with SSEServer(port=0, cert=certificate[0], key=certificate[1]) as server:
+        threads = [threading.Thread(target=visit, args=(server.port,)) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert served == [200] * 40
+
+
+def test_a_silent_tls_handshake_holds_up_nobody_and_is_cut(secure, monkeypatch):
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.3)
+    with connect(secure.port) as silent, SecureClient(secure.port) as client:
+        client.open()
+        assert silent.recv(1) == b""
+
+
+def test_plain_on_a_tls_port_and_tls_on_a_plain_port_are_turned_away(certificate):
+    arguments = ("--verbose", "--interval", "100")
+    with serving(*arguments, "--cert", certificate[0], "--key", certificate[1]) as server:
+        assert f"https://127.0.0.1:{server.port}" in server.output.decode()
+        with connect(server.port) as sock:
+            sock.sendall(GET)
+            try:
+                assert not sock.recv(1000).startswith(b"HTTP")
+            except ConnectionResetError:        # closed with our request unread
+                pass
+        server.stop()
+        assert len(server.peer_lines()) == 1
+    with serving(*arguments) as server:
+        with pytest.raises(ssl.SSLError):
+            SecureClient(server.port)
+        server.stop()
+        assert len(server.peer_lines()) == 1
+
+
+def one_line_and_status_2(*arguments) -> str:
+    """Run the server with flags that it must refuse, and return what it says."""
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", *arguments],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          timeout=PATIENCE)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--cert", "/nowhere"], "cannot use /nowhere"), (["--key", "x"], "--key needs --cert"),
+    (["--cert", str(TOP / "Makefile")], "cannot use "), (["--token", ""], "a token is empty"),
+    (["--origin", "example.org"], "the origin 'example.org' is not one")])
+def test_what_would_be_no_protection_is_one_line_and_status_2(arguments, said):
+    assert said in one_line_and_status_2(*arguments)
+
+
+def test_an_encrypted_key_is_one_line_and_no_prompt(certificate, tmp_path):
+    locked = tmp_path / "locked.pem"
+    subprocess.run(["openssl", "ec", "-in", certificate[1], "-aes256", "-passout", "pass:x",
+                    "-out", locked], check=True, capture_output=True)
+    assert "encrypted" in one_line_and_status_2("--cert", certificate[0], "--key", locked)
