@@ -28,7 +28,7 @@ from sse_core.log import Batch, Bytes, Frame
 
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
 SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
-BATCHES_KEPT = 64       # joined for clients that are not current, so that those at the same place share them
+BATCHES_KEPT = 64       # joined in one turn for clients that are not current: those at the same place share them
 
 CLOSED, RESET, STALLED, UNWATCHED = "closed", "reset", "stalled", "unwatched"      # why a client is dropped
 READ, BOTH = selectors.EVENT_READ, selectors.EVENT_READ | selectors.EVENT_WRITE
@@ -156,8 +156,8 @@ class Publisher:
         joining, run = self._broadcast.take()
         if run:
             self._fan_out(run)
-            self._batches.clear()
         self._broadcast.moved(run)
+        self._batches.clear()
         for client in joining:
             self._greet(client)
         for client in self._broadcast.place_arrived(self._ahead) if self._ahead else ():

@@ -1,15 +1,21 @@
 """The publisher without its thread: turned by hand, over socket pairs, with a clock that the test sets."""
+import json
 import logging
 import random
 import socket
+import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 
-from sse_core import frames
+import publisher
+from helpers import wait_until
 from publisher import STALL, Publisher
-from sse_core.broadcast import Broadcast, NotRunning
+from sse_core import frames
+from sse_core.broadcast import AT_ONCE, Broadcast, Event, NotRunning, Unavailable
+from sse_core.log import SCAN, Batch
 from sse_core.tls import TLSSocket
 from wire import Decoder
 
@@ -720,3 +726,259 @@ def test_drain_waits_for_a_client_that_keeps_the_pace_and_for_no_other(bench):
     draining.join()
     assert narrow.data() == [text] and 20 < b.now - began < 30
     assert deaf.data() == []
+
+
+def test_a_client_without_an_id_is_told_where_it_stands_before_anything_else(bench):
+    """So one that is cut before its first event misses nothing: with an empty log, too."""
+    b = bench(history=100)
+    first = b.peer()
+    b.turn()
+    assert first.take().last_id == "1000000-0" and not first.stream.events and len(first.stream.retries) == 1
+    ids = [b.publish("one"), b.publish("two")]
+    back = b.peer(last_id=first.stream.last_id)
+    second = b.peer()
+    b.turn(2)
+    assert back.data() == ["one", "two"] and second.take().last_id == ids[1]
+    assert b"id: " not in b.peer(last_id=ids[1]).take().partial and second.data() == []
+
+
+def test_equal_bytes_are_joined_once_whatever_channels_clients_choose(bench):
+    """1000 clients of HTTP/1.0 on channels of their own beside a common one, and an event of 1 MB: it was 984 MiB."""
+    b = bench(history=64)
+    for number in range(200):
+        b.peer(chunked=False, channels=["news", f"u{number}"])
+    b.turn(2)
+    tracemalloc.start()
+    b.publish("x" * 1_000_000, channel="news")
+    b.turn(3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(b.broadcast._lagging) == 200 and peak < 32 << 20
+
+
+def test_a_batch_is_joined_once_for_the_channels_that_are_in_it(bench, monkeypatch):
+    """10,000 clients on channels of their own, 600 small events and one on a channel: it was 585 MiB and 1.1 s."""
+    joined = []
+    monkeypatch.setattr(publisher, "Batch", lambda run, chunked: joined.append(len(run)) or Batch(run, chunked))
+    b = bench()
+    for number in range(300):
+        b.peer(channels=[f"u{number}", "all"])
+    b.turn(2)
+    joined.clear()
+    for number in range(60):
+        b.publish(str(number))
+    b.publish("mine", channel="u7")
+    b.turn()
+    assert joined == [60, 61]
+    assert b.peers[7].data()[-1] == "mine" and b.peers[8].data() == [str(number) for number in range(60)]
+
+
+def test_a_turn_serves_some_hundreds_of_lagging_clients_and_then_looks_for_events(bench):
+    b = bench(history=100)
+    lagging = [b.peer(narrow=True) for _ in range(3 * AT_ONCE)]
+    reader = b.peer()
+    b.turn(4)
+    assert len(reader.take().head) == 1     # greeted, though more clients joined than a turn takes
+    b.publish("x" * 1000)
+    b.turn()
+    assert len(b.broadcast._lagging) == 3 * AT_ONCE
+    for peer in lagging:
+        peer.server_end.room = 1 << 20
+    b.publish("new")
+    b.turn()
+    assert reader.data()[-1] == "new"
+    served = [peer for peer in lagging if peer.take().head]
+    assert len(served) == AT_ONCE
+    b.turn(2)
+    assert all(peer.take().head for peer in lagging)        # in turn: nobody starves
+    b.turn(6)
+    assert all(peer.data() == ["x" * 1000, "new"] for peer in lagging)
+
+
+def test_resuming_on_a_channel_without_events_scans_the_log_in_pieces(bench):
+    b = bench(history=20 * SCAN)
+    start = b.publish("start")
+    for _ in range(10 * SCAN):
+        b.publish("other", channel="other")
+    b.turn(20)
+    back = b.peer(channels=["mine"], last_id=start)
+    unknown = b.peer(channels=["mine"], last_id="1-0")
+    turns = 0
+    while turns == 0 or b.broadcast._lagging:
+        b.turn()
+        turns += 1
+    assert 8 <= turns <= 14
+    b.publish("mine", channel="mine")
+    b.turn()
+    assert back.data() == ["mine"] and unknown.data()[1:] == ["start", "mine"]
+    gap = json.loads(unknown.data()[0])
+    assert gap == {"after": "1-0", "resumed": start, "reason": "unknown"}
+
+
+def test_resumed_is_the_first_id_kept_whoever_wants_that_frame(bench):
+    b = bench(history=64)
+    for number in range(100):
+        b.publish("other", channel="other")
+        b.turn()
+    back = b.peer(channels=["mine"], last_id="nonsense")
+    b.turn()
+    gap = json.loads(back.data()[0])
+    assert gap["resumed"] == frames.format_id(b.broadcast._log.frame(b.broadcast._log.first).id)
+
+
+def tcp_pair(receive_buffer: int, send_buffer: int) -> tuple:
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        theirs = socket.socket()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        theirs.connect(listening.getsockname())
+        return listening.accept()[0], theirs
+
+
+@pytest.mark.parametrize("size, every", [(4096, 3.0), (12000, 7.0)])
+def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(bench, size, every):
+    """Its kernel reports the socket writable only when a third of the buffer is free, which takes longer than STALL."""
+    b = bench(history=100)
+    ours, theirs = tcp_pair(4096, 65536)
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.settimeout(5)
+        assert b.broadcast.register(ours, HEAD)
+        for _ in range(40):
+            b.publish("x" * 10_000)
+            b.turn()
+        read = 0
+        for _ in range(int(200 / every)):
+            read += len(theirs.recv(size))
+            time.sleep(0.002)
+            b.pass_time(every)
+        assert read and len(b.broadcast) == 1
+        for _ in range(100):
+            b.pass_time(1)
+        assert len(b.broadcast) == 0 and b.publisher.counters.drops == {"closed": 0, "reset": 0, "stalled": 1,
+                                                                       "unwatched": 0}
+
+
+def test_a_logging_handler_may_publish(bench):
+    """It runs in the publisher thread, which must not wait for itself."""
+    b = bench(history=64)
+
+    class Publishing(logging.Handler):
+        lines = refused = 0
+
+        def emit(self, record):
+            try:
+                b.publish(record.getMessage())
+                self.lines += 1
+            except Unavailable:
+                self.refused += 1
+    handler = Publishing()
+    logger = logging.getLogger("sse_server")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        peers = [b.peer(peer=str(number)) for number in range(300)]
+        b.publisher.start()
+        for peer in peers:
+            wait_until(lambda: peer.take().head)
+        for peer in peers[1:]:
+            peer.sock.close()
+        wait_until(lambda: len(b.broadcast) == 1)
+        b.broadcast.stop()
+        b.publisher.join()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert handler.lines and handler.lines + handler.refused >= 300
+
+
+def test_publish_inside_a_publish_of_the_same_thread_is_refused_or_done_never_stuck(bench):
+    """As from a signal handler that interrupts it, at whatever line."""
+    b = bench(history=64)
+    outcomes = []
+    for line in range(40):
+        countdown = [line]
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_filename.endswith(("broadcast.py", "log.py")):
+                countdown[0] -= 1
+                if countdown[0] == 0:
+                    sys.settrace(None)
+                    try:
+                        outcomes.append(b.publish(f"inner {line}"))
+                    except RuntimeError as error:
+                        assert "signal handler" in str(error)
+                        outcomes.append(None)
+            return trace
+        reader = b.peer()
+        b.turn()
+        sys.settrace(trace)
+        try:
+            b.publish(f"outer {line}")
+        finally:
+            sys.settrace(None)
+        b.turn(2)
+        assert f"outer {line}" in reader.data() and len(reader.data()) == 1 + bool(outcomes and outcomes[-1])
+        ids = [event.id for event in reader.stream.events]
+        assert len(set(ids)) == len(ids)
+        reader.sock.close()
+        b.turn()
+    assert None in outcomes and any(outcomes)
+
+
+def test_figures_count_what_was_told_and_published(bench):
+    b = bench(history=64, shared=True)
+    b.broadcast.preload([Event((number, 0), b"data: old\r\n\r\n", None) for number in range(1, 100)])
+    back = b.peer(last_id="1-0", narrow=True)
+    for _ in range(50):
+        b.turn()
+    assert b.publisher.figures()["gaps"] == 0           # it could not be told yet
+    back.server_end.room = 1 << 20
+    b.turn(3)
+    b.broadcast.tell_gap((99, 0), None)
+    b.broadcast.add(Event((200, 0), b"data: new\r\n\r\n", None))
+    b.turn()
+    figures = b.publisher.figures()
+    assert (figures["gaps"], figures["events"]) == (1, 1)
+    assert [event.name for event in back.take().events].count("gap") == 2
+
+
+def test_a_client_ahead_of_the_shared_log_waits_at_the_end_and_gets_what_follows_its_id(bench):
+    b = bench(history=64, shared=True, heartbeat=10.0)
+
+    def add(*numbers):
+        for number in numbers:
+            b.broadcast.add(Event((number, 0), b"data: %d\r\n\r\n" % number, None))
+        b.turn(2)
+    b.broadcast.preload([Event((number, 0), b"data: %d\r\n\r\n" % number, None) for number in range(1, 11)])
+    b.broadcast.complete(b.now)
+    b.now += 1
+    ahead, nowhere = b.peer(last_id="15-0"), b.peer(last_id="99-0")
+    add(11, 12)
+    b.pass_time(30)
+    assert ahead.data() == nowhere.data() == [] and ahead.stream.comments >= 2
+    add(13, 14, 15, 16)
+    add(17)
+    assert ahead.data() == ["16", "17"] and nowhere.data() == []
+    b.broadcast.complete(b.now)     # the log has all there was when it came: its id is not among that
+    b.turn(3)
+    assert nowhere.take().events[0].name == "gap" and nowhere.data()[1:] == [str(number) for number in range(1, 18)]
+    add(18)
+    assert ahead.data()[-1] == nowhere.data()[-1] == "18"
+
+
+def test_clients_that_resume_before_the_log_is_loaded_wait_for_it(bench):
+    b = bench(history=64, shared=True)
+    old, strange, new = b.peer(last_id="5-0"), b.peer(last_id="what"), b.peer()
+    b.turn(3)
+    assert old.data() == strange.data() == [] and old.take().head
+    b.broadcast.preload([Event((number, 0), b"data: %d\r\n\r\n" % number, None) for number in range(1, 11)])
+    b.turn(3)
+    assert old.data() == [str(number) for number in range(6, 11)]
+    assert strange.take().events[0].name == "gap" and len(strange.data()) == 11
+    b.broadcast.add(Event((11, 0), b"data: 11\r\n\r\n", None))
+    b.turn(2)
+    assert new.data() == ["11"] and old.data()[-1] == "11"
