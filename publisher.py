@@ -113,6 +113,11 @@ class Publisher:
         elif self._thread is not threading.current_thread():
             self._thread.join()
 
+    def abandon(self) -> None:
+        """In a forked child, where the thread does not run: close what belongs to it."""
+        self._broadcast.abandon()
+        self._close_own()
+
     def figures(self) -> Dict[str, object]:
         """Return all that is counted: what `/-/metrics`, `/-/status` and the status line show."""
         counters = self.counters
@@ -400,6 +405,9 @@ class Publisher:
             self._send(client, frames.END)
         for client in self._broadcast.close():
             client.sock.close()
+        self._close_own()
+
+    def _close_own(self) -> None:
         self._selector.close()
         self._waker.close()
         self._wakee.close()

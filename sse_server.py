@@ -24,7 +24,7 @@ import sysconfig
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Set
+from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Set, Type
 
 from sse_core import command_line, frames, sources
 from sse_core.access import Access, Authorize
@@ -273,8 +273,12 @@ class SSEServer(_Listener):
     def __enter__(self) -> "SSEServer":
         return self.start()
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        try:
+            self.stop()
+        except RuntimeError:        # a fault, which was logged, is not to hide the block's own
+            if kind is None:
+                raise
 
     def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None,
                 wait: bool = False) -> Optional[str]:
@@ -355,7 +359,7 @@ class SSEServer(_Listener):
         self._ended.set()
         self.socket.close()
         self._handshakes.abandon()
-        self._broadcast.abandon()
+        self._publisher.abandon()
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 import sse_server
 from helpers import GET, PATIENCE, TOP, Client, connect, handshakes, wait_until
+from publisher import Publisher
 from sse_server import SSEServer
 
 
@@ -212,3 +213,105 @@ def test_a_publisher_that_is_not_ours_is_named_and_not_run(tmp_path, command):
     error = done.stderr.splitlines()[-1]
     assert error.startswith("ImportError: sse_server needs the module publisher that came with it")
     assert str(tmp_path / "publisher.py") in error
+
+
+def test_publish_in_a_forked_child_says_that_nobody_would_get_it_and_the_child_keeps_nothing(tmp_path):
+    with program("""
+import os
+from sse_server import NotRunning
+server = SSEServer(port=0).start()
+print(server.port, flush=True)
+while not server.clients:
+    pass
+child = os.fork()
+if child == 0:
+    try:
+        server.publish("to nobody")
+    except NotRunning:
+        print("refused", flush=True)
+    print(sum("socket:" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+              if os.path.exists(f"/proc/self/fd/{fd}")) if os.path.isdir("/proc/self/fd") else 0, flush=True)
+    sys.stdin.readline()
+    os._exit(0)
+sys.stdin.readline()
+server.publish("from the parent")
+server.stop()
+print("stopped", flush=True)
+os.waitpid(child, 0)
+""", tmp_path) as (process, port), Client(port) as client:
+        assert process.stdout.readline() == "refused\n"
+        assert process.stdout.readline() == "0\n"
+        process.stdin.write("\n")
+        process.stdin.flush()
+        client.open()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert [event.data for event in client.read_events(1)] == ["from the parent"]
+        assert client.read_to_end().ended and process.wait(PATIENCE) == 0
+
+
+def faulty(monkeypatch, thread: str) -> None:
+    """Have a thread of every server that is made from now on meet a fault."""
+    def fault(*_):
+        raise ZeroDivisionError(f"a fault in {thread}")
+    where = {"publisher": (Publisher, "_sweep"), "accept": (SSEServer, "get_request")}[thread]
+    monkeypatch.setattr(*where, fault)
+
+
+@pytest.mark.parametrize("thread", ["publisher", "accept"])
+def test_a_fault_in_a_thread_is_logged_and_ends_the_server_and_stop_reports_it(monkeypatch, caplog, thread):
+    faulty(monkeypatch, thread)
+    with pytest.raises(RuntimeError) as raised:
+        with SSEServer(port=0, publish_tokens=["T"], heartbeat=0.1) as server:
+            connect(server.port).close()
+            wait_until(lambda: server._broadcast.fault)
+            with pytest.raises(sse_server.NotRunning):
+                server.publish("x")
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    record, = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert thread in record.getMessage() and record.exc_info[0] is ZeroDivisionError
+    server.stop()       # the second time it does nothing
+
+
+def test_a_fault_does_not_hide_the_exception_that_ends_a_with_block(monkeypatch):
+    faulty(monkeypatch, "publisher")
+    with pytest.raises(KeyError):
+        with SSEServer(port=0, heartbeat=0.1) as server:
+            wait_until(lambda: server._broadcast.fault)
+            raise KeyError("the program's own")
+
+
+@pytest.mark.parametrize("source", [["--interval", "1000"], ["--stdin"]])
+@pytest.mark.parametrize("broken", ["publisher.Publisher._sweep", "sse_server.SSEServer.verify_request",
+                                    "sse_core.sources.clock", "sse_core.sources.lines"])
+def test_a_fault_in_a_thread_ends_the_process_with_status_1_and_a_traceback(source, broken):
+    """So that a service manager starts it again: with the clock it once was 0."""
+    if broken.startswith("sse_core") and (broken.endswith("lines") != ("--stdin" in source)):
+        pytest.skip("this source is not used")
+    module, attribute = broken.split(".", 1) if not broken.startswith("sse_core") else ("sse_core.sources", broken[17:])
+    code = f"""
+import sys; sys.path.insert(0, {str(TOP)!r})
+import functools, importlib
+def fault(*_): raise ZeroDivisionError("a fault")
+*path, name = {attribute!r}.split(".")
+setattr(functools.reduce(getattr, path, importlib.import_module({module!r})), name, fault)
+import sse_server
+sys.exit(sse_server.main(["--port", "0", "--heartbeat", "0.1", *{source!r}]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stdout.readline, "")
+        port = int(next(line for line in lines if line.startswith("Listening")).rpartition(":")[2])
+        try:
+            connect(port).close()
+        except OSError:         # it was quicker
+            pass
+        errors = process.communicate(timeout=PATIENCE)[1] if "--stdin" not in source else wait_for(process)
+        assert process.returncode == 1
+        assert errors.count("Traceback") == 1 and "ZeroDivisionError: a fault" in errors
+
+
+def wait_for(process: subprocess.Popen) -> str:
+    """Wait for the end of a process whose standard input stays open."""
+    process.wait(PATIENCE)
+    return process.stderr.read()
