@@ -23,7 +23,9 @@ from itertools import chain, islice
 from typing import Callable, Dict, Iterable, List, Sequence, Set, Tuple
 
 from sse_core import frames
-from sse_core.broadcast import AT_ONCE, LOOK, PACE, Broadcast, Client, Subscription
+from sse_core.broadcast import LOOK, PACE, Broadcast
+from sse_core.clients import AT_ONCE, Client, Subscription
+from sse_core.groups import Group, Groups
 from sse_core.log import Batch, Bytes, Frame
 
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
@@ -32,7 +34,6 @@ BATCHES_KEPT = 64       # joined in one turn for clients that are not current: t
 
 CLOSED, RESET, STALLED, UNWATCHED = "closed", "reset", "stalled", "unwatched"      # why a client is dropped
 READ, BOTH = selectors.EVENT_READ, selectors.EVENT_READ | selectors.EVENT_WRITE
-NO_CHANNELS: "frozenset[str]" = frozenset()
 
 # Lets a thread that shares the core and makes more work go on before the publisher looks for it: of 3000 connects in a
 # row, 50 were then greeted in one turn instead of 3, at 15 % less CPU. Costs 0.3 us where there is no such thread.
@@ -53,26 +54,6 @@ class Counters:
         self.drops: Dict[str, int] = {CLOSED: 0, RESET: 0, STALLED: 0, UNWATCHED: 0}
 
 
-class Group:
-    """Clients that are sent the same bytes, because they asked for the same."""
-    __slots__ = ("asked", "current", "size", "sent_at", "bytes")
-
-    def __init__(self, asked: Subscription) -> None:
-        self.asked = asked
-        self.current: Dict[Client, None] = {}   # ordered set: the clients that have had every frame
-        self.size = 0                           # of these, and of those that are not current
-        self.sent_at = -math.inf                # when all current clients were last sent something
-        self.bytes = 0                          # sent to each that was current all the time
-
-    def add(self, client: Client) -> None:
-        self.current[client] = None
-        client.bytes -= self.bytes
-
-    def remove(self, client: Client) -> None:
-        del self.current[client]
-        client.bytes += self.bytes
-
-
 class Publisher:
     """Fan one log out to all registered clients, in one thread named `publisher`.
 
@@ -83,11 +64,11 @@ class Publisher:
         if not 0 <= heartbeat < 1 << 31:
             raise ValueError("heartbeat must be a number from 0 on")
         self._broadcast = broadcast
+        self._clients = broadcast.clients
         self._clock = broadcast.clock
         self.counters = Counters()
         self._heartbeat = heartbeat
-        self._groups: Dict[Subscription, Group] = {}
-        self._channels: Dict[str, Dict[Group, None]] = {}           # channel -> groups that want it
+        self._groups = Groups()
         self._ahead: Dict[Client, None] = {}
         self._batches: Dict[Tuple[int, Subscription], Tuple[Batch, int]] = {}      # see _batch_at
         self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
@@ -97,21 +78,9 @@ class Publisher:
         self._waker.setblocking(False)
         self._wakee.setblocking(False)
         self._selector.register(self._wakee, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=broadcast.run, args=(self._run,), name="publisher", daemon=True)
         broadcast.wake = self._wake
 
     # Called from any thread
-
-    def start(self) -> None:
-        """Start the publisher thread. Call it once."""
-        self._thread.start()
-
-    def join(self) -> None:
-        """Wait for the thread to end, after `Broadcast.stop`; if it was never started, close what it would have."""
-        if self._thread.ident is None:
-            self._close()
-        elif self._thread is not threading.current_thread():
-            self._thread.join()
 
     def abandon(self) -> None:
         """In a forked child, where the thread does not run: close what belongs to it."""
@@ -135,13 +104,14 @@ class Publisher:
 
     # Run by the publisher thread
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Do rounds until there is nothing more to send after `Broadcast.stop`, or no time."""
         self._broadcast.publisher = threading.get_ident()
         try:
             while not self._broadcast.done():
                 self.turn(self._idle_time())
         finally:
-            self._close()
+            self.close()
 
     def _idle_time(self) -> float:
         """Return for how many seconds there is nothing to do if nothing happens."""
@@ -182,24 +152,20 @@ class Publisher:
             elif (not mask & selectors.EVENT_READ or self._discard_input(key.data)) and mask & selectors.EVENT_WRITE:
                 writable.add(key.data)
         if writable:
-            for client in list(islice(filter(writable.__contains__, self._broadcast.lagging()), AT_ONCE)):
+            in_turn = filter(writable.__contains__, self._clients.lagging)
+            for client in list(islice(in_turn, AT_ONCE)):
                 self._advance(client)
 
     def _fan_out(self, run: Sequence[Frame]) -> None:
         """Send frames to the current clients of every group that wants them; equal bytes are joined once."""
-        asked = frozenset([frame.channel for frame in run if frame.channel is not None])
+        named = frozenset([frame.channel for frame in run if frame.channel is not None])
         batches: Dict[Subscription, Batch] = {}
-        for group in self._groups_that_want(run, asked):
-            key = Subscription(group.asked.channels & asked if asked else NO_CHANNELS, group.asked.chunked)
+        for group in self._groups.that_want(run):
+            channels = group.asked.channels & named if named else named
+            key = Subscription(channels, group.asked.chunked)
             if key not in batches:
                 batches[key] = Batch([frame for frame in run if key.wants(frame)], key.chunked)
             self._send_to_group(group, batches[key])
-
-    def _groups_that_want(self, run: Sequence[Frame], asked: "frozenset[str]") -> Iterable[Group]:
-        """Return every group that wants any of the frames; no other is touched."""
-        if any([frame.channel is None for frame in run]):
-            return list(self._groups.values())      # a drop can forget one meanwhile
-        return dict.fromkeys(chain.from_iterable(self._channels.get(channel, ()) for channel in asked))
 
     def _send_to_group(self, group: Group, batch: Batch) -> None:
         data, size = batch.data, len(batch.data)
@@ -242,16 +208,12 @@ class Publisher:
     def _watch(self, client: Client) -> None:
         """Give a client a cursor of its own, and wait for its socket."""
         client.sent_at = self._clock()
-        self._broadcast.set_lagging(client)
+        self._clients.set_lagging(client, client.sent_at)
         self._selector.modify(client.sock, BOTH, client)
 
     def _greet(self, client: Client) -> None:
         """Send a new client its head and, if it resumes, the first batch of what it missed."""
-        client.group = self._groups.setdefault(client.asked, Group(client.asked))
-        if not client.group.size:
-            for channel in client.asked.channels:
-                self._channels.setdefault(channel, {})[client.group] = None
-        client.group.size += 1
+        self._groups.join(client)
         client.sent_at = self._clock()
         try:
             self._selector.register(client.sock, READ, client)
@@ -293,7 +255,7 @@ class Publisher:
 
     def _settle(self, client: Client) -> None:
         """Sort a client that was just advanced."""
-        lagging = client in self._broadcast.lagging()
+        lagging = client in self._clients.lagging
         # It can be beyond the fan-out, if it joined while there was more to do
         if client.rest or client.gap or not client.ahead and client.cursor != self._broadcast.fanned_out:
             if not lagging:
@@ -302,10 +264,10 @@ class Publisher:
         if lagging:
             self._selector.modify(client.sock, READ, client)
         if client.ahead:
-            self._broadcast.set_aside(client)
+            self._clients.set_aside(client)
             self._ahead[client] = None
         else:
-            self._broadcast.set_current(client)
+            self._clients.set_current(client)
 
     def _batch_at(self, cursor: int, asked: Subscription) -> Tuple[Batch, int]:
         """Return the batch from this cursor on and the cursor after it, joined once for all clients that are there."""
@@ -351,12 +313,12 @@ class Publisher:
         """Drop stalled clients, and send a comment to those that were sent nothing for a heartbeat's time."""
         now = self._clock()
         self._sweep_at = now + self._sweep_every
-        for client in list(islice(self._broadcast.lagging(), AT_ONCE)):
+        for client in list(islice(self._clients.lagging, AT_ONCE)):
             if now - client.sent_at >= STALL:
                 self._drop_if_stalled(client)
         if self._heartbeat:
             silent_since = now - self._heartbeat
-            silent = [client for group in self._groups.values() if group.sent_at <= silent_since
+            silent = [client for group in self._groups if group.sent_at <= silent_since
                       for client in group.current if client.sent_at <= silent_since]
             for client in silent + [client for client in self._ahead if client.sent_at <= silent_since]:
                 self._beat(client)
@@ -364,7 +326,7 @@ class Publisher:
     def _drop_if_stalled(self, client: Client) -> None:
         """Drop a client, unless its socket does take a byte: it is only reported when a third of its buffer is free."""
         self._advance(client)
-        if self._clock() - client.sent_at >= STALL and client in self._broadcast.lagging():
+        if self._clock() - client.sent_at >= STALL and client in self._clients.lagging:
             self._drop(client, STALLED)
 
     def _beat(self, client: Client) -> None:
@@ -382,25 +344,14 @@ class Publisher:
         client.sock.close()
         self.counters.drops[reason] += 1
         self._ahead.pop(client, None)
-        self._broadcast.remove(client)
-        group = client.group
-        group.current.pop(client, None)
-        group.size -= 1
-        if not group.size:
-            self._forget(group)
+        self._clients.remove(client)
+        self._groups.leave(client)
         level = logging.WARNING if reason in (STALLED, UNWATCHED) else logging.DEBUG
         logger.log(level, "%s dropped: %s", client.peer, reason)
 
-    def _forget(self, group: Group) -> None:
-        del self._groups[group.asked]
-        for channel in group.asked.channels:
-            del self._channels[channel][group]
-            if not self._channels[channel]:
-                del self._channels[channel]
-
-    def _close(self) -> None:
+    def close(self) -> None:
         """End the stream of every client that is not in the middle of a frame, and close all sockets."""
-        ended = [client for group in self._groups.values() if group.asked.chunked for client in group.current]
+        ended = [client for group in self._groups if group.asked.chunked for client in group.current]
         for client in ended + [client for client in self._ahead if client.asked.chunked]:
             self._send(client, frames.END)
         for client in self._broadcast.close():

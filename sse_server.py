@@ -32,6 +32,7 @@ from sse_core.answers import Answers, Opening
 from sse_core.broadcast import Broadcast, NotRunning, Unavailable
 from sse_core.handshake import Handshakes
 from sse_core.redis_stream import FIRST_PAUSE, REDIS_TIMEOUT, RedisStream
+from sse_core.shared import Shared
 from sse_core.tls import tls_context
 
 _spec = importlib.util.find_spec("publisher")       # a program's own would be found first, and run
@@ -186,9 +187,8 @@ class SSEServer(_Listener):
         context = tls_context(cert, key) if cert else None
         self._stream = RedisStream(redis, stream, history) if redis else None
         self.on_fault: Callable[[], None] = lambda: None
-        self._broadcast = Broadcast(history=history, retry=retry, max_clients=max_clients,
-                                    patience=patience, shared=self._stream is not None,
-                                    on_fault=lambda: self.on_fault())
+        self._broadcast = (Shared if self._stream else Broadcast)(
+            history=history, retry=retry, max_clients=max_clients, patience=patience)
         self._publisher = Publisher(self._broadcast, heartbeat)
         answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
                           publish=self.publish, figures=self.figures, status=self.status)
@@ -196,15 +196,26 @@ class SSEServer(_Listener):
         self._handshakes = Handshakes(answers, self._register, context, stopping)
         self._acceptor = self._thread("accept", self._accept)
         self._follower = self._thread("source", self._follow)
+        self._sender = self._thread("publisher", self._publisher.run)
         try:
             super().__init__(host, port, self._handshakes.take, stopping)
         except BaseException:
-            self._publisher.join()
+            self._publisher.close()
             raise
 
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
-        """Return a thread in which a fault ends the server."""
-        return threading.Thread(target=self._broadcast.run, args=(target,), name=name, daemon=True)
+        """Return a thread in which a fault is logged, and ends the server."""
+        def run() -> None:
+            try:
+                target()
+            except NotRunning:      # it was publishing when the server stopped
+                pass
+            except BaseException as fault:
+                logger.critical("a fault ended the thread %s, and with it the server", name,
+                                exc_info=True)
+                self._broadcast.fail(fault)
+                self.on_fault()
+        return threading.Thread(target=run, name=name, daemon=True)
 
     def start(self) -> "SSEServer":
         """Start the threads and return the server. Does nothing if they run.
@@ -227,7 +238,7 @@ class SSEServer(_Listener):
         _running.add(self)
         if self._stream:
             self._stream.load(self._broadcast, time.time())
-        self._publisher.start()
+        self._sender.start()
         logger.info("listening on %s", self.url)
         self._acceptor.start()
         if self._stream:
@@ -252,7 +263,10 @@ class SSEServer(_Listener):
             self._broadcast.stop()
             if self._started:       # not before: what a logging handler publishes must not wait
                 logger.info("stopping with %d clients", clients)
-            self._publisher.join()
+            if self._sender.ident is None:
+                self._publisher.close()
+            elif self._sender is not threading.current_thread():
+                self._sender.join()
             super().server_close()
             if self._follower.is_alive():
                 self._follower.join(REDIS_TIMEOUT)
@@ -323,7 +337,7 @@ class SSEServer(_Listener):
     @property
     def clients(self) -> int:
         """How many clients are registered."""
-        return len(self._broadcast)
+        return len(self._broadcast.clients)
 
     def figures(self) -> Dict[str, Any]:
         """Return the figures of `status`, without the list of clients.

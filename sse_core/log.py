@@ -2,6 +2,7 @@
 
 No socket, no thread and no clock in here. A log is not locked: use it while holding the mutex that guards it.
 """
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from itertools import accumulate
@@ -41,10 +42,15 @@ class Log:
     Ids grow. One that does not begins a new epoch: from there on ids from before are unknown, and a client that has
     one gets all that is kept of the new epoch.
 
-    began_with: the id of an event that never was, before the first; who has seen it has missed nothing yet.
+    began_with: the id of an event that never was, before the first: who has it has missed nothing.
+
+    is_loaded: it has what was in a log that is shared with other servers, from before this one.
+    complete_at: it had all that was in there at that time. Both are the caller's to set.
     """
 
     def __init__(self, history: int, began_with: Id = (0, 0), size: int = MAX_LOG) -> None:
+        self.is_loaded = True
+        self.complete_at = math.inf             # not shared: it is all there is
         self.first = 0
         self.next = 0
         self.last_id = began_with               # of the newest event that has one
@@ -109,6 +115,14 @@ class Log:
         """Say whether this very event is kept."""
         number = self.at(id)
         return number < self.next and self._frames[number].chunk == chunk(b"id: %d-%d\n%b" % (*id, payload))
+
+    def can_locate(self, id: Optional[Id], since: float) -> bool:
+        """Say whether it is known what this id is, which a client brought at that time.
+
+        If the log is shared, other servers can be further than this one. So an id that is ahead
+        may come yet, until the log has all that there was when the client brought it.
+        """
+        return self.is_loaded and (id is None or id <= self.last_id or self.complete_at > since)
 
     def locate(self, id: Optional[Id], channels: Iterable[str] = ()) -> Tuple[int, Optional[str]]:
         """Return the number of the frame that follows `id`, and None or why there may be a gap before it.

@@ -71,14 +71,14 @@ def test_the_kernel_holds_little_for_a_stalled_client(server):
     with Client(server.port, receive_buffer=4096) as deaf, Client(server.port) as reader:
         deaf.open(), reader.open()
         wait_until(lambda: server.clients == 2)
-        registered = server._broadcast._clients[0].sock
+        registered = server._broadcast.clients._all[0].sock
         assert registered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * sse_server.SEND_BUFFER
         assert registered.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert not registered.getblocking()
         for number in range(100):
             server.publish("x" * 100000)
             reader.read_events(number + 1)
-        lagging, = server._broadcast._lagging
+        lagging, = server._broadcast.clients.lagging
         assert lagging.cursor <= 4      # of 100 frames of 100 kB, so 400 kB is all that it was sent
 
 

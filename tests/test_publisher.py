@@ -14,12 +14,20 @@ import publisher
 from helpers import wait_until
 from publisher import STALL, Publisher
 from sse_core import frames
-from sse_core.broadcast import AT_ONCE, Broadcast, Event, NotRunning, Unavailable
+from sse_core.broadcast import Broadcast, NotRunning, Unavailable
+from sse_core.clients import AT_ONCE
 from sse_core.log import SCAN, Batch
+from sse_core.shared import Event, Shared
 from sse_core.tls import TLSSocket
 from wire import Decoder
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+def in_a_thread(function, *arguments, **options) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments, kwargs=options)
+    thread.start()
+    return thread
 
 
 class Narrow:
@@ -72,7 +80,9 @@ class Bench:
     def __init__(self, heartbeat: float, **options) -> None:
         self.now = 1000.0
         self.peers = []
-        self.broadcast = Broadcast(clock=lambda: self.now, wall=lambda: self.now, **options)
+        self.thread = None
+        make = Shared if options.pop("shared", False) else Broadcast
+        self.broadcast = make(clock=lambda: self.now, wall=lambda: self.now, **options)
         self.publisher = Publisher(self.broadcast, heartbeat)
         self.publish = self.broadcast.publish
 
@@ -83,6 +93,17 @@ class Bench:
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
             self.publisher.turn(0)
+
+    def start(self) -> None:
+        """Let a thread turn the publisher from now on."""
+        self.thread = in_a_thread(self.publisher.run)
+
+    def stop(self) -> None:
+        self.broadcast.stop()
+        if self.thread:
+            self.thread.join()
+        else:
+            self.publisher.close()
 
     def pass_time(self, seconds: float, step: float = 0.5) -> None:
         end = self.now + seconds
@@ -100,8 +121,7 @@ def bench():
         return benches[-1]
     yield make
     for each in benches:
-        each.broadcast.stop()
-        each.publisher.join()
+        each.stop()
         for peer in each.peers:
             peer.sock.close()
 
@@ -147,7 +167,7 @@ def test_a_send_cut_at_every_byte(bench, chunked, history):
         b.turn()
         assert whole.data() == narrow.data() == ["one", "two\nlines", "three", "four", "five"], cut
         assert whole.raw[-150:] == narrow.raw[-150:]
-        assert not b.broadcast._lagging
+        assert not b.broadcast.clients.lagging
 
 
 def test_a_client_that_takes_a_byte_a_turn_gets_everything(bench):
@@ -324,13 +344,13 @@ def test_a_client_that_never_reads_beside_fifty_that_do(bench):
         for reader in readers:
             assert reader.take().events[-1].data == text
     assert all(reader.data() == texts for reader in readers)
-    assert len(b.broadcast._lagging) == 1 and len(b.broadcast) == 51
+    assert len(b.broadcast.clients.lagging) == 1 and len(b.broadcast.clients) == 51
     b.turn(1)
     for _ in range(300):
         deaf.take()
         b.turn()
     assert [event.name for event in deaf.stream.events].count("gap") == 1
-    assert deaf.data()[-1] == texts[-1] and not b.broadcast._lagging
+    assert deaf.data()[-1] == texts[-1] and not b.broadcast.clients.lagging
 
 
 def test_a_stalled_client_is_dropped_after_30_seconds_and_logged_once(bench, caplog):
@@ -340,14 +360,14 @@ def test_a_stalled_client_is_dropped_after_30_seconds_and_logged_once(bench, cap
     b.publish("x")
     b.turn()
     b.pass_time(STALL - 1)
-    assert len(b.broadcast) == 2
+    assert len(b.broadcast.clients) == 2
     narrow.server_end.room = 1      # one byte taken: the time begins anew
     b.turn()
     b.pass_time(STALL - 1)
-    assert len(b.broadcast) == 2
+    assert len(b.broadcast.clients) == 2
     with caplog.at_level(logging.WARNING):
         b.pass_time(10)
-    assert len(b.broadcast) == 1 and narrow.sock.recv(100) and narrow.sock.recv(100) == b""
+    assert len(b.broadcast.clients) == 1 and narrow.sock.recv(100) and narrow.sock.recv(100) == b""
     assert [record.getMessage() for record in caplog.records] == ["10.0.0.1:7 dropped: stalled"]
     b.publish("y")
     b.turn()
@@ -422,7 +442,7 @@ def test_a_client_that_closes_is_removed_at_once_and_what_it_sends_is_discarded(
     talking.sock.send(b"x" * 100000)
     closing.sock.close()
     b.turn(3)
-    assert len(b.broadcast) == 1
+    assert len(b.broadcast.clients) == 1
     b.publish("still there")
     b.turn()
     assert talking.data() == ["still there"]
@@ -436,7 +456,7 @@ def test_a_reset_during_the_fan_out_harms_nobody_else(bench):
         peer.sock.close()
     b.publish("x")
     b.publisher._fan_out([b.broadcast._log.frame(0)])     # before the selector tells that they are gone
-    assert len(b.broadcast) == 6
+    assert len(b.broadcast.clients) == 6
     assert all(peer.data() == ["x"] for index, peer in enumerate(peers) if index % 3)
 
 
@@ -460,10 +480,10 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
     chunked, plain, deaf = b.peer(), b.peer(chunked=False), b.peer(narrow=True)
     b.turn()
     deaf.server_end.room = len(HEAD) + 3
-    b.publisher.start()
+    b.start()
     for number in range(100):
         b.publish(str(number))
-    stopper = threading.Thread(target=lambda: (b.broadcast.stop(), b.publisher.join()))
+    stopper = threading.Thread(target=b.stop)
     stopper.start()
     while b.broadcast._stop_by is None:
         pass
@@ -483,7 +503,7 @@ def test_a_fault_in_the_publisher_thread_leaves_nobody_waiting(bench, monkeypatc
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(b.publisher, "_sweep", lambda: 1 / 0)
     b.now += 10
-    b.publisher.start()
+    b.start()
     b.publisher._thread.join(5)
     assert not b.publisher._thread.is_alive() and peer.take() and peer.sock.recv(1) == b""
     with pytest.raises(NotRunning):
@@ -501,7 +521,7 @@ def test_channels_reach_only_those_who_asked(bench):
     assert (every.data(), a.data(), both.data()) == (["1", "4"], ["1", "2", "4", "6"], ["1", "2", "3", "4", "6"])
     a.sock.close(), both.sock.close()
     b.turn()
-    assert list(b.publisher._channels) == [] and len(b.publisher._groups) == 1
+    assert not b.publisher._groups._by_channel and len(list(b.publisher._groups)) == 1
 
 
 def test_no_gap_for_what_was_evicted_on_other_channels(bench):
@@ -562,16 +582,10 @@ def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
     for _ in range(10):
         b.turn()
         mine.take()
-    assert not b.broadcast._lagging
+    assert not b.broadcast.clients.lagging
     b.publish("late", channel="a")
     b.turn()
     assert mine.data()[-1] == "late"
-
-
-def in_a_thread(function, *arguments, **options) -> threading.Thread:
-    thread = threading.Thread(target=function, args=arguments, kwargs=options)
-    thread.start()
-    return thread
 
 
 def test_a_patient_publish_keeps_what_a_resuming_client_is_due(bench):
@@ -753,7 +767,7 @@ def test_equal_bytes_are_joined_once_whatever_channels_clients_choose(bench):
     b.turn(3)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(b.broadcast._lagging) == 200 and peak < 32 << 20
+    assert len(b.broadcast.clients.lagging) == 200 and peak < 32 << 20
 
 
 def test_a_batch_is_joined_once_for_the_channels_that_are_in_it(bench, monkeypatch):
@@ -781,7 +795,7 @@ def test_a_turn_serves_some_hundreds_of_lagging_clients_and_then_looks_for_event
     assert len(reader.take().head) == 1     # greeted, though more clients joined than a turn takes
     b.publish("x" * 1000)
     b.turn()
-    assert len(b.broadcast._lagging) == 3 * AT_ONCE
+    assert len(b.broadcast.clients.lagging) == 3 * AT_ONCE
     for peer in lagging:
         peer.server_end.room = 1 << 20
     b.publish("new")
@@ -804,7 +818,7 @@ def test_resuming_on_a_channel_without_events_scans_the_log_in_pieces(bench):
     back = b.peer(channels=["mine"], last_id=start)
     unknown = b.peer(channels=["mine"], last_id="1-0")
     turns = 0
-    while turns == 0 or b.broadcast._lagging:
+    while turns == 0 or b.broadcast.clients.lagging:
         b.turn()
         turns += 1
     assert 8 <= turns <= 14
@@ -854,10 +868,10 @@ def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(
             read += len(theirs.recv(size))
             time.sleep(0.002)
             b.pass_time(every)
-        assert read and len(b.broadcast) == 1
+        assert read and len(b.broadcast.clients) == 1
         for _ in range(100):
             b.pass_time(1)
-        assert len(b.broadcast) == 0 and b.publisher.counters.drops == {"closed": 0, "reset": 0, "stalled": 1,
+        assert len(b.broadcast.clients) == 0 and b.publisher.counters.drops == {"closed": 0, "reset": 0, "stalled": 1,
                                                                        "unwatched": 0}
 
 
@@ -881,14 +895,13 @@ def test_a_logging_handler_may_publish(bench):
     logger.setLevel(logging.DEBUG)
     try:
         peers = [b.peer(peer=str(number)) for number in range(300)]
-        b.publisher.start()
+        b.start()
         for peer in peers:
             wait_until(lambda: peer.take().head)
         for peer in peers[1:]:
             peer.sock.close()
-        wait_until(lambda: len(b.broadcast) == 1)
-        b.broadcast.stop()
-        b.publisher.join()
+        wait_until(lambda: len(b.broadcast.clients) == 1)
+        b.stop()
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -1,0 +1,169 @@
+"""Keep the registered clients, sorted by what they wait for.
+
+A client belongs to the publisher thread from its registration on. Others read its cursor, under
+the mutex, where an old value does no harm, because cursors only grow.
+"""
+import math
+import socket
+import threading
+from itertools import chain, islice
+from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Tuple
+
+from sse_core import frames
+from sse_core.frames import Id
+from sse_core.log import Bytes, Frame, Log
+
+AT_ONCE = 256           # clients greeted, and others served, before there is a look for new events
+LISTED = 1000           # clients that a status names
+SNAPSHOT = 1.0          # seconds for which that is kept
+
+
+class Subscription(NamedTuple):
+    """What a client asked for. Those with the same one are sent the same bytes."""
+    channels: FrozenSet[str]
+    chunked: bool
+
+    def framed(self, chunk: bytes) -> bytes:
+        """Return a chunk as such a client gets it."""
+        return chunk if self.chunked else bytes(frames.unchunk(chunk))
+
+    def wants(self, frame: Frame) -> bool:
+        """Say whether such a client gets this frame."""
+        return frame.channel is None or frame.channel in self.channels
+
+
+class Client:
+    """One connected socket and its cursor."""
+    __slots__ = ("sock", "peer", "asked", "since", "index", "cursor", "rest", "after", "gap", "ahead",
+                 "last_id", "registered_at", "sent_at", "awaited_until", "group", "bytes")
+
+    def __init__(self, sock: socket.socket, peer: str, asked: Subscription, rest: bytes) -> None:
+        self.sock = sock
+        self.peer = peer                    # for the logger: it is not known any more after a reset
+        self.asked = asked
+        self.since = 0.0                    # seconds since the epoch: when it was registered
+        self.registered_at = 0.0            # the same on the monotonic clock
+        self.index = -1                     # in the list of clients
+        self.cursor = 0                     # the next frame due; while it is current, not kept up
+        self.rest: Bytes = rest             # due before that frame: a head, or what is left of one
+        self.after: Optional[Id] = None     # it has had everything up to this id
+        self.gap: Optional[Tuple[Optional[str], str]] = None    # to be told first: an id, a reason
+        self.last_id: Optional[str] = None  # that it brought
+        self.ahead = False                  # this server has not come to that id yet
+        self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
+        self.awaited_until = math.inf       # by a patient source; each byte taken moves that on
+        self.group: Any = None              # the publisher's
+        self.bytes = 0                      # sent to it; while it is current add `group.bytes`
+
+
+Snapshot = Tuple[Client, int, int, float]   # bytes sent, frames due, since when the first of these
+
+
+class Clients:
+    """All registered clients: in a list, and apart those that join and those that lag.
+
+    mutex: guards all in here; the last section takes it, the rest is used while holding it.
+    """
+
+    def __init__(self, mutex: threading.RLock, credit: float) -> None:
+        self._mutex = mutex
+        self._credit = credit                   # seconds that a client is waited for at first
+        self._all: List[Client] = []
+        self.joining: List[Client] = []         # not yet seen by the publisher
+        self.lagging: Dict[Client, None] = {}   # ordered: served longest ago first
+        self._snapshot: Tuple[float, List[Snapshot]] = (-math.inf, [])
+
+    def __len__(self) -> int:
+        """Return how many clients there are. Any thread may ask, without the mutex."""
+        return len(self._all)
+
+    def add(self, client: Client) -> None:
+        """Add a client, which joins."""
+        client.index = len(self._all)
+        self._all.append(client)
+        self.joining.append(client)
+
+    def take_joining(self) -> List[Client]:
+        """Return those that joined first, AT_ONCE at most, which join no longer."""
+        joined, self.joining = self.joining[:AT_ONCE], self.joining[AT_ONCE:]
+        return joined
+
+    def served(self, client: Client) -> None:
+        """Put a client that lags behind all others that do."""
+        if client in self.lagging:
+            self.lagging[client] = self.lagging.pop(client)
+
+    def take_all(self) -> List[Client]:
+        """Return all clients, and forget them."""
+        clients, self._all, self.joining, self.lagging = self._all, [], [], {}
+        return clients
+
+    def _awaited(self, now: float) -> Iterator[Client]:
+        """Yield the clients that are not current and keep the pace."""
+        lagging = (client for client in self.lagging if client.awaited_until > now)
+        return (client for client in chain(lagging, self.joining) if not client.ahead)
+
+    def floor(self, fanned_out: int, now: float) -> int:
+        """Return the number of the oldest frame that must be kept for those who are waited for."""
+        return min([fanned_out, *(client.cursor for client in self._awaited(now))])
+
+    def have(self, end: int, now: float) -> bool:
+        """Say whether those who are waited for have everything before the frame numbered `end`."""
+        return all(client.cursor - bool(client.rest) >= end for client in self._awaited(now))
+
+    def snapshot(self, log: Log, now: float) -> Tuple[float, List[Snapshot]]:
+        """Return what a status says of clients, the lagging ones first, LISTED at most, and when.
+
+        It is made anew once in SNAPSHOT seconds.
+        """
+        if now - self._snapshot[0] >= SNAPSHOT:
+            others = (client for client in self._all if client not in self.lagging)
+            listed = islice(chain(self.lagging, others), LISTED)
+            self._snapshot = now, [self._snap(client, log) for client in listed]
+        return self._snapshot
+
+    def _snap(self, client: Client, log: Log) -> Snapshot:
+        if client not in self.lagging or client.ahead:
+            return client, client.bytes + (client.group.bytes if client.group else 0), 0, math.inf
+        due = max(client.cursor, log.first)
+        due_since = log.frame(due).time if due < log.next else math.inf
+        return client, client.bytes, log.next - client.cursor, due_since
+
+
+    # Called by the publisher thread, without the mutex
+
+    def set_lagging(self, client: Client, now: float) -> None:
+        """Sort a client among those that read on from their own cursor."""
+        with self._mutex:
+            client.awaited_until = now + self._credit
+            self.lagging[client] = None
+            if client in client.group.current:
+                client.group.remove(client)
+
+    def set_aside(self, client: Client) -> None:
+        """Take a client that is ahead out of those that lag."""
+        with self._mutex:
+            self.lagging.pop(client, None)
+
+    def set_current(self, client: Client) -> None:
+        """Sort a client among those that have had every frame."""
+        with self._mutex:
+            self.lagging.pop(client, None)
+            client.group.add(client)
+
+    def remove(self, client: Client) -> None:
+        """Forget a client. The last of the list takes its place."""
+        with self._mutex:
+            self.lagging.pop(client, None)
+            last = self._all.pop()
+            if last is not client:
+                self._all[client.index] = last
+                last.index = client.index
+
+
+def describe(at: float, snapshot: List[Snapshot]) -> List[Dict[str, Any]]:
+    """Return a snapshot, made at that time, as /-/status shows it."""
+    return [{"peer": client.peer, "since": round(client.since, 3),
+             "channels": sorted(client.asked.channels), "bytes": size, "lag_frames": lag,
+             "lag_seconds": round(max(0.0, at - due_since), 3)}
+            for client, size, lag, due_since in snapshot]

@@ -1,0 +1,70 @@
+"""Sort clients into groups that are sent the same bytes. All in here is the publisher thread's."""
+import math
+from itertools import chain
+from typing import Dict, Iterator, List, Sequence
+
+from sse_core.clients import Client, Subscription
+from sse_core.log import Frame
+
+
+class Group:
+    """Clients that are sent the same bytes, because they asked for the same."""
+    __slots__ = ("asked", "current", "size", "sent_at", "bytes")
+
+    def __init__(self, asked: Subscription) -> None:
+        self.asked = asked
+        self.current: Dict[Client, None] = {}   # ordered set: the clients that have had every frame
+        self.size = 0                           # of these, and of those that are not current
+        self.sent_at = -math.inf                # when all current clients were last sent something
+        self.bytes = 0                          # sent to each that was current all the time
+
+    def add(self, client: Client) -> None:
+        """Make a client current."""
+        self.current[client] = None
+        client.bytes -= self.bytes
+
+    def remove(self, client: Client) -> None:
+        """Make a client one that is not current."""
+        del self.current[client]
+        client.bytes += self.bytes
+
+
+class Groups:
+    """The groups of all clients, and which of them want an event."""
+
+    def __init__(self) -> None:
+        self._groups: Dict[Subscription, Group] = {}
+        self._by_channel: Dict[str, Dict[Group, None]] = {}
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups.values())
+
+    def join(self, client: Client) -> None:
+        """Give a client its group."""
+        asked = client.asked
+        client.group = group = self._groups.setdefault(asked, Group(asked))
+        if not group.size:
+            for channel in asked.channels:
+                self._by_channel.setdefault(channel, {})[group] = None
+        group.size += 1
+
+    def leave(self, client: Client) -> None:
+        """Take a client out of its group, which goes with its last one."""
+        group = client.group
+        group.current.pop(client, None)
+        group.size -= 1
+        if group.size:
+            return
+        del self._groups[group.asked]
+        for channel in group.asked.channels:
+            del self._by_channel[channel][group]
+            if not self._by_channel[channel]:
+                del self._by_channel[channel]
+
+    def that_want(self, run: Sequence[Frame]) -> List[Group]:
+        """Return every group that wants any of the frames; no other is touched."""
+        channels = dict.fromkeys([frame.channel for frame in run])
+        if None in channels:
+            return list(self)
+        asked = (self._by_channel.get(channel, ()) for channel in channels if channel)
+        return list(dict.fromkeys(chain.from_iterable(asked)))
