@@ -37,11 +37,11 @@ class RedisStream:
             from redis.retry import Retry
         except ImportError:
             raise ValueError("--redis needs the package redis: python -m pip install redis") from None
-        pool = redis.ConnectionPool.from_url(url)
-        pool.connection_kwargs.update(      # over what the URL says; its own retries would add an event twice, unasked
+        options = redis.connection.parse_url(url)
+        options.update(     # over what the URL says; its own retries would add an event twice, unasked
             socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2, decode_responses=False,
             retry=Retry(NoBackoff(), 0))
-        self._redis = redis.Redis.from_pool(pool)
+        self._redis = redis.Redis(connection_pool=redis.ConnectionPool(**options))
         self._error = redis.RedisError
         self._refused = redis.ResponseError
         self._key = key
