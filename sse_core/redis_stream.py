@@ -16,6 +16,7 @@ from sse_core.frames import Id, check_event, encode, parse_id
 
 BLOCK = 250             # milliseconds that Redis holds back an answer that has no entries: the same for a stream
 READ_COUNT = 500        # entries read at once
+CONNECTIONS = 1000      # at most: each thread that publishes has one meanwhile
 REDIS_TIMEOUT = 2.0     # seconds until Redis counts as away
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0       # seconds between two tries, growing, +-50 % at random
 Entry = Tuple[bytes, Dict[bytes, bytes]]
@@ -38,6 +39,7 @@ class RedisStream:
         except ImportError:
             raise ValueError("--redis needs the package redis: python -m pip install redis") from None
         options = redis.connection.parse_url(url)
+        options.setdefault("max_connections", CONNECTIONS)
         options.update(     # over what the URL says; its own retries would add an event twice, unasked
             socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2, decode_responses=False,
             retry=Retry(NoBackoff(), 0))
@@ -48,7 +50,7 @@ class RedisStream:
         self._history = max(1, history)
         # What follows belongs to the thread that follows, and to `load` before there is one
         self._last: Optional[Entry] = None      # the newest entry that was read; None: the stream was empty
-        self._added = 0                         # entries that were ever added to it then
+        self._gone = 0                          # entries that were gone from it then
         self._loaded = False                    # the log has the entries from before this server
         self._since = 0.0                       # seconds since the epoch, when it was started
         self._away = False                      # Redis did not answer last time
@@ -106,16 +108,26 @@ class RedisStream:
 
     def _newest(self) -> List[Entry]:
         """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
-        pipe = self._redis.pipeline()       # one transaction, so that what was ever added belongs to what is there
-        pipe.xrevrange(self._key, count=self._history)
-        pipe.xinfo_stream(self._key)
-        newest, info = pipe.execute(raise_on_error=False)
-        for answer in (newest, info):
-            if isinstance(answer, Exception) and not (answer is info and isinstance(info, self._refused)):
-                raise answer
-        self._added = 0 if isinstance(info, Exception) else info.get("entries-added", 0)    # none: no such key
+        newest, self._gone = self._look("xrevrange", self._history)
         self._last = newest[0] if newest else None
         return newest[::-1]
+
+    def _look(self, command: str, count: int) -> Tuple[List[Entry], int]:
+        """Return the first or last entries, and how many are gone from the stream at that moment: trimmed, deleted.
+
+        0 where Redis is older than 7.0 and does not count them.
+        """
+        pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
+        getattr(pipe, command)(self._key, count=count)
+        pipe.xinfo_stream(self._key)
+        entries, info = pipe.execute(raise_on_error=False)
+        if isinstance(entries, Exception):
+            raise entries
+        if isinstance(info, self._refused):         # there is no such key
+            return entries, 0
+        if isinstance(info, Exception):
+            raise info
+        return entries, info.get("entries-added", info["length"]) - info["length"]
 
     def _read_on(self, broadcast: Broadcast) -> None:
         """Wait a moment for entries, and add them, or those of a stream that is not the one it was."""
@@ -140,29 +152,26 @@ class RedisStream:
         entries = streams[0][1] if streams else []
         if self._last:
             return entries, there == [self._last]
-        return entries, not entries or len(entries) == READ_COUNT or self._ever_added() - self._added <= len(entries)
-
-    def _ever_added(self) -> int:
-        """Return how many entries were ever added to the stream; 0 where Redis is older than 7.0 and does not count."""
-        return self._redis.xinfo_stream(self._key).get("entries-added", 0)
+        if not entries:
+            return entries, True
+        entries, gone = self._look("xrange", READ_COUNT)    # from an empty stream on, the same number is gone
+        return entries, gone == self._gone
 
     def _begin_again(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:
         """Tell a gap, and return the entries with which the stream goes on."""
         after = _id(self._last) if self._last else None
         oldest = self._redis.xrange(self._key, count=1)
         if not (entries and oldest and (after is None or _id(oldest[0]) > after)):
-            entries = self._unknown(broadcast, self._newest())      # else it was only trimmed, and these are in order
-        broadcast.tell_gap(after, _id(entries[0]) if entries else None)
+            entries = self._newest()        # else it was only trimmed, and these are in order
+        unknown = (event.id for event in self._events(entries) if not broadcast.has(event))
+        broadcast.tell_gap(after, next(unknown, None))
         return entries
 
-    def _unknown(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:
-        """Return the entries that follow the last one that the log has."""
-        known = [index for index, entry in enumerate(entries) for event in self._events([entry]) if broadcast.has(event)]
-        return entries[known[-1] + 1:] if known else entries
-
     def _add(self, broadcast: Broadcast, entries: List[Entry]) -> None:
+        """Add entries, but those that the log has: they are there again where a stream was restored or renamed."""
         for event in self._events(entries):
-            broadcast.add(event)
+            if not broadcast.has(event):
+                broadcast.add(event)
         self._last = entries[-1] if entries else self._last
 
     def _events(self, entries: Iterable[Entry]) -> Iterator[Event]:
