@@ -822,7 +822,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except RuntimeError:        # it was logged when it happened
         return 1
     finally:
-        source.join()
+        if source.ident is not None:        # else the server could not start
+            source.join()
     return 0
 
 

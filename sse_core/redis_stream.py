@@ -78,6 +78,12 @@ class RedisStream:
 
     def follow(self, broadcast: Broadcast, stopping: threading.Event) -> None:
         """Add each entry that comes to the log, until the flag is set, whatever happens to Redis."""
+        try:
+            self._follow(broadcast, stopping)
+        finally:
+            self._redis.connection_pool.disconnect(inuse_connections=False)
+
+    def _follow(self, broadcast: Broadcast, stopping: threading.Event) -> None:
         pause = FIRST_PAUSE
         while not stopping.is_set():
             try:
