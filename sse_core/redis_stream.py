@@ -149,6 +149,7 @@ class RedisStream:
         """Return the entries after the last one, and whether nothing before them can be missing.
 
         The look at the last one comes after the read: before it, a burst that trims the stream could come between.
+        Where the stream was empty, nothing may have gone from it since.
         """
         last = self._last[0] if self._last else b"0-0"
         pipe = self._redis.pipeline(transaction=False)
@@ -160,8 +161,8 @@ class RedisStream:
             return entries, there == [self._last]
         if not entries:
             return entries, True
-        entries, gone = self._look("xrange", READ_COUNT)    # from an empty stream on, the same number is gone
-        return entries, gone == self._gone
+        first, gone = self._look("xrange", READ_COUNT)
+        return first, first[:1] == entries[:1] and gone == self._gone
 
     def _begin_again(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:
         """Tell a gap, and return the entries with which the stream goes on."""

@@ -203,6 +203,9 @@ class Poster:
             if answer.status_code == 200:
                 self.texts.append(f"p{self.number}")
 
+    def close(self) -> None:
+        self._session.close()
+
     def post_until_taken(self) -> None:
         before = len(self.texts)
         wait_until(lambda: self.post(1) or len(self.texts) > before)
@@ -226,7 +229,7 @@ def test_redis_comes_back_without_data_and_its_clock_behind(store, ahead):
             events = read_to(client, poster.texts[-1])
             check_told(events, ["ahead", *poster.texts])
             assert gaps(events)
-        poster._session.close()
+        poster.close()
 
 
 def test_restored_older(store, tmp_path):
@@ -251,7 +254,7 @@ def test_restored_older(store, tmp_path):
         for client in clients:
             check_told(read_to(client, poster.texts[-1]), poster.texts)
             assert len(gaps(client.stream.events)) == 1
-        poster._session.close()
+        poster.close()
 
 
 # Redis that is there, and does not do as it should
@@ -286,7 +289,7 @@ def test_redis_that_refuses(store):
         store.client.rename("other", "sse")
         poster.post_until_taken()
         check_told(read_to(client, poster.texts[-1]), poster.texts)
-        poster._session.close()
+        poster.close()
 
 
 def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
@@ -302,9 +305,10 @@ def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
         check_told(client.stream.events, [*texts, "last"])
 
 
-@pytest.mark.parametrize("seed", [random.randrange(1 << 32)])
-def test_whatever_happens_to_redis(store, seed):
+def test_whatever_happens_to_redis(store):
+    seed = random.randrange(1 << 32)
     draw = random.Random(seed)
+    print(f"seed {seed}")
 
     def freeze():
         store.process.send_signal(signal.SIGSTOP)
@@ -315,17 +319,16 @@ def test_whatever_happens_to_redis(store, seed):
              lambda: store.client.client_kill_filter(_type="normal", skipme=True)]
     with watched(store, 2) as (servers, clients):
         poster = Poster(servers)
-        for _ in range(15):
+        for _ in range(12):
             poster.post(draw.randrange(20))
             draw.choice(moves)()
             poster.post(draw.randrange(5))
-        poster.post_until_taken()
+            poster.post_until_taken()
+            for client in clients:      # a stream that is emptied twice before anybody looks shows no trace of it
+                read_to(client, poster.texts[-1])
+        poster.close()
         for client in clients:
-            try:
-                check_told(read_to(client, poster.texts[-1]), poster.texts)
-            except AssertionError as error:
-                raise AssertionError(f"seed {seed}") from error
-        poster._session.close()
+            check_told(client.stream.events, poster.texts)
 
 
 # Clients that are ahead of a server
