@@ -13,9 +13,10 @@ from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 from sse_core.broadcast import Broadcast, Event, Unavailable
 from sse_core.frames import Id, check_event, encode, parse_id
+from sse_core.log import MAX_LOG
 
 BLOCK = 250             # milliseconds that Redis holds back an answer that has no entries: the same for a stream
-READ_COUNT = 500        # entries read at once
+READ_COUNT = 64         # entries read at once: no more than a log holds, even of the longest
 CONNECTIONS = 1000      # at most: each thread that publishes has one meanwhile
 REDIS_TIMEOUT = 2.0     # seconds until Redis counts as away
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0       # seconds between two tries, growing, +-50 % at random
@@ -38,12 +39,15 @@ class RedisStream:
             from redis.retry import Retry
         except ImportError:
             raise ValueError("--redis needs the package redis: python -m pip install redis") from None
-        options = redis.connection.parse_url(url)
-        options.setdefault("max_connections", CONNECTIONS)
+        options = {"max_connections": CONNECTIONS, **redis.connection.parse_url(url)}
         options.update(     # over what the URL says; its own retries would add an event twice, unasked
             socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2, decode_responses=False,
-            retry=Retry(NoBackoff(), 0))
-        self._redis = redis.Redis(connection_pool=redis.ConnectionPool(**options))
+            encoding="utf-8", encoding_errors="strict", retry=Retry(NoBackoff(), 0))
+        try:
+            self._redis = redis.Redis(connection_pool=redis.ConnectionPool(**options))
+            self._redis.connection_pool.make_connection()       # it connects to nothing yet
+        except (TypeError, AttributeError, redis.RedisError) as error:
+            raise ValueError(f"the URL of Redis has an option that cannot be: {error}") from None
         self._error = redis.RedisError
         self._refused = redis.ResponseError
         self._key = key
@@ -114,17 +118,23 @@ class RedisStream:
 
     def _newest(self) -> List[Entry]:
         """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
-        newest, self._gone = self._look("xrevrange", self._history)
-        self._last = newest[0] if newest else None
-        return newest[::-1]
+        page, self._gone = self._look("xrevrange")
+        entries, size = page, 0
+        while page and len(entries) < self._history and size < MAX_LOG:
+            size += sum(len(value) for _, fields in page for value in fields.values())
+            page = self._redis.xrevrange(self._key, max=entries[-1][0], count=READ_COUNT)
+            page = [entry for entry in page if entry[0] != entries[-1][0]]
+            entries = entries + page
+        self._last = entries[0] if entries else None
+        return entries[:self._history][::-1]
 
-    def _look(self, command: str, count: int) -> Tuple[List[Entry], int]:
+    def _look(self, command: str) -> Tuple[List[Entry], int]:
         """Return the first or last entries, and how many are gone from the stream at that moment: trimmed, deleted.
 
         0 where Redis is older than 7.0 and does not count them.
         """
         pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
-        getattr(pipe, command)(self._key, count=count)
+        getattr(pipe, command)(self._key, count=READ_COUNT)
         pipe.xinfo_stream(self._key)
         entries, info = pipe.execute(raise_on_error=False)
         if isinstance(entries, Exception):
@@ -161,7 +171,7 @@ class RedisStream:
             return entries, there == [self._last]
         if not entries:
             return entries, True
-        first, gone = self._look("xrange", READ_COUNT)
+        first, gone = self._look("xrange")
         return first, first[:1] == entries[:1] and gone == self._gone
 
     def _begin_again(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:

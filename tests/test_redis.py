@@ -297,7 +297,11 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path):
     assert done.returncode == 2 and "pip install redis" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_bad_url_is_one_line():
-    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--redis", "nonsense"], text=True,
+@pytest.mark.parametrize("url, says", [
+    ("nonsense", "redis://"), ("redis://:hidden@127.0.0.1:1/0?db=x", "db"), ("redis://:hidden@127.0.0.1:1/0?db_=1", "db_"),
+    ("redis://:hidden@127.0.0.1:1/0?max_connections=-1", "max_connections")])
+def test_a_bad_url_is_one_line(url, says):
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--redis", url], text=True,
                           capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
-    assert done.returncode == 2 and "redis://" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    assert "hidden" not in done.stderr
