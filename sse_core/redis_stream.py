@@ -9,6 +9,7 @@ there, and the same. If not, a gap is told, and the stream is read on from the f
 import logging
 import random
 import threading
+from collections import OrderedDict
 from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 from sse_core.broadcast import Broadcast, Event, Unavailable
@@ -51,10 +52,11 @@ class RedisStream:
         self._error = redis.RedisError
         self._refused = redis.ResponseError
         self._key = key
-        self._history = max(1, history)
+        self._history = max(READ_COUNT, history)
         # What follows belongs to the thread that follows, and to `load` before there is one
         self._last: Optional[Entry] = None      # the newest entry that was read; None: the stream was empty
         self._gone = 0                          # entries that were gone from it then
+        self._known: "OrderedDict[bytes, int]" = OrderedDict()      # the entries read last: id, hash of the fields
         self._loaded = False                    # the log has the entries from before this server
         self._since = 0.0                       # seconds since the epoch, when it was started
         self._away = False                      # Redis did not answer last time
@@ -109,49 +111,22 @@ class RedisStream:
     def _load(self, broadcast: Broadcast) -> None:
         """Load what is older than this server, and add the entries since: clients may be waiting for those."""
         began = broadcast.clock()
-        entries = self._newest()
+        entries = self._new(self._newest())
         old = sum(_id(entry)[0] < self._since * 1000 for entry in entries)
         broadcast.preload(list(self._events(entries[:old])))
         self._loaded = True
         self._add(broadcast, entries[old:])
         broadcast.complete(began)
 
-    def _newest(self) -> List[Entry]:
-        """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
-        page, self._gone = self._look("xrevrange")
-        entries, size = page, 0
-        while page and len(entries) < self._history and size < MAX_LOG:
-            size += sum(len(value) for _, fields in page for value in fields.values())
-            page = self._redis.xrevrange(self._key, max=entries[-1][0], count=READ_COUNT)
-            page = [entry for entry in page if entry[0] != entries[-1][0]]
-            entries = entries + page
-        self._last = entries[0] if entries else None
-        return entries[:self._history][::-1]
-
-    def _look(self, command: str) -> Tuple[List[Entry], int]:
-        """Return the first or last entries, and how many are gone from the stream at that moment: trimmed, deleted.
-
-        0 where Redis is older than 7.0 and does not count them.
-        """
-        pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
-        getattr(pipe, command)(self._key, count=READ_COUNT)
-        pipe.xinfo_stream(self._key)
-        entries, info = pipe.execute(raise_on_error=False)
-        if isinstance(entries, Exception):
-            raise entries
-        if isinstance(info, self._refused):         # there is no such key
-            return entries, 0
-        if isinstance(info, Exception):
-            raise info
-        return entries, info.get("entries-added", info["length"]) - info["length"]
-
     def _read_on(self, broadcast: Broadcast) -> None:
         """Wait a moment for entries, and add them, or those of a stream that is not the one it was."""
         began = broadcast.clock()
         entries, is_same = self._following()
-        if not is_same:
-            entries = self._begin_again(broadcast, entries)
-        self._add(broadcast, entries)
+        if is_same:
+            self._last = entries[-1] if entries else self._last
+            self._add(broadcast, self._new(entries))
+        else:
+            self._begin_again(broadcast)
         if len(entries) < READ_COUNT:
             broadcast.complete(began)
 
@@ -171,25 +146,62 @@ class RedisStream:
             return entries, there == [self._last]
         if not entries:
             return entries, True
-        first, gone = self._look("xrange")
-        return first, first[:1] == entries[:1] and gone == self._gone
+        first, length, gone = self._look("xrange")
+        return first, first[:1] == entries[:1] and gone == self._gone and length <= self._history
 
-    def _begin_again(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:
-        """Tell a gap, and return the entries with which the stream goes on."""
+    def _begin_again(self, broadcast: Broadcast) -> None:
+        """Tell a gap, and go on with the newest entries, so far as they were not read before."""
         after = _id(self._last) if self._last else None
-        oldest = self._redis.xrange(self._key, count=1)
-        if not (entries and oldest and (after is None or _id(oldest[0]) > after)):
-            entries = self._newest()        # else it was only trimmed, and these are in order
-        unknown = (event.id for event in self._events(entries) if not broadcast.has(event))
-        broadcast.tell_gap(after, next(unknown, None))
-        return entries
+        entries = self._new(self._newest())
+        resumed = next(self._events(entries), None)
+        broadcast.tell_gap(after, resumed and resumed.id)
+        self._add(broadcast, entries)
+
+    def _newest(self) -> List[Entry]:
+        """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
+        page, _, self._gone = self._look("xrevrange")
+        entries, size = page, 0
+        while page and len(entries) < self._history and size < MAX_LOG:
+            size += sum(len(value) for _, fields in page for value in fields.values())
+            page = self._redis.xrevrange(self._key, max=entries[-1][0], count=READ_COUNT)
+            page = [entry for entry in page if entry[0] != entries[-1][0]]
+            entries = entries + page
+        self._last = entries[0] if entries else None
+        return entries[:self._history][::-1]
+
+    def _look(self, command: str) -> Tuple[List[Entry], int, int]:
+        """Return the first or last entries, and of the stream at that moment: how many it has, and how many are gone.
+
+        The latter is 0 where Redis is older than 7.0 and does not count them.
+        """
+        pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
+        getattr(pipe, command)(self._key, count=READ_COUNT)
+        pipe.xinfo_stream(self._key)
+        entries, info = pipe.execute(raise_on_error=False)
+        if isinstance(entries, Exception):
+            raise entries
+        if isinstance(info, self._refused):         # there is no such key
+            return entries, 0, 0
+        if isinstance(info, Exception):
+            raise info
+        return entries, info["length"], info.get("entries-added", info["length"]) - info["length"]
+
+    def _new(self, entries: List[Entry]) -> List[Entry]:
+        """Return the entries that were not read before: they come again where a stream is restored or renamed."""
+        new = []
+        for entry in entries:
+            id, fields = entry[0], hash(frozenset(entry[1].items()))
+            if self._known.get(id) != fields:
+                self._known.pop(id, None)
+                self._known[id] = fields
+                new.append(entry)
+        while len(self._known) > 2 * self._history:
+            self._known.popitem(last=False)
+        return new
 
     def _add(self, broadcast: Broadcast, entries: List[Entry]) -> None:
-        """Add entries, but those that the log has: they are there again where a stream was restored or renamed."""
         for event in self._events(entries):
-            if not broadcast.has(event):
-                broadcast.add(event)
-        self._last = entries[-1] if entries else self._last
+            broadcast.add(event)
 
     def _events(self, entries: Iterable[Entry]) -> Iterator[Event]:
         """Yield the entries that are events; skip the others, with one warning."""
