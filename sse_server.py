@@ -406,7 +406,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 1
     finally:
         stopping.set()
-        source.join()
+        if source.ident is not None:        # else the server could not start
+            source.join()
     return 0
 
 

@@ -111,11 +111,6 @@ class Log:
                 high = middle
         return low
 
-    def has(self, id: Id, payload: bytes) -> bool:
-        """Say whether this very event is kept."""
-        number = self.at(id)
-        return number < self.next and self._frames[number].chunk == chunk(b"id: %d-%d\n%b" % (*id, payload))
-
     def can_locate(self, id: Optional[Id], since: float) -> bool:
         """Say whether it is known what this id is, which a client brought at that time.
 

@@ -9,13 +9,17 @@ there, and the same. If not, a gap is told, and the stream is read on from the f
 import logging
 import random
 import threading
+from collections import OrderedDict
 from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
-from sse_core.broadcast import Broadcast, Event, Unavailable
+from sse_core.broadcast import Unavailable
 from sse_core.frames import Id, check_event, encode, parse_id
+from sse_core.log import MAX_LOG
+from sse_core.shared import Event, Shared
 
 BLOCK = 250             # milliseconds that Redis holds back an answer that has no entries: the same for a stream
-READ_COUNT = 500        # entries read at once
+READ_COUNT = 64         # entries read at once: no more than a log holds, even of the longest
+CONNECTIONS = 1000      # at most: each thread that publishes has one meanwhile
 REDIS_TIMEOUT = 2.0     # seconds until Redis counts as away
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0       # seconds between two tries, growing, +-50 % at random
 Entry = Tuple[bytes, Dict[bytes, bytes]]
@@ -37,18 +41,23 @@ class RedisStream:
             from redis.retry import Retry
         except ImportError:
             raise ValueError("--redis needs the package redis: python -m pip install redis") from None
-        pool = redis.ConnectionPool.from_url(url)
-        pool.connection_kwargs.update(      # over what the URL says; its own retries would add an event twice, unasked
+        options = {"max_connections": CONNECTIONS, **redis.connection.parse_url(url)}
+        options.update(     # over what the URL says; its own retries would add an event twice, unasked
             socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2, decode_responses=False,
-            retry=Retry(NoBackoff(), 0))
-        self._redis = redis.Redis.from_pool(pool)
+            encoding="utf-8", encoding_errors="strict", retry=Retry(NoBackoff(), 0))
+        try:
+            self._redis = redis.Redis(connection_pool=redis.ConnectionPool(**options))
+            self._redis.connection_pool.make_connection()       # it connects to nothing yet
+        except (TypeError, AttributeError, redis.RedisError) as error:
+            raise ValueError(f"the URL of Redis has an option that cannot be: {error}") from None
         self._error = redis.RedisError
         self._refused = redis.ResponseError
         self._key = key
-        self._history = max(1, history)
+        self._history = max(READ_COUNT, history)
         # What follows belongs to the thread that follows, and to `load` before there is one
         self._last: Optional[Entry] = None      # the newest entry that was read; None: the stream was empty
-        self._added = 0                         # entries that were ever added to it then
+        self._gone = 0                          # entries that were gone from it then
+        self._known: "OrderedDict[bytes, int]" = OrderedDict()      # the entries read last: id, hash of the fields
         self._loaded = False                    # the log has the entries from before this server
         self._since = 0.0                       # seconds since the epoch, when it was started
         self._away = False                      # Redis did not answer last time
@@ -66,20 +75,26 @@ class RedisStream:
         except self._error as error:
             raise Unavailable(f"Redis does not take events now ({type(error).__name__})") from None
 
-    def load(self, broadcast: Broadcast, now: float) -> None:
+    def load(self, shared: Shared, now: float) -> None:
         """Fill the log with the newest entries, if Redis answers. Call it before `follow`; `now`: seconds since the epoch."""
         self._since = now
         try:
-            self._load(broadcast)
+            self._load(shared)
         except self._error as error:
             self._note_fault(error)
 
-    def follow(self, broadcast: Broadcast, stopping: threading.Event) -> None:
+    def follow(self, shared: Shared, stopping: threading.Event) -> None:
         """Add each entry that comes to the log, until the flag is set, whatever happens to Redis."""
+        try:
+            self._follow(shared, stopping)
+        finally:
+            self._redis.connection_pool.disconnect(inuse_connections=False)
+
+    def _follow(self, shared: Shared, stopping: threading.Event) -> None:
         pause = FIRST_PAUSE
         while not stopping.is_set():
             try:
-                self._read_on(broadcast) if self._loaded else self._load(broadcast)
+                self._read_on(shared) if self._loaded else self._load(shared)
             except self._error as error:
                 self._note_fault(error)
                 stopping.wait(pause * random.uniform(0.5, 1.5))
@@ -94,43 +109,33 @@ class RedisStream:
             logger.warning("Redis is away (%s); trying again until it is back", type(error).__name__)
         self._away = True
 
-    def _load(self, broadcast: Broadcast) -> None:
+    def _load(self, shared: Shared) -> None:
         """Load what is older than this server, and add the entries since: clients may be waiting for those."""
-        began = broadcast.clock()
-        entries = self._newest()
+        began = shared.clock()
+        entries = self._new(self._newest())
         old = sum(_id(entry)[0] < self._since * 1000 for entry in entries)
-        broadcast.preload(list(self._events(entries[:old])))
+        shared.preload(list(self._events(entries[:old])))
         self._loaded = True
-        self._add(broadcast, entries[old:])
-        broadcast.complete(began)
+        self._add(shared, entries[old:])
+        shared.complete(began)
 
-    def _newest(self) -> List[Entry]:
-        """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
-        pipe = self._redis.pipeline()       # one transaction, so that what was ever added belongs to what is there
-        pipe.xrevrange(self._key, count=self._history)
-        pipe.xinfo_stream(self._key)
-        newest, info = pipe.execute(raise_on_error=False)
-        for answer in (newest, info):
-            if isinstance(answer, Exception) and not (answer is info and isinstance(info, self._refused)):
-                raise answer
-        self._added = 0 if isinstance(info, Exception) else info.get("entries-added", 0)    # none: no such key
-        self._last = newest[0] if newest else None
-        return newest[::-1]
-
-    def _read_on(self, broadcast: Broadcast) -> None:
+    def _read_on(self, shared: Shared) -> None:
         """Wait a moment for entries, and add them, or those of a stream that is not the one it was."""
-        began = broadcast.clock()
+        began = shared.clock()
         entries, is_same = self._following()
-        if not is_same:
-            entries = self._begin_again(broadcast, entries)
-        self._add(broadcast, entries)
+        if is_same:
+            self._last = entries[-1] if entries else self._last
+            self._add(shared, self._new(entries))
+        else:
+            self._begin_again(shared)
         if len(entries) < READ_COUNT:
-            broadcast.complete(began)
+            shared.complete(began)
 
     def _following(self) -> Tuple[List[Entry], bool]:
         """Return the entries after the last one, and whether nothing before them can be missing.
 
         The look at the last one comes after the read: before it, a burst that trims the stream could come between.
+        Where the stream was empty, nothing may have gone from it since.
         """
         last = self._last[0] if self._last else b"0-0"
         pipe = self._redis.pipeline(transaction=False)
@@ -140,30 +145,64 @@ class RedisStream:
         entries = streams[0][1] if streams else []
         if self._last:
             return entries, there == [self._last]
-        return entries, not entries or len(entries) == READ_COUNT or self._ever_added() - self._added <= len(entries)
+        if not entries:
+            return entries, True
+        first, gone = self._look("xrange")
+        return first, first[:1] == entries[:1] and gone == self._gone
 
-    def _ever_added(self) -> int:
-        """Return how many entries were ever added to the stream; 0 where Redis is older than 7.0 and does not count."""
-        return self._redis.xinfo_stream(self._key).get("entries-added", 0)
-
-    def _begin_again(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:
-        """Tell a gap, and return the entries with which the stream goes on."""
+    def _begin_again(self, shared: Shared) -> None:
+        """Tell a gap, and go on with the newest entries, so far as they were not read before."""
         after = _id(self._last) if self._last else None
-        oldest = self._redis.xrange(self._key, count=1)
-        if not (entries and oldest and (after is None or _id(oldest[0]) > after)):
-            entries = self._unknown(broadcast, self._newest())      # else it was only trimmed, and these are in order
-        broadcast.tell_gap(after, _id(entries[0]) if entries else None)
-        return entries
+        entries = self._new(self._newest())
+        resumed = next(self._events(entries), None)
+        shared.tell_gap(after, resumed and resumed.id)
+        self._add(shared, entries)
 
-    def _unknown(self, broadcast: Broadcast, entries: List[Entry]) -> List[Entry]:
-        """Return the entries that follow the last one that the log has."""
-        known = [index for index, entry in enumerate(entries) for event in self._events([entry]) if broadcast.has(event)]
-        return entries[known[-1] + 1:] if known else entries
+    def _newest(self) -> List[Entry]:
+        """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
+        page, self._gone = self._look("xrevrange")
+        entries, size = page, 0
+        while page and len(entries) < self._history and size < MAX_LOG:
+            size += sum(len(value) for _, fields in page for value in fields.values())
+            page = self._redis.xrevrange(self._key, max=entries[-1][0], count=READ_COUNT)
+            page = [entry for entry in page if entry[0] != entries[-1][0]]
+            entries = entries + page
+        self._last = entries[0] if entries else None
+        return entries[:self._history][::-1]
 
-    def _add(self, broadcast: Broadcast, entries: List[Entry]) -> None:
+    def _look(self, command: str) -> Tuple[List[Entry], int]:
+        """Return the first or last entries, and how many are gone from the stream at that moment.
+
+        The latter is 0 where Redis is older than 7.0 and does not count them.
+        """
+        pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
+        getattr(pipe, command)(self._key, count=READ_COUNT)
+        pipe.xinfo_stream(self._key)
+        entries, info = pipe.execute(raise_on_error=False)
+        if isinstance(entries, Exception):
+            raise entries
+        if isinstance(info, self._refused):         # there is no such key
+            return entries, 0
+        if isinstance(info, Exception):
+            raise info
+        return entries, info.get("entries-added", info["length"]) - info["length"]
+
+    def _new(self, entries: List[Entry]) -> List[Entry]:
+        """Return the entries that were not read before: they come again where a stream is restored or renamed."""
+        new = []
+        for entry in entries:
+            id, fields = entry[0], hash(frozenset(entry[1].items()))
+            if self._known.get(id) != fields:
+                self._known.pop(id, None)
+                self._known[id] = fields
+                new.append(entry)
+        while len(self._known) > 2 * self._history:
+            self._known.popitem(last=False)
+        return new
+
+    def _add(self, shared: Shared, entries: List[Entry]) -> None:
         for event in self._events(entries):
-            broadcast.add(event)
-        self._last = entries[-1] if entries else self._last
+            shared.add(event)
 
     def _events(self, entries: Iterable[Entry]) -> Iterator[Event]:
         """Yield the entries that are events; skip the others, with one warning."""

@@ -64,11 +64,6 @@ class Shared(Broadcast):
             self._log.complete_at = at
             self._moved.notify_all()
 
-    def has(self, event: Event) -> bool:
-        """Say whether the log has this very event."""
-        with self._mutex:
-            return self._log.has(event.id, event.payload)
-
     def tell_gap(self, after: Optional[Id], resumed: Optional[Id]) -> None:
         """Tell all clients that the shared log has lost what was between these two ids."""
         ids = frames.format_id(after), frames.format_id(resumed)

@@ -3,100 +3,16 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, Server, connect, need, wait_until
-
-redis = pytest.importorskip("redis") if not os.environ.get("CI") else __import__("redis")
-POST = "SECRET"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
-
-
-def listens(port: int) -> bool:
-    try:
-        connect(port).close()
-        return True
-    except OSError:
-        return False
-
-
-class Redis:
-    """A redis-server of the test's own, with append-only persistence."""
-
-    def __init__(self, folder) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.client = redis.Redis(port=self.port)
-        self.process = None
-        self.start()
-
-    def start(self) -> None:
-        command = [need("redis-server", "redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--dir",
-                   str(self.folder), "--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        wait_until(self.answers)
-
-    def answers(self) -> bool:
-        try:
-            return self.client.ping()
-        except redis.RedisError:        # not yet, or still loading
-            return False
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def add(self, **fields) -> str:
-        return self.client.xadd("sse", fields).decode()
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = Redis(tmp_path)
-    yield store
-    store.kill()
-    store.client.close()
-
-
-@contextmanager
-def following(store: Redis, number: int = 1, *arguments: str, ports=None):
-    """Run so many servers that follow the stream."""
-    servers = []
-    try:
-        for index in range(number):
-            port = ("--port", str(ports[index])) if ports else ()
-            servers.append(Server("--redis", store.url, "--publish-token", POST, "--retry", "0.1", *port, *arguments,
-                                  stdin=subprocess.DEVNULL))
-        yield servers
-    finally:
-        for server in servers:
-            assert "Traceback" not in server.close()
-
-
-def post(port: int, text: str, **options) -> requests.Response:
-    return requests.post(f"http://127.0.0.1:{port}/{POST}", data=text, timeout=PATIENCE, **options)
-
-
-def resume(port: int, last_id: str, proxied: bool = False) -> Client:
-    header = f"Last-Event-ID: {last_id}\r\n" if last_id else ""
-    return Client(port, f"GET / HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode(), last_id=last_id, proxied=proxied)
-
-
-def data(client: Client) -> list:
-    return [event.data for event in client.stream.events]
+from helpers import PATIENCE, TOP, Client, Server, need, wait_until
+from redis_server import POST, data, following, free_port, listens, post, resume, store     # noqa: F401
 
 
 def test_what_is_posted_on_one_server_reaches_the_clients_of_both(store):
@@ -381,7 +297,11 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path):
     assert done.returncode == 2 and "pip install redis" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_bad_url_is_one_line():
-    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--redis", "nonsense"], text=True,
+@pytest.mark.parametrize("url, says", [
+    ("nonsense", "redis://"), ("redis://:hidden@127.0.0.1:1/0?db=x", "db"), ("redis://:hidden@127.0.0.1:1/0?db_=1", "db_"),
+    ("redis://:hidden@127.0.0.1:1/0?max_connections=-1", "max_connections")])
+def test_a_bad_url_is_one_line(url, says):
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--redis", url], text=True,
                           capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
-    assert done.returncode == 2 and "redis://" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    assert "hidden" not in done.stderr

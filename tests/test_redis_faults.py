@@ -1,0 +1,476 @@
+"""A Redis stream that loses entries, goes back or goes away: each event arrives once, or a gap is told; no thread ends."""
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import requests
+
+from helpers import PATIENCE, TOP, Client, wait_until
+from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume, store    # noqa: F401
+from sse_core.broadcast import Event, NotRunning
+from sse_server import SSEServer
+
+
+@contextmanager
+def watched(store, number: int = 1):
+    """Run so many servers, and a client at each; after the test all must live, and deliver what is posted."""
+    with following(store, number) as servers, ExitStack() as stack:
+        clients = [stack.enter_context(Client(server.port)).open() for server in servers]
+        yield servers, clients
+        wait_until(lambda: post(servers[0].port, "the end").status_code == 200)
+        for client in clients:
+            read_to(client, "the end")
+
+
+def read_to(client: Client, text: str) -> list:
+    """Receive until an event with this data is there, and return all events."""
+    return client.read_until(lambda stream: any(event.data == text for event in stream.events)).stream.events
+
+
+def read_to_gap(client: Client, number: int = 1) -> list:
+    return client.read_until(lambda stream: names(stream.events).count("gap") >= number).stream.events
+
+
+def names(events: list) -> list:
+    return [event.name for event in events]
+
+
+def gaps(events: list) -> list:
+    return [json.loads(event.data) for event in events if event.name == "gap"]
+
+
+def holds_no_thread(server) -> bool:
+    """Say whether it has only main, accept, publisher, follower and the source that waits."""
+    return len(os.listdir(f"/proc/{server.process.pid}/task")) == 5
+
+
+# Entries that are gone
+
+
+def test_the_newest_entry_is_deleted_and_the_next_one_has_the_id_after_it(store):
+    with watched(store) as (_, (client,)):
+        store.add("5-1", data="a")
+        read_to(client, "a")
+        store.client.xdel("sse", "5-1")
+        read_to_gap(client)
+        store.add("5-2", data="b")
+        events = read_to(client, "b")
+        assert [(event.name, event.id) for event in events] == [("message", "5-1"), ("gap", "5-1"), ("message", "5-2")]
+        assert gaps(events) == [{"after": "5-1", "resumed": None, "reason": "evicted"}]
+
+
+def test_an_entry_before_the_newest_is_deleted_without_anybody_noticing(store):
+    with watched(store) as (_, (client,)):
+        ids = [store.add(data=str(number)) for number in range(3)]
+        read_to(client, "2")
+        store.client.xdel("sse", *ids[:2])
+        store.add(data="3")
+        assert data(client) == ["0", "1", "2"] and not gaps(read_to(client, "3"))
+
+
+def test_a_stream_of_one_entry(store):
+    with watched(store, 2) as (_, clients):
+        texts = [str(number) for number in range(100)]
+        for text in texts:
+            store.client.xadd("sse", {"data": text}, maxlen=1, approximate=False)
+        for client in clients:
+            check_told(read_to(client, "99"), texts)
+
+
+@pytest.mark.parametrize("before", [[], ["before"]], ids=["empty", "with entries"])
+def test_a_burst_that_is_trimmed_in_its_transaction(store, before):
+    with watched(store) as (_, (client,)):
+        for text in before:
+            store.add(data=text)
+            read_to(client, text)
+        texts = add_many(store.client, trimmed=True)
+        events = read_to(client, texts[-1])
+        assert names(events) == ["message"] * len(before) + ["gap", "message"]
+        check_told(events, before + texts)
+
+
+def test_a_burst_on_an_empty_stream_is_no_gap(store):
+    with watched(store) as (_, (client,)):
+        for round in range(5):
+            texts = add_many(store.client, number=1000, name=f"round {round}")
+            read_to(client, texts[-1])
+            assert data(client)[-len(texts):] == texts
+            assert len(gaps(client.stream.events)) == round
+            store.client.xtrim("sse", maxlen=0, approximate=False)
+            read_to_gap(client, round + 1)
+
+
+def test_trimmed_and_deleted_while_the_follower_waits(store):
+    with watched(store) as (_, (client,)):
+        store.client.client_pause(400)
+        pipe = store.client.pipeline(transaction=True)
+        for number in range(10):
+            pipe.xadd("sse", {"data": str(number)})
+        pipe.xtrim("sse", maxlen=4, approximate=False)
+        pipe.execute()
+        events = read_to(client, "9")
+        assert gaps(events)[0]["after"] is None and data(client)[1:] == ["6", "7", "8", "9"]
+
+
+def test_xsetid_alone_loses_nothing(store):
+    with watched(store) as (_, (client,)):
+        store.add(data="one")
+        read_to(client, "one")
+        store.client.execute_command("XSETID", "sse", f"{int(time.time() * 1000) + 100000}-7")
+        store.add(data="two")
+        assert names(read_to(client, "two")) == ["message", "message"]
+
+
+# Ids that go back
+
+
+def test_flushed_and_begun_anew_with_lower_ids(store):
+    with watched(store) as ((server,), (client,)):
+        for number in range(5):
+            store.add(f"900-{number}", data=f"old {number}")
+        read_to(client, "old 4")
+        pipe = store.client.pipeline(transaction=True)
+        pipe.flushall()
+        for number in range(5):
+            pipe.xadd("sse", {"data": f"new {number}"}, id=f"800-{number}")
+        pipe.execute()
+        events = read_to(client, "new 4")
+        assert data(client)[:5] + data(client)[6:] == [f"{age} {number}" for age in ("old", "new") for number in range(5)]
+        assert gaps(events) == [{"after": "900-4", "resumed": "800-0", "reason": "evicted"}]
+        with resume(server.port, "800-2") as other, resume(server.port, "900-2") as lost:
+            assert names(read_to(other, "new 4")) == ["message"] * 2
+            assert names(read_to(lost, "new 4")) == ["gap"] + ["message"] * 5
+            assert gaps(lost.stream.events)[0]["reason"] == "unknown"
+
+
+def test_the_same_id_with_other_data(store):
+    with watched(store) as (_, (client,)):
+        store.add("5-1", data="old")
+        read_to(client, "old")
+        pipe = store.client.pipeline(transaction=True)
+        pipe.flushall().xadd("sse", {"data": "new"}, id="5-1").execute()
+        assert names(read_to(client, "new")) == ["message", "gap", "message"]
+
+
+def test_deleted_and_made_anew(store):
+    with watched(store, 2) as (_, clients):
+        texts = [f"{round} {number}" for round in range(4) for number in range(3)]
+        for text in texts:
+            if text.endswith("0"):
+                store.client.delete("sse")
+            store.add(data=text)
+            if text.endswith("2"):
+                for client in clients:
+                    read_to(client, text)
+        for client in clients:
+            check_told(client.stream.events, texts)
+            assert data(client)[0] == "0 0" and len(gaps(client.stream.events)) >= 3
+
+
+@pytest.mark.parametrize("number", [1, 700, 3000])
+def test_renamed_and_back_again_brings_nothing_twice(store, number):
+    with watched(store) as (_, (client,)):
+        store.add(data="first")
+        read_to(client, "first")        # the stream is not empty, so that a burst may be longer than the log
+        texts = ["first", *add_many(store.client, number=number)]
+        read_to(client, texts[-1])
+        store.client.rename("sse", "other")
+        read_to_gap(client)
+        store.client.rename("other", "sse")
+        store.add(data="more")
+        check_told(read_to(client, "more"), [*texts, "more"])
+        assert [event.data for event in client.stream.events if event.name != "gap"] == [*texts, "more"]
+
+
+class Poster:
+    """Posts texts on servers in turn, one after the other, and keeps those that were acknowledged."""
+
+    def __init__(self, servers: list) -> None:
+        self.texts, self.number = [], 0
+        self._servers, self._session = servers, requests.Session()
+
+    def post(self, number: int) -> None:
+        for _ in range(number):
+            self.number += 1
+            port = self._servers[self.number % len(self._servers)].port
+            answer = self._session.post(f"http://127.0.0.1:{port}/{POST}", data=f"p{self.number}", timeout=PATIENCE)
+            if answer.status_code == 200:
+                self.texts.append(f"p{self.number}")
+
+    def close(self) -> None:
+        self._session.close()
+
+    def post_until_taken(self) -> None:
+        before = len(self.texts)
+        wait_until(lambda: self.post(1) or len(self.texts) > before)
+
+
+@pytest.mark.parametrize("ahead", [0.15, 0.5, 600])
+def test_redis_comes_back_without_data_and_its_clock_behind(store, ahead):
+    with watched(store, 2) as (servers, clients):
+        poster = Poster(servers)
+        store.add(f"{int((time.time() + ahead) * 1000)}-0", data="ahead")       # the ids that follow are no less
+        poster.post(100)
+        stopped = threading.Event()
+        thread = threading.Thread(target=lambda: [store.wipe(), stopped.set()])
+        thread.start()
+        while not stopped.is_set():
+            poster.post(1)
+        thread.join()
+        poster.post_until_taken()
+        poster.post(200)
+        for client in clients:
+            events = read_to(client, poster.texts[-1])
+            check_told(events, ["ahead", *poster.texts])
+            assert gaps(events)
+        poster.close()
+
+
+def test_restored_older_again_and_again(store, tmp_path):
+    kept, copy = store.folder / "appendonlydir", tmp_path / "copy"
+    with watched(store, 2) as (servers, clients):
+        poster = Poster(servers)
+        poster.post(20)
+        store.kill()
+        shutil.copytree(kept, copy)
+        store.start()
+        poster.post_until_taken()
+        for hours in (2, 1):
+            store.add(f"{int((time.time() + hours * 3600) * 1000)}-0", data=f"ahead {hours}")
+            poster.texts.append(f"ahead {hours}")
+            poster.post(20)
+            for client in clients:
+                read_to(client, poster.texts[-1])
+            store.kill()
+            shutil.rmtree(kept)
+            shutil.copytree(copy, kept)
+            store.start()
+            poster.post_until_taken()
+            poster.post(20)
+            for client in clients:
+                read_to(client, poster.texts[-1])
+        for client in clients:
+            check_told(client.stream.events, poster.texts)
+            assert len(gaps(client.stream.events)) == 2
+        poster.close()
+
+
+# Redis that is there, and does not do as it should
+
+
+@pytest.mark.parametrize("query", ["protocol=3", "decode_responses=true", "retry_on_timeout=true", "max_connections=5"])
+def test_a_url_cannot_say_how_redis_is_spoken_to(store, query):
+    store.url += f"?{query}"
+    with watched(store) as (_, (client,)):
+        store.add(data="one")
+        read_to(client, "one")
+        store.client.xtrim("sse", maxlen=0, approximate=False)
+        read_to_gap(client)
+        store.add(data="two")
+        read_to(client, "two")
+
+
+def test_redis_that_refuses(store):
+    with watched(store) as ((server,), (client,)):
+        poster = Poster([server])
+        poster.post(3)
+        for setting, value, usual in (("maxmemory", 1, 0), ("requirepass", "secret", "")):
+            store.client.config_set(setting, value)
+            store.client.client_kill_filter(_type="normal", skipme=True)    # who is in already stays so
+            wait_until(lambda: post(server.port, "refused").status_code == 503)
+            store.client.config_set(setting, usual)
+            poster.post_until_taken()
+        store.client.rename("sse", "other")
+        store.client.set("sse", "x")
+        wait_until(lambda: post(server.port, "refused").status_code == 503)
+        store.client.delete("sse")
+        store.client.rename("other", "sse")
+        poster.post_until_taken()
+        check_told(read_to(client, poster.texts[-1]), poster.texts)
+        poster.close()
+
+
+def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
+    with watched(store) as (_, (client,)):
+        texts = [str(number) + "x" * (1000 << 10) for number in range(40)]
+        for text in texts:
+            store.client.xadd("sse", {"data": text})
+        store.client.xadd("sse", {"data": "x" * (2 << 20)})
+        store.client.xadd("sse", {"no": "event"})
+        store.client.xtrim("sse", maxlen=1, approximate=False)      # the one where the follower stands is no event
+        store.add(data="last")
+        assert len(read_to(client, "last")) >= 2
+        check_told(client.stream.events, [*texts, "last"])
+
+
+def test_whatever_happens_to_redis(store):
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    print(f"seed {seed}")
+
+    def freeze():
+        store.process.send_signal(signal.SIGSTOP)
+        threading.Timer(0.3, store.process.send_signal, (signal.SIGCONT,)).start()
+    moves = [store.client.flushall, store.wipe, freeze, lambda: (store.kill(), store.start()),
+             lambda: store.client.xtrim("sse", maxlen=draw.choice((0, 1, 5)), approximate=False),
+             lambda: store.client.client_pause(100), lambda: store.client.xadd("sse", {"no": "event"}),
+             lambda: store.client.client_kill_filter(_type="normal", skipme=True)]
+    with watched(store, 2) as (servers, clients):
+        poster = Poster(servers)
+        for _ in range(12):
+            poster.post(draw.randrange(20))
+            draw.choice(moves)()
+            poster.post(draw.randrange(5))
+            poster.post_until_taken()
+            for client in clients:      # a stream that is emptied twice before anybody looks shows no trace of it
+                read_to(client, poster.texts[-1])
+        poster.close()
+        for client in clients:
+            check_told(client.stream.events, poster.texts)
+
+
+# Clients that are ahead of a server
+
+
+@contextmanager
+def cut_off(store):
+    """Run two servers, of which the second gets to Redis through a wire that can be blocked."""
+    with Forwarder(store.port) as wire, following(store, 1, "--heartbeat", "0.2") as (near,):
+        direct, store.url = store.url, wire.url
+        with following(store, 1, "--heartbeat", "0.2") as (far,):
+            store.url = direct
+            yield near, far, wire
+
+
+def status(server) -> requests.Response:
+    return requests.get(f"http://127.0.0.1:{server.port}/-/status", timeout=PATIENCE)
+
+
+def test_a_client_ahead_of_this_server(store):
+    with cut_off(store) as (near, far, wire), Client(near.port) as client:
+        client.open()
+        store.add(data="old")
+        with resume(far.port, "0-1") as probe:
+            read_to(probe, "old")
+        wire.block()
+        for number in range(5):
+            store.add(data=str(number))
+        ids = [event.id for event in read_to(client, "4")]
+        with resume(far.port, ids[2]) as middle, resume(far.port, ids[5]) as last:
+            for ahead in (middle, last):
+                ahead.read_until(lambda stream: stream.comments >= 5)
+                assert ahead.stream.events == []
+            assert status(far).status_code == 200
+            wait_until(lambda: holds_no_thread(far))
+            wire.open()
+            store.add(data="new")
+            assert names(read_to(last, "new")) == ["message"]
+            assert [event.data for event in read_to(middle, "new")] == ["2", "3", "4", "new"]
+
+
+def test_a_thousand_clients_ahead(store):
+    with cut_off(store) as (near, far, wire), ExitStack() as stack:
+        store.add(data="old")
+        with resume(far.port, "0-1") as probe:
+            read_to(probe, "old")
+        wire.block()
+        ids = [store.add(data=str(number)) for number in range(5)]
+        ahead = [stack.enter_context(resume(far.port, ids[number % 5])) for number in range(1000)]
+        for client in ahead:
+            client.open()
+        began = time.monotonic()
+        with Client(far.port) as newcomer:
+            newcomer.open()
+        assert time.monotonic() - began < 0.5
+        wait_until(lambda: holds_no_thread(far), timeout=1)
+        wire.open()
+        store.add(data="new")
+        for number, client in enumerate(ahead):
+            read_to(client, "new")
+            assert data(client) == [*map(str, range(number % 5 + 1, 5)), "new"]
+
+
+def test_an_id_that_is_nowhere_becomes_unknown(store):
+    with watched(store) as ((server,), _):
+        store.add(data="one")
+        began = time.monotonic()
+        with resume(server.port, f"{int(time.time() * 1000) + 3600000}-0") as client:
+            events = read_to(client, "one")
+            assert time.monotonic() - began < 1.5     # a second, on an idle machine
+            assert names(events) == ["gap", "message"] and gaps(events)[0]["reason"] == "unknown"
+            store.add(data="two")
+            assert names(read_to(client, "two")) == ["gap", "message", "message"]
+
+
+def test_a_server_that_was_there_before_redis(store):
+    ids = [store.add(data=str(number)) for number in range(10)]
+    store.kill()
+    with following(store, 1, "--heartbeat", "0.2") as (server,), ExitStack() as stack:
+        new = stack.enter_context(Client(server.port)).open()
+        waiting = [stack.enter_context(resume(server.port, ids[number % 10])) for number in range(100)]
+        for client in (*waiting, new):
+            client.read_until(lambda stream: stream.comments)
+        assert status(server).status_code == 200
+        wait_until(lambda: holds_no_thread(server))
+        store.start()
+        store.add(data="new")
+        for number, client in enumerate(waiting):
+            read_to(client, "new")
+            assert data(client) == [*map(str, range(number % 10 + 1, 10)), "new"]
+        assert [event.data for event in read_to(new, "new")] == ["new"]
+
+
+# A fault of our own
+
+
+def fail(event: Event) -> None:
+    raise ZeroDivisionError("a fault")
+
+
+def test_a_fault_in_the_follower_ends_the_server(store, monkeypatch, caplog):
+    server = SSEServer(port=0, redis=store.url).start()
+    try:
+        monkeypatch.setattr(server._broadcast, "add", fail)
+        with Client(server.port) as client:
+            client.open()
+            store.add(data="one")
+            client.read_to_end()
+        with pytest.raises(NotRunning):
+            server.publish("two")
+    finally:
+        with pytest.raises(RuntimeError) as raised:
+            server.stop()
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    record, = [record for record in caplog.records if record.levelno == logging.CRITICAL]
+    assert record.exc_info[0] is ZeroDivisionError and "source" in record.getMessage()
+
+
+def test_a_fault_in_the_follower_ends_the_process(store):
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(TOP)!r})
+        import sse_server
+        sse_server.Broadcast.add = lambda self, event: 1 / 0
+        sys.exit(sse_server.main(["--port", "0", "--redis", {store.url!r}]))"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        process.stdout.readline()
+        port = int(process.stdout.readline().rpartition(":")[2])
+        with Client(port) as client:
+            client.open()
+            store.add(data="one")
+            client.read_to_end()
+        errors = process.communicate(timeout=PATIENCE)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1 and errors.count("Traceback") == 1 and "ZeroDivisionError" in errors
