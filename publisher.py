@@ -353,7 +353,7 @@ class Publisher:
             silent_since = now - self._heartbeat
             silent = [client for group in self._groups.values() if group.sent_at <= silent_since
                       for client in group.current if client.sent_at <= silent_since]
-            for client in silent + [client for client in self._ahead if client.sent_at <= silent_since]:
+            for client in silent + [client for client in self._ahead if not client.rest and client.sent_at <= silent_since]:
                 self._beat(client)
 
     def _drop_if_stalled(self, client: Client) -> None:
@@ -366,7 +366,8 @@ class Publisher:
         heartbeat = client.asked.framed(frames.HEARTBEAT)
         sent = self._send(client, heartbeat)
         if 0 <= sent < len(heartbeat):
-            client.cursor, client.after = self._broadcast.fanned_out, self._broadcast.newest
+            if not client.ahead:
+                client.cursor, client.after = self._broadcast.fanned_out, self._broadcast.newest
             client.rest = memoryview(heartbeat)[sent:]
             self._watch(client)
 

@@ -389,7 +389,8 @@ class Broadcast:
     def _snap(self, client: Client) -> Snapshot:
         """Return a client, the bytes sent to it, its lag in frames, and since when it is due the first of these."""
         if client not in self._lagging or client.ahead:
-            return client, client.bytes + (client.group.bytes if client.group else 0), 0, math.inf
+            current = client.group is not None and client in client.group.current
+            return client, client.bytes + (client.group.bytes if current else 0), 0, math.inf
         lag, due = self._log.next - client.cursor, max(client.cursor, self._log.first)
         return client, client.bytes, lag, self._log.frame(due).time if due < self._log.next else math.inf
 
