@@ -136,7 +136,6 @@ class Publisher:
         for client in joining:
             self._greet(client)
         for client in self._broadcast.place_arrived(self._ahead) if self._ahead else ():
-            del self._ahead[client]
             self._watch(client)
         if self._clock() >= self._sweep_at:
             self._sweep()
@@ -208,6 +207,7 @@ class Publisher:
     def _watch(self, client: Client) -> None:
         """Give a client a cursor of its own, and wait for its socket."""
         client.sent_at = self._clock()
+        self._ahead.pop(client, None)
         self._clients.set_lagging(client, client.sent_at)
         self._selector.modify(client.sock, BOTH, client)
 
@@ -333,7 +333,8 @@ class Publisher:
         heartbeat = client.asked.framed(frames.HEARTBEAT)
         sent = self._send(client, heartbeat)
         if 0 <= sent < len(heartbeat):
-            client.cursor, client.after = self._broadcast.fanned_out, self._broadcast.newest
+            if not client.ahead:
+                client.cursor, client.after = self._broadcast.fanned_out, self._broadcast.newest
             client.rest = memoryview(heartbeat)[sent:]
             self._watch(client)
 

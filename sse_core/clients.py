@@ -124,7 +124,8 @@ class Clients:
 
     def _snap(self, client: Client, log: Log) -> Snapshot:
         if client not in self.lagging or client.ahead:
-            return client, client.bytes + (client.group.bytes if client.group else 0), 0, math.inf
+            is_current = client.group is not None and client in client.group.current
+            return client, client.bytes + (client.group.bytes if is_current else 0), 0, math.inf
         due = max(client.cursor, log.first)
         due_since = log.frame(due).time if due < log.next else math.inf
         return client, client.bytes, log.next - client.cursor, due_since

@@ -30,7 +30,7 @@ class Frame(NamedTuple):
 class Evicted(NamedTuple):
     """What is remembered of the last frame of a channel that left the log."""
     number: int
-    newest: Id
+    newest: Tuple[int, ...]     # its id, or just above the newest one if it has none
 
 
 class Log:
@@ -73,7 +73,8 @@ class Log:
         frame = self._frames.pop(self.first)
         self._bytes -= len(frame.chunk)
         self.first += 1
-        self._evicted[frame.channel] = Evicted(frame.number, frame.newest)
+        # A frame without an id came after the newest one: (ms, n) < (ms, n, 1) < (ms, n + 1)
+        self._evicted[frame.channel] = Evicted(frame.number, frame.newest if frame.id else (*frame.newest, 1))
         self._evicted.move_to_end(frame.channel)
         if len(self._evicted) > MAX_CHANNELS:
             self._forgotten = self._evicted.popitem(last=False)[1]

@@ -497,20 +497,6 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
     assert not b.broadcast.register(deaf.server_end, HEAD)
 
 
-def test_a_fault_in_the_publisher_thread_leaves_nobody_waiting(bench, monkeypatch):
-    b = bench()
-    peer = b.peer()
-    monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    monkeypatch.setattr(b.publisher, "_sweep", lambda: 1 / 0)
-    b.now += 10
-    b.start()
-    b.publisher._thread.join(5)
-    assert not b.publisher._thread.is_alive() and peer.take() and peer.sock.recv(1) == b""
-    with pytest.raises(NotRunning):
-        b.publish("x")
-    assert not b.broadcast.register(peer.sock, HEAD)
-
-
 def test_channels_reach_only_those_who_asked(bench):
     b = bench(history=100)
     every, a, both = b.peer(), b.peer(channels=["a"]), b.peer(channels=["a", "b"])

@@ -1,0 +1,676 @@
+"""Random operations on the engine, against a model of what each client must have been sent.
+
+`Story` and `Reader` are the model: written from what the server promises, sharing no code with it but the list of
+bounds. The engine is turned by hand, so that the model can judge each byte in the moment in which it is sent.
+"""
+import json
+import random
+import re
+import threading
+import time
+from typing import Iterable, List, NamedTuple, Optional, Tuple
+from zlib import crc32
+
+import pytest
+
+from sse_core import frames
+from sse_core.shared import Event as Coming
+from test_publisher import HEAD, Bench, Narrow, Peer, in_a_thread, piped
+from wire import Decoder, Event
+
+ID_ROOM = 64            # bytes for which there must be room beside an event, whatever its id
+STALL = 30.0
+WIDE = 1 << 40
+Id = Tuple[int, int]
+
+
+def spelled(id: Optional[Id]) -> Optional[str]:
+    return id and f"{id[0]}-{id[1]}"
+
+
+def parsed(text: str) -> Optional[Id]:
+    match = re.fullmatch(r"(0|[1-9]\d{0,19})-(0|[1-9]\d{0,19})", text, re.ASCII)
+    return match and (int(match[1]), int(match[2]))
+
+
+class Entry(NamedTuple):
+    """One place in the log: an event, or the gap that a source tells."""
+    number: int
+    id: Optional[Id]
+    channel: Optional[str]
+    name: str
+    data: str
+    size: int
+
+
+class Story:
+    """All that was ever published, and how much of it is kept."""
+
+    def __init__(self, history: int, size: int, began: Id) -> None:
+        self.ids, self.count, self.size = history > 0, max(64, history), size
+        self.entries: List[Entry] = []
+        self.first, self.kept_bytes = 0, 0      # the oldest one kept, and the bytes of all that are
+        self.began, self.last, self.epoch = began, began, 0
+
+    def evictions(self, length: int) -> int:
+        """Return how many entries must go, so that so many bytes fit."""
+        first, kept = self.first, self.kept_bytes
+        while first < len(self.entries) and (len(self.entries) - first >= self.count or kept + length > self.size):
+            kept -= self.entries[first].size
+            first += 1
+        return first - self.first
+
+    def append(self, id: Optional[Id], channel: Optional[str], name: str, data: str, payload: int, room: int) -> None:
+        for _ in range(self.evictions(payload + room)):
+            self.kept_bytes -= self.entries[self.first].size
+            self.first += 1
+        if id is not None:
+            if id <= self.last:
+                self.epoch, self.began = len(self.entries), id
+            self.last = id
+        size = payload + 12 + (len(f"id: {spelled(id)}\n") if id else 0)
+        self.entries.append(Entry(len(self.entries), id, channel, name, "\n".join(re.split("\r\n|\n|\r", data)), size))
+        self.kept_bytes += size
+
+    def next_wanted(self, start: int, channels: Iterable[str], stop: Optional[int] = None) -> Optional[Entry]:
+        for number in range(start, len(self.entries) if stop is None else stop):
+            if self.entries[number].channel is None or self.entries[number].channel in channels:
+                return self.entries[number]
+        return None
+
+    def place(self, text: str, channels: Iterable[str]) -> Tuple[int, Optional[str]]:
+        """Return where a client goes on that has had this id, and the reason for the gap that it is told first."""
+        id, oldest = parsed(text), max(self.first, self.epoch)
+        if id is None or id > self.last or id < self.began:
+            return oldest, "unknown"
+        newer = next((each.number for each in self.entries[self.epoch:] if each.id and each.id >= id), len(self.entries))
+        if newer < len(self.entries) and self.entries[newer].id == id:
+            newer += 1
+        elif newer > oldest:
+            return newer, "unknown"     # below that, it cannot be told from one of ours that has left the log
+        lost = self.next_wanted(newer, channels, self.first)
+        return newer, "evicted" if lost else None
+
+
+class Judged(Narrow):
+    """The server's end of a client: it takes `room` bytes, and the reader judges each in the moment it is sent."""
+    reader: "Reader"
+
+    def send(self, data) -> int:
+        self.reader.blocked_at = self.reader.now() if self.reader.blocked_at is None else self.reader.blocked_at
+        sent = super().send(data)
+        if sent == len(data):
+            self.reader.blocked_at = None
+        self.reader.judge(bytes(data[:sent]))
+        return sent
+
+
+class Reader:
+    """A client, and what it must be sent next."""
+
+    def __init__(self, bench: Bench, story: Story, name: str, narrow: bool, chunked: bool, channels: List[str],
+                 last_id: Optional[str], can_place: bool) -> None:
+        self.bench, self.story, self.name, self.channels, self.chunked = bench, story, name, channels, chunked
+        self.last_id = last_id if story.ids else None
+        self.stream = Decoder(chunked, self.last_id or "")
+        self.at: Optional[int] = len(story.entries)     # the next entry that it is due; None: it is ahead
+        self.gap: Optional[str] = None          # why it must be told a gap before that
+        self.had = {spelled(story.last) if last_id is None else last_id} if story.ids else {None}
+        if self.last_id is not None and parsed(last_id) is None:
+            self.had.add(None)
+        self.greeting = self.had.copy()
+        self.since = self.at                    # where the entries begin whose ids it may be said to have had
+        self.whole = self.gaps = self.bytes = self.sum = self.beats = 0
+        self.first = story.first                # the oldest entry kept when the frame under way began
+        self.sent_at = self.registered_at = bench.now
+        self.blocked_at: Optional[float] = None
+        self.gone = False
+        if self.last_id is not None:
+            self.at = None
+            if can_place:
+                self.place()
+        self.peer = Peer(bench.broadcast, narrow=True, peer=name, chunked=chunked, channels=channels, last_id=last_id)
+        self.sock = self.peer.server_end
+        self.sock.__class__, self.sock.reader = Judged, self
+        self.sock.room, self.narrow = 0 if narrow else WIDE, narrow
+        bench.peers.append(self.peer)
+
+    def now(self) -> float:
+        return self.bench.now
+
+    def place(self) -> None:
+        self.at, self.gap = self.story.place(self.last_id, self.channels)
+        self.since, self.sent_at = self.at, self.bench.now
+
+    def judge(self, data: bytes) -> None:
+        """Hold bytes that are being sent against what is due."""
+        now, stream, story = self.bench.now, self.stream, self.story
+        silent, under_way = now - self.sent_at, stream.partial if stream.head else b""
+        self.sent_at, self.bytes, self.sum = now, self.bytes + len(data), crc32(data, self.sum)
+        payloads, events, comments = len(stream.payloads), len(stream.events), stream.comments
+        stream.feed(data)
+        if story.ids and not payloads and stream.payloads:
+            self.greeted(stream.payloads[0])
+        if stream.comments > comments and not under_way:
+            assert silent >= self.bench.heartbeat > 0, "a heartbeat too early"
+        began_now = not under_way or stream.comments > comments or story.ids and not payloads
+        for index, event in enumerate(stream.events[events:]):
+            self.told(event, story.first if index or began_now else self.first)
+        if began_now or len(stream.payloads) > payloads:
+            self.first = story.first
+        assert not stream.ended or not self.due(), "ended while something is due"
+
+    def greeted(self, payload: bytes) -> None:
+        id = b"" if self.last_id is not None else b"id: %b\n" % self.greeting.copy().pop().encode()
+        assert re.fullmatch(id + rb"retry: \d+\r\n\r\n", payload), payload
+
+    def told(self, event: Event, first: int) -> None:
+        lost = self.story.next_wanted(self.at, self.channels, first)
+        if not (self.gap or lost):
+            entry = self.due()
+            assert entry, f"nothing is due: {event}"
+            assert (event.name, event.data) == (entry.name, entry.data), f"due is {entry}"
+            assert not entry.id or event.id == spelled(entry.id)
+            self.at, self.since, self.whole = entry.number + 1, entry.number, self.whole + 1
+            newest = next((each.id for each in self.story.entries[entry.number::-1] if each.id), None)
+            self.had = {event.id, spelled(newest)} if self.story.ids else {None}
+            return
+        assert event.name == "gap", f"no gap is told before {event}, due is {self.due()}"
+        told = json.loads(event.data)
+        had = {self.last_id} if self.gap else self.had | {
+            spelled(each.id) for each in self.story.entries[self.since:lost.number] if each.id}
+        at = max(self.at, first)
+        resumed = next((each.id for each in self.story.entries[at:] if each.id), None)
+        assert told["after"] in had, f"{told}, not after {had}"
+        assert told["resumed"] == spelled(resumed) and told["reason"] == (self.gap or "lagging"), (told, resumed)
+        self.at, self.gap, self.gaps = at, None, self.gaps + 1
+
+    def due(self) -> Optional[Entry]:
+        return None if self.at is None else self.story.next_wanted(self.at, self.channels)
+
+    def is_full(self) -> bool:
+        """Say whether the kernel may hold so much that the socket does not count as writable."""
+        return self.bytes - len(self.peer.raw) > 50_000
+
+    def take(self) -> None:
+        self.peer.stream = self     # the bytes were judged when they were sent: only their sum is compared
+        self.peer.take()
+
+    def feed(self, data: bytes) -> None:
+        """Take the place of the decoder at the peer's end."""
+
+
+class Driver:
+    """Random operations, and what must hold after each."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = draw = random.Random(seed)
+        history = draw.choice((0, 64, 64, 100, 400))
+        self.shared = bool(history) and draw.random() < 0.4
+        self.skew = 0.0
+        self.bench = Bench(draw.choice((0.0, 2.0, 10.0)), history=history, shared=self.shared, max_clients=40)
+        self.bench.heartbeat = self.bench.publisher._heartbeat
+        self.broadcast, self.publisher = self.bench.broadcast, self.bench.publisher
+        self.broadcast._wall = lambda: self.bench.now + self.skew
+        size = self.broadcast._log._size = draw.choice((64 << 20, 300_000, 20_000))
+        self.story = Story(history, size, (0, 0) if self.shared else (1_000_000, 0))
+        self.loaded, self.complete_at, self.preloaded = not self.shared, -1.0 if self.shared else 1e9, 0
+        self.readers: List[Reader] = []
+        self.left: List[Reader] = []
+        self.texts, self.closed = 0, False
+
+    def run(self, operations: int) -> None:
+        choices = [self.publish] * 6 + [self.burst, self.register, self.register, self.leave, self.later, self.set_clock]
+        choices += [self.give_room] * 8 + [self.turn] * 8 + [self.take] * 2 + ([self.tell_gap, self.complete] * self.shared)
+        if self.shared and self.draw.random() < 0.5:
+            self.preload()
+        for _ in range(operations):
+            self.draw.choice(choices)()
+        self.finish()
+
+    # Events
+
+    def event(self) -> Tuple[str, str, Optional[str], int]:
+        size = self.draw.choice((0, 1, 10, 50, 50, 200, 200, 2000, 9000, 70_000, 200_000)[:self.draw.choice((6, 8, 11))])
+        self.texts += 1
+        data = (f"{self.texts} " + (self.draw.choice(("x", "\n", "é\r\n", "y\r")) if size < 500 else "x") * size)[:size]
+        name = self.draw.choice(("", "", "custom", "n\u00e4me"))
+        payload = f"event: {name}\n" * bool(name) + "data: " + "\r\ndata: ".join(re.split("\r\n|\n|\r", data)) + "\r\n\r\n"
+        return data, name, self.draw.choice((None, None, "a", "b", "c")), len(payload.encode())
+
+    def make_way(self, length: int) -> None:
+        """Turn until an event can be published without waiting for the publisher."""
+        gone, kept = self.story.evictions(length), len(self.story.entries) - self.story.first
+        while gone and (len(self.story.entries) - self.broadcast.fanned_out) * 4 > (kept - gone + 1) * 3:
+            self.turn()
+
+    def publish(self, small: bool = False) -> None:
+        data, name, channel, length = self.event()
+        while small and length > 500:
+            data, name, channel, length = self.event()
+        self.make_way(length + ID_ROOM)
+        if self.shared:
+            return self.add(data, name, channel, length)
+        last, ms = self.story.last, int((self.bench.now + self.skew) * 1000)
+        id = ((ms, 0) if ms > last[0] else (last[0], last[1] + 1)) if self.story.ids else None
+        assert self.broadcast.publish(data, name or None, channel) == spelled(id)
+        self.story.append(id, channel, name or "message", data, length, ID_ROOM)
+
+    def add(self, data: str, name: str, channel: Optional[str], length: int) -> None:
+        if not self.loaded:
+            self.preload()
+        ms, n = self.story.last
+        id = self.draw.choice(((ms, n + 1), (ms + 1, 0), (ms + self.draw.randrange(1, 50), 3)))
+        if ms > 10 and self.draw.random() < 0.004:      # a new epoch
+            id = self.draw.randrange(ms), self.draw.randrange(3)
+            self.tell_gap()
+            self.make_way(length + ID_ROOM)
+        self.broadcast.add(Coming(id, frames.encode(data, name), channel))
+        self.story.append(id, channel, name or "message", data, length, ID_ROOM)
+
+    def burst(self) -> None:
+        for _ in range(self.draw.randrange(2 * self.story.count)):
+            self.publish(small=True)
+
+    def tell_gap(self) -> None:
+        if not self.loaded:
+            return
+        after, resumed = self.story.last, (self.story.last[0], self.story.last[1] + 5)
+        data = json.dumps({"after": spelled(after), "resumed": spelled(resumed), "reason": "evicted"})
+        self.make_way(len(data) + 30)
+        self.broadcast.tell_gap(after, resumed)
+        self.story.append(None, None, "gap", data, len(f"event: gap\ndata: {data}\r\n\r\n"), 0)
+
+    def preload(self) -> None:
+        """Clients that are there do not get what is loaded, unless they brought an id."""
+        self.serve_all()        # but those that lag do
+        coming = []
+        for number in range(self.draw.choice((0, 5, 150))):
+            data, name, channel, length = self.event()
+            coming.append(Coming((50 + number // 3, number % 3), frames.encode(data, name), channel))
+            if not number:
+                self.story.began = coming[0].id
+            self.story.append(coming[-1].id, channel, name or "message", data, length, ID_ROOM)
+        self.broadcast.preload(coming)
+        self.loaded, self.preloaded = True, len(coming)
+        for reader in self.readers:
+            if reader.at is not None:
+                reader.at = len(coming)
+
+    def complete(self) -> None:
+        if self.loaded:
+            self.complete_at = self.bench.now - self.draw.choice((0, 0, 1))
+            self.broadcast.complete(self.complete_at)
+
+    # Clients
+
+    def register(self) -> None:
+        if len(self.readers) >= 40:
+            return
+        known = [spelled(entry.id) for entry in self.draw.sample(self.story.entries[-600:], min(5, len(self.story.entries)))
+                 if entry.id] + [spelled(self.story.last), spelled(self.story.began)]
+        first = max(0, self.story.first - 3)        # where it is decided what is lost
+        known += [spelled(entry.id) for entry in self.story.entries[first:first + 6] if entry.id]
+        ms = self.story.last[0]
+        others = "", "0-0", "garbage", "5-05", f"{ms + 40}-0", f"{ms + 10**6}-7", f"{max(0, ms - 3)}-{self.draw.randrange(9)}"
+        last_id = self.draw.choice((None, None, self.draw.choice(known), self.draw.choice(known), self.draw.choice(others)))
+        channels = [name for name in "abd" if self.draw.random() < 0.4]
+        id = parsed(last_id or "x")
+        can_place = self.loaded and (id is None or id <= self.story.last or self.complete_at > self.bench.now)
+        self.readers.append(Reader(self.bench, self.story, f"peer {len(self.left) + len(self.readers)}",
+                                   self.draw.random() < 0.7, self.draw.random() < 0.8, channels, last_id, can_place))
+
+    def give_room(self) -> None:
+        for reader in self.draw.sample(self.readers, min(2, len(self.readers))):
+            if reader.narrow:
+                reader.sock.room = self.draw.choice((0, 1, 2, 13, self.draw.randrange(300), 5000, 70_000, 1 << 20))
+
+    def take(self) -> None:
+        for reader in self.readers:
+            reader.take()
+
+    def leave(self) -> None:
+        if self.readers and self.draw.random() < 0.3:
+            reader = self.draw.choice(self.readers)
+            reader.peer.sock.close()
+            reader.gone = True
+            self.turn()
+            self.turn()
+
+    # Time
+
+    def set_clock(self) -> None:
+        self.skew = self.draw.choice((0.0, -5.0, 3.0))
+
+    def later(self) -> None:
+        for _ in range(self.draw.choice((1, 3, 40))):
+            self.bench.now += self.draw.choice((0.01, 0.3, 1.0))
+            self.turn()
+
+    def turn(self) -> None:
+        self.publisher.turn(0)
+        for reader in self.readers:
+            if reader.at is None and reader.stream.payloads and self.can_place(reader):
+                reader.place()
+        self.check_drops()
+        self.check_heartbeats()
+
+    def can_place(self, reader: Reader) -> bool:
+        id = parsed(reader.last_id)
+        return self.loaded and (id is None or id <= self.story.last or self.complete_at > reader.registered_at)
+
+    def check_drops(self) -> None:
+        """Dropped are those that left, or took no byte for STALL seconds, and no others."""
+        for reader in list(self.readers):
+            stalled = self.bench.now - max(reader.sent_at, reader.blocked_at or 0.0)
+            if reader.sock.sock.fileno() < 0:
+                assert reader.gone or stalled >= STALL or reader.is_full(), f"{reader.name} was dropped after {stalled}"
+                self.readers.remove(reader)
+                self.left.append(reader)
+            else:
+                late = reader.blocked_at is not None and stalled >= STALL + 2
+                assert not late, f"{reader.name} was not dropped after {stalled}"
+
+    def check_heartbeats(self) -> None:
+        longest = self.bench.heartbeat + min(1.0, self.bench.heartbeat / 8) + 1e-6
+        for reader in self.readers if self.bench.heartbeat else ():
+            silent = self.bench.now - reader.sent_at
+            blocked = reader.blocked_at is not None or reader.is_full()
+            assert blocked or silent < longest, f"{reader.name} was sent nothing for {silent}"
+
+    # The end
+
+    def finish(self) -> None:
+        for _ in range(3):      # whoever left is gone then
+            self.turn()
+        self.check_figures()
+        if self.draw.random() < 0.3:
+            return self.stop()
+        self.serve_all()
+        for reader in self.readers:
+            assert not reader.due() and not reader.gap and not reader.stream.partial, f"{reader.name} lacks {reader.due()}"
+            self.compare(reader)
+        self.check_figures()
+        if self.draw.random() < 0.5:
+            return self.stop()
+        for reader in list(self.readers):
+            reader.peer.sock.close()
+            reader.gone = True
+        for _ in range(3):
+            self.turn()
+        assert not self.readers and not len(self.broadcast.clients)
+        groups = self.publisher._groups
+        assert not any((groups._groups, groups._by_channel, self.publisher._ahead, self.broadcast.clients.lagging))
+
+    def serve_all(self) -> None:
+        """Give everybody room until nobody lags."""
+        for round in range(100_000):
+            for reader in self.readers:
+                reader.sock.room = WIDE
+            self.turn()
+            self.take()
+            if not self.broadcast.has_work() and not self.broadcast.figures()["lagging"]:
+                for reader in self.readers:
+                    reader.sock.room = 0 if reader.narrow else WIDE
+                return
+        raise AssertionError("somebody lags for ever")
+
+    def compare(self, reader: Reader) -> None:
+        """What arrived is what was judged; a second decoder, fed a byte at a time, finds the same in it."""
+        reader.take()
+        assert crc32(reader.peer.raw) == reader.sum
+        if len(reader.peer.raw) < 5000:
+            again = Decoder(reader.chunked, reader.last_id or "")
+            for byte in reader.peer.raw:
+                again.feed(bytes([byte]))
+            assert again.events == reader.stream.events and again.ended == reader.stream.ended
+
+    def check_figures(self) -> None:
+        self.bench.now += 1.5       # so that the snapshot is taken anew
+        everyone, figures = self.readers + self.left, self.publisher.figures()
+        partial = sum(bool(reader.stream.partial) for reader in everyone)
+        own = sum(entry.name == "gap" for entry in self.story.entries)
+        assert figures["events"] == len(self.story.entries) - self.preloaded - own
+        assert figures["clients"] == len(self.readers) and figures["bytes"] == sum(reader.bytes for reader in everyone)
+        for figure, told in (("deliveries", [each.whole for each in everyone]), ("gaps", [each.gaps for each in everyone])):
+            assert 0 <= figures[figure] - sum(told) <= partial, figure
+        assert sum(figures["drops"].values()) == len(self.left)
+        listed = {each["peer"]: each for each in self.broadcast.describe_clients()}
+        assert listed.keys() == {reader.name for reader in self.readers}
+        for reader in self.readers:
+            shown = listed[reader.name]
+            assert (shown["bytes"], shown["channels"]) == (reader.bytes, reader.channels), reader.name
+            assert 0 <= shown["lag_frames"] <= len(self.story.entries) and shown["lag_seconds"] >= 0
+            assert reader.blocked_at is not None or self.broadcast.has_work() or not shown["lag_frames"] or reader.due()
+
+    def stop(self) -> None:
+        """All that do not hold it up get the end chunk, but those in the middle of a frame."""
+        self.broadcast.stop()
+        while not self.broadcast.done():
+            self.bench.now += 0.05
+            self.turn()
+        before = {reader.name: (reader.blocked_at, reader.stream.partial) for reader in self.readers}
+        self.close()
+        for reader in self.readers:
+            blocked, partial = before[reader.name]
+            served = not partial and not reader.due() and not reader.gap and blocked is None and reader.sock.room
+            assert not (partial and reader.stream.ended)
+            assert not (served and reader.chunked and reader.bytes) or reader.stream.ended, reader.name
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.bench.stop()
+        for reader in self.readers + self.left:
+            reader.peer.sock.close()
+
+
+def run(seed: int, operations: int = 400) -> None:
+    driver = Driver(seed)
+    try:
+        driver.run(operations)
+    except Exception as error:
+        for reader in driver.readers:
+            reader.judge = lambda data: None
+        raise AssertionError(f"seed {seed}: {error}") from error
+    finally:
+        driver.close()
+
+
+def test_fuzz_the_engine_against_the_model(request):
+    for _ in range(request.config.getoption("fuzz") * 6):
+        run(random.randrange(1 << 32))
+
+
+def check_whole(events: List[Event], texts: List[str], seed: int) -> None:
+    """Hold what a client got against what was published: a gap wherever something is missing, and nowhere else."""
+    at, gap = 0, False
+    for event in events:
+        if event.name == "gap":
+            gap = True
+            continue
+        number = texts.index(event.data, at)
+        assert gap == (number > at), f"seed {seed}: {event.data[:20]} after {at} of {len(texts)}, gap: {gap}"
+        at, gap = number + 1, False
+    assert at == len(texts) and not gap, f"seed {seed}: ends at {at} of {len(texts)}"
+
+
+def test_fuzz_patience(request):
+    for _ in range(request.config.getoption("fuzz") * 3):
+        patience(random.randrange(1 << 32))
+
+
+def patience(seed: int) -> None:
+    """A pipe, some POSTs beside it: who keeps the pace loses nothing, who does not is told, and costs one pause."""
+    draw = random.Random(seed)
+    bench = Bench(0.0, history=64, patience=4.0)
+    # Bytes a second, and seconds between two helpings
+    readers = [(draw.choice((18_000, 40_000, 200_000, WIDE)), draw.choice((0.25, 0.5, 1.0))) for _ in range(3)]
+    peers = [bench.peer(narrow=True) for _ in readers]
+    deaf = [bench.peer(narrow=True) for _ in range(draw.randrange(3))]
+    bench.turn()
+    size = draw.choice((100, 3000, 20_000, 60_000))
+    texts = [f"{number} ".ljust(draw.randrange(size), "x") for number in range(min(400, 2_000_000 // size))]
+    posts: List[str] = []
+    steps = 0
+
+    def read() -> None:
+        nonlocal steps
+        for peer, (pace, every) in zip(peers, readers):
+            if steps % (every * 4) == 0:
+                peer.server_end.room = int(pace * every)
+            peer.take()
+        for peer in deaf:       # one takes nothing, one next to nothing
+            peer.server_end.room = 10 * deaf.index(peer)
+            peer.take()
+        if len(posts) < 12:     # they are fewer than the last quarter of the log holds
+            posts.append(f"post {len(posts)}")
+            bench.publish(posts[-1])
+        steps += 1
+    try:
+        took = piped(bench, texts, read)
+        slowest = min(pace for pace, _ in readers)
+        assert took < (sum(map(len, texts)) + 60 * len(texts)) * 1.3 / min(slowest, 1 << 20) + 40, f"seed {seed}: {took} s"
+        for peer in peers + deaf:
+            peer.server_end.room = WIDE
+        for _ in range(500):
+            bench.turn()
+            for peer in peers + deaf:
+                peer.take()
+        for peer in peers:
+            got = peer.data()
+            assert [text for text in got if not text.startswith("post")] == texts, f"seed {seed}"
+            assert [text for text in got if text.startswith("post")] == posts, f"seed {seed}"
+        for peer in deaf:
+            if peer.server_end.fileno() >= 0:     # not dropped
+                check_whole(peer.stream.events, peers[0].data(), seed)
+    finally:
+        close(bench)
+
+
+def test_fuzz_many_threads_and_a_publisher_that_sleeps(request):
+    """Nothing but wake-ups moves it, as it has no sweep: a wake-up that is forgotten leaves somebody waiting."""
+    for _ in range(request.config.getoption("fuzz") * 2):
+        threads(random.randrange(1 << 32))
+
+
+def threads(seed: int) -> None:
+    draw = random.Random(seed)
+    bench = Bench(0.0, history=2000)
+    bench.publisher._sweep_at = 1e6
+    bench.start()
+    published: List[Tuple[Id, str]] = []
+
+    def publish(name: int) -> None:
+        own = random.Random(seed + name)
+        for number in range(300):
+            text = f"{name}.{number} ".ljust(own.choice((10, 100, 3000)), "x")
+            published.append((parsed(bench.publish(text)), text))
+            if own.random() < 0.1:
+                time.sleep(0.001)
+    try:
+        peers = [bench.peer() for _ in range(5)]
+        running = [in_a_thread(publish, name) for name in range(3)]
+        while any(thread.is_alive() for thread in running):
+            if len(peers) < 30 and published:
+                peers.append(bench.peer(last_id=spelled(draw.choice(published)[0])))
+            for peer in peers:
+                peer.take()
+        for thread in running:
+            thread.join()
+        order = [text for _, text in sorted(published)]
+        deadline = time.monotonic() + 10
+        while any(peer.data()[-1:] != order[-1:] for peer in peers if parsed(peer.stream.last_id) != max(published)[0]):
+            assert time.monotonic() < deadline, f"seed {seed}: somebody waits for ever"
+        for peer in peers:
+            data = peer.data()
+            assert data == order[len(order) - len(data):], f"seed {seed}"
+    finally:
+        close(bench)
+
+
+def close(bench: Bench) -> None:
+    bench.broadcast.stop()
+    bench.now += 10         # nobody is waited for
+    bench.publisher._wake()
+    bench.stop()
+    for peer in bench.peers:
+        peer.sock.close()
+
+
+# Faults that the model found, each by itself
+
+
+@pytest.fixture
+def bench():
+    benches = []
+
+    def make(**options) -> Bench:
+        benches.append(Bench(**{"history": 64, "heartbeat": 0.0, **options}))
+        return benches[-1]
+    yield make
+    for each in benches:
+        close(each)
+
+
+def ahead_with_half_a_heartbeat(bench) -> Tuple[Bench, Peer]:
+    b = bench(shared=True, heartbeat=10.0)
+    b.broadcast.preload([Coming((1, 0), frames.encode("1"), None)])
+    ahead = b.peer(narrow=True, last_id="3-0")
+    ahead.server_end.room = WIDE
+    b.turn()
+    ahead.server_end.room = 7
+    b.pass_time(12)
+    return b, ahead
+
+
+def test_half_a_heartbeat_does_not_make_a_client_forget_its_id(bench):
+    b, ahead = ahead_with_half_a_heartbeat(bench)
+    ahead.server_end.room = WIDE
+    for number in (2, 3, 4):
+        b.broadcast.add(Coming((number, 0), frames.encode(str(number)), None))
+    b.turn(3)
+    assert ahead.data() == ["4"]
+
+
+def test_half_a_heartbeat_is_followed_by_its_other_half(bench):
+    b, ahead = ahead_with_half_a_heartbeat(bench)
+    b.pass_time(12)
+    ahead.server_end.room = WIDE
+    b.turn(2)
+    assert ahead.take().comments == 1 and not ahead.stream.partial
+
+
+def test_bytes_of_a_client_that_is_ahead(bench):
+    b = bench(shared=True)
+    b.broadcast.preload([Coming((1, 0), frames.encode("1"), None)])
+    b.peer(peer="current")
+    b.turn()
+    b.broadcast.add(Coming((2, 0), frames.encode("2"), None))
+    b.turn()
+    ahead = b.peer(peer="ahead", last_id="9-0")
+    b.turn()
+    ahead.take()
+    assert {each["peer"]: each["bytes"] for each in b.broadcast.describe_clients()}["ahead"] == len(ahead.raw)
+
+
+def test_the_gap_of_a_source_that_has_left_the_log_is_told(bench):
+    b = bench(shared=True)
+    b.broadcast.preload([Coming((1, 0), frames.encode("1"), None)])
+    b.broadcast.tell_gap((1, 0), (5, 0))
+    for number in range(5, 69):
+        b.broadcast.add(Coming((number, 0), frames.encode(str(number)), None))
+        b.turn()
+    back = b.peer(last_id="1-0")
+    b.turn(2)
+    assert b.broadcast._log.first == 2 and [event.name for event in back.take().events[:2]] == ["gap", "message"]
+
+
+@pytest.mark.xfail(reason="those that lag, or were not greeted yet, are sent what is loaded", strict=True)
+def test_what_is_loaded_is_not_sent_to_a_client_that_was_there_and_was_not_greeted_yet(bench):
+    b = bench(shared=True)
+    early = b.peer()
+    b.broadcast.preload([Coming((number, 0), frames.encode(str(number)), None) for number in range(1, 4)])
+    b.broadcast.add(Coming((4, 0), frames.encode("4"), None))
+    b.turn(3)
+    assert early.data() == ["4"]
