@@ -19,7 +19,7 @@ Bytes = Union[bytes, memoryview]
 
 class Frame(NamedTuple):
     """One event, encoded once."""
-    number: int                 # its place in the log, counted from 0 and never used again
+    number: int                 # its place in the log; what was loaded is numbered up to -1
     id: Optional[Id]            # None: the event has none
     newest: Id                  # the newest id up to here: its own, or that of the last one before it that has any
     channel: Optional[str]
@@ -31,6 +31,9 @@ class Evicted(NamedTuple):
     """What is remembered of the last frame of a channel that left the log."""
     number: int
     newest: Tuple[int, ...]     # its id, or just above the newest one if it has none
+
+
+NEVER = Evicted(-1 << 63, (0, 0))
 
 
 class Log:
@@ -57,7 +60,7 @@ class Log:
         self._began_with = began_with           # in this epoch
         self._epoch = 0                         # number of the frame with which it began
         self._evicted: "OrderedDict[Optional[str], Evicted]" = OrderedDict()    # by channel
-        self._forgotten = Evicted(-1, (0, 0))   # the same for every channel that is not in there
+        self._forgotten = NEVER                 # the same for every channel that is not in there
         self._count = max(MIN_HISTORY, history)
         self._size = size
         self._bytes = 0
@@ -92,9 +95,10 @@ class Log:
         self.next += 1
         return frame
 
-    def begin(self, id: Id) -> None:
-        """Say of an empty log that nothing before this id is known of."""
+    def begin(self, id: Id, number: int) -> None:
+        """Say of an empty log that nothing before this id is known of, and number it from here."""
         self._began_with = id
+        self.first = self.next = self._epoch = number
 
     def next_id(self, milliseconds: int) -> Id:
         """Return the id for an event at this time: greater than every id before it, even if the clock was set back."""

@@ -49,13 +49,12 @@ class Shared(Broadcast):
         with self._mutex:
             assert self._log.next == 0, "only an empty log is filled"
             if events and self._ids:
-                self._log.begin(events[0].id)
+                self._log.begin(events[0].id, -len(events))
             for event in events if self._ids else ():
                 while not self._log.fits(len(event.payload) + ID_LENGTH):
                     self._log.evict()
                 self._log.append(event.payload, event.id, event.channel, self.clock())
-            # The publisher has nothing under way: the log was empty
-            self.fanned_out, self.newest = self._log.next, self._log.last_id
+            self.newest = self._log.last_id     # of those before 0, with which the fan-out begins
             self._log.is_loaded = True
 
     def complete(self, at: float) -> None:

@@ -124,7 +124,7 @@ def test_parse_id(text, id):
 
 def test_locate_finds_the_frame_after_an_id_or_says_why_there_may_be_a_gap():
     log = Log(64)
-    log.begin((10, 0))
+    log.begin((10, 0), 0)
     assert log.locate((5, 0)) == (0, "unknown")                 # nothing was ever published
     fill(log, *((n, 0) for n in range(10, 110)))                # 10-0 .. 109-0, the newest 64 from 46-0 on are kept
     assert (log.first, log.next) == (36, 100)
@@ -149,7 +149,7 @@ def test_an_event_that_never_was_begins_a_log_without_a_gap():
 
 def test_a_gap_of_the_source_is_told_to_whoever_resumes_from_before_it():
     log = Log(64)
-    log.begin((1, 0))
+    log.begin((1, 0), 0)
     fill(log, (1, 0), (2, 0))
     log.append(b"gap", None, None, 0.0)
     fill(log, (3, 0))

@@ -16,7 +16,8 @@ import requests
 
 from helpers import PATIENCE, TOP, Client, wait_until
 from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume, store    # noqa: F401
-from sse_core.broadcast import Event, NotRunning
+from sse_core.broadcast import NotRunning
+from sse_core.shared import Event
 from sse_server import SSEServer
 
 
