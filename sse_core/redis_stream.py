@@ -135,7 +135,8 @@ class RedisStream:
         """Return the entries after the last one, and whether nothing before them can be missing.
 
         The look at the last one comes after the read: before it, a burst that trims the stream could come between.
-        Where the stream was empty, nothing may have gone from it since.
+        Where the stream was empty, nothing may have gone from it since, and no more may be there
+        than is known again, should it be one that was away.
         """
         last = self._last[0] if self._last else b"0-0"
         pipe = self._redis.pipeline(transaction=False)
@@ -147,8 +148,8 @@ class RedisStream:
             return entries, there == [self._last]
         if not entries:
             return entries, True
-        first, gone = self._look("xrange")
-        return first, first[:1] == entries[:1] and gone == self._gone
+        first, length, gone = self._look("xrange")
+        return first, first[:1] == entries[:1] and gone == self._gone and length <= self._history
 
     def _begin_again(self, shared: Shared) -> None:
         """Tell a gap, and go on with the newest entries, so far as they were not read before."""
@@ -160,7 +161,7 @@ class RedisStream:
 
     def _newest(self) -> List[Entry]:
         """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
-        page, self._gone = self._look("xrevrange")
+        page, _, self._gone = self._look("xrevrange")
         entries, size = page, 0
         while page and len(entries) < self._history and size < MAX_LOG:
             size += sum(len(value) for _, fields in page for value in fields.values())
@@ -170,8 +171,8 @@ class RedisStream:
         self._last = entries[0] if entries else None
         return entries[:self._history][::-1]
 
-    def _look(self, command: str) -> Tuple[List[Entry], int]:
-        """Return the first or last entries, and how many are gone from the stream at that moment.
+    def _look(self, command: str) -> Tuple[List[Entry], int, int]:
+        """Return the first or last entries, and how many the stream has, and has lost, at that moment.
 
         The latter is 0 where Redis is older than 7.0 and does not count them.
         """
@@ -182,10 +183,10 @@ class RedisStream:
         if isinstance(entries, Exception):
             raise entries
         if isinstance(info, self._refused):         # there is no such key
-            return entries, 0
+            return entries, 0, 0
         if isinstance(info, Exception):
             raise info
-        return entries, info.get("entries-added", info["length"]) - info["length"]
+        return entries, info["length"], info.get("entries-added", info["length"]) - info["length"]
 
     def _new(self, entries: List[Entry]) -> List[Entry]:
         """Return the entries that were not read before: they come again where a stream is restored or renamed."""

@@ -85,8 +85,9 @@ class Client:
         return self.read_until(lambda stream: len(stream.events) >= number).stream.events
 
     def read_to_end(self) -> Decoder:
+        deadline = time.monotonic() + 2 * PATIENCE
         while self.receive():
-            pass
+            assert time.monotonic() < deadline, f"no end: {self.stream.events[-3:]}"
         return self.stream
 
     def open(self) -> "Client":

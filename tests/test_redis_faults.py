@@ -460,7 +460,7 @@ def test_a_fault_in_the_follower_ends_the_process(store):
         import sys
         sys.path.insert(0, {str(TOP)!r})
         import sse_server
-        sse_server.Broadcast.add = lambda self, event: 1 / 0
+        sse_server.Shared.add = lambda self, event: 1 / 0
         sys.exit(sse_server.main(["--port", "0", "--redis", {store.url!r}]))"""
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
