@@ -17,9 +17,9 @@ from sse_core.frames import Id
 from sse_core.log import Batch, Frame, Log
 
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
-LOOK = 0.1              # seconds between two looks of one who waits: a client's pace changes by time
+LOOK = 0.1              # seconds between two looks of one who waits: a pace changes by time alone
 PACE = 16 << 10         # bytes a second; a client that takes less is not waited for
-LUMP = 128 << 10        # bytes more that it may owe: a kernel tells what its reader took in lumps as
+LUMP = 128 << 10        # bytes more that it may owe: a kernel says what its reader took in lumps as
                         # large as its buffer. With the defaults of Linux, one that read 17 kB a
                         # second was silent for 8 s, and then for 5.6 s each time
 WAITERS_SHARE = 0.75    # of the log, for those who wait for clients; the rest is for who does not

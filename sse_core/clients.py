@@ -11,7 +11,7 @@ from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, T
 
 from sse_core import frames
 from sse_core.frames import Id
-from sse_core.log import Bytes, Frame, Log
+from sse_core.log import Batch, Bytes, Frame, Log
 
 AT_ONCE = 256           # clients greeted, and others served, before there is a look for new events
 LISTED = 1000           # clients that a status names
@@ -34,8 +34,8 @@ class Subscription(NamedTuple):
 
 class Client:
     """One connected socket and its cursor."""
-    __slots__ = ("sock", "peer", "asked", "since", "index", "cursor", "rest", "after", "gap", "ahead",
-                 "last_id", "registered_at", "sent_at", "awaited_until", "group", "bytes")
+    __slots__ = ("sock", "peer", "asked", "since", "registered_at", "index", "cursor", "rest",
+                 "after", "gap", "last_id", "ahead", "sent_at", "awaited_until", "group", "bytes")
 
     def __init__(self, sock: socket.socket, peer: str, asked: Subscription, rest: bytes) -> None:
         self.sock = sock
@@ -54,6 +54,34 @@ class Client:
         self.awaited_until = math.inf       # by a patient source; each byte taken moves that on
         self.group: Any = None              # the publisher's
         self.bytes = 0                      # sent to it; while it is current add `group.bytes`
+
+
+    def begin(self, batch: Batch, sent: int) -> int:
+        """Move over the frames of which `sent` bytes of a batch are; return how many these are.
+
+        What is left of the last of these is to be sent next.
+        """
+        begun, self.rest = batch.cut(sent)
+        if begun:
+            last = batch.frames[begun - 1]
+            self.cursor, self.after = last.number + 1, last.newest
+        return begun
+
+    def move(self, told: bytes, batch: Batch, start: int, end: int, sent: int) -> Tuple[int, int]:
+        """Move on, by `sent` bytes of what followed the rest; return frames begun and gaps told."""
+        self.rest = b""
+        if told and not sent:       # the gap is told anew, as it is then
+            return 0, 0
+        self.cursor = start
+        if told:
+            self.gap = None
+        if sent < len(told):
+            self.rest = told[sent:]
+            return 0, 1
+        begun = self.begin(batch, sent - len(told))
+        if sent == len(told) + len(batch.data):
+            self.cursor = end       # beyond frames that it does not want, too
+        return begun, int(bool(told))
 
 
 Snapshot = Tuple[Client, int, int, float]   # bytes sent, frames due, since when the first of these

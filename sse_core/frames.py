@@ -2,28 +2,28 @@
 
 No socket, no thread and no clock in here: time and order come from the caller, bytes go back to it.
 
-On the wire a frame is eight lower-case hex digits, CRLF, the event, CRLF (RFC 9112 section 7.1). The event is the
-fields `id:`, `event:`, `data:` in this order (WHATWG HTML section 9.2.5). The length line has a fixed width, so a
-client of HTTP/1.0, which knows no chunks, is sent a plain slice of the same frame.
+On the wire a frame is eight lower-case hex digits, CRLF, the event, CRLF (RFC 9112 section 7.1).
+The event is the fields `id:`, `event:`, `data:` in this order (WHATWG HTML section 9.2.5). The
+length line has a fixed width, so a client of HTTP/1.0, which knows no chunks, is sent a slice.
 """
 import json
 import random
 import re
 from typing import Optional, Tuple
 
-MAX_EVENT = 1 << 20         # bytes of data in one event; a frame can be longer, by one `data: ` a line
+MAX_EVENT = 1 << 20         # bytes of data in an event; a frame has a `data: ` a line more
 MAX_NAME = 1024             # bytes of an event's or a channel's name
 BATCH = 64 << 10            # bytes joined for one send: what a client's kernel buffer takes
 END = b"0\r\n\r\n"          # the chunk that ends a stream in order
 
-Id = Tuple[int, int]        # (milliseconds, counter within the millisecond), ordered as Redis orders stream ids
+Id = Tuple[int, int]        # (milliseconds, counter in that millisecond), ordered as in Redis
 _ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
-_LINE_END = re.compile("\r\n|\n|\r")        # these three only (WHATWG 9.2.5); str.splitlines splits at more
+_LINE_END = re.compile("\r\n|\n|\r")        # these only (WHATWG 9.2.5); str.splitlines has more
 _NOT_IN_A_NAME = re.compile("[\r\n\0\ud800-\udfff]")
 
 
 def check_name(kind: str, name: str) -> None:
-    """Raise ValueError if `name` could not stand on one line of a stream; `kind` says in the error what it names."""
+    """Raise ValueError if a name could not stand on one line; `kind` of name is for the error."""
     if _NOT_IN_A_NAME.search(name):
         raise ValueError(f"the {kind} has a CR, LF, NUL or a lone surrogate")
     if len(name.encode()) > MAX_NAME:
@@ -52,7 +52,8 @@ def encode(data: str, event: Optional[str] = None) -> bytes:
 
     Raises ValueError for data with a lone surrogate or over 1 MiB in UTF-8.
     """
-    if len(data) > MAX_EVENT // 4 and len(data.encode(errors="replace")) > MAX_EVENT:   # 4: bytes of a character at most
+    may_be_long = len(data) > MAX_EVENT // 4        # a character has 4 bytes at most
+    if may_be_long and len(data.encode(errors="replace")) > MAX_EVENT:
         raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
     name = f"event: {event}\n" if event else ""
     lines = "\r\ndata: ".join(_LINE_END.split(data)) if "\n" in data or "\r" in data else data
@@ -67,7 +68,7 @@ def chunk(payload: bytes) -> bytes:
     return b"%08x\r\n%b\r\n" % (len(payload), payload)
 
 
-# A comment, and no blank line after it: that would end a block, of which clients that are not strict make an empty event
+# A comment, and no blank line: that would end a block, of which lax clients make an empty event
 HEARTBEAT = chunk(b":\n")
 
 
@@ -84,16 +85,16 @@ def retry(seconds: float) -> bytes:
     return b"retry: %d\r\n" % round(seconds * 1000 * random.uniform(0.5, 1.5))
 
 
-def greeting(seconds: float, id: Optional[Id]) -> bytes:
-    """Return the chunk that begins a stream: how long to wait, and the id of the newest event, if that is to be told.
+def greeting(seconds: float, newest: Optional[Id]) -> bytes:
+    """Return the chunk that begins a stream: how long to wait, and the newest id if that is told.
 
     The block has no data, so it sets a client's last id and dispatches no event (WHATWG 9.2.6).
     """
-    return chunk((b"id: %d-%d\n" % id if id else b"") + retry(seconds) + b"\r\n")
+    return chunk((b"id: %d-%d\n" % newest if newest else b"") + retry(seconds) + b"\r\n")
 
 
 def gap_payload(after: Optional[str], resumed: Optional[str], reason: str) -> bytes:
-    """Return an event that tells a client which frames it will not get. It has no id: the client keeps its own."""
+    """Return an event that tells a client what it will not get. It keeps its id: this has none."""
     return encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap")
 
 
@@ -103,6 +104,6 @@ def parse_id(text: str) -> Optional[Id]:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def format_id(id: Optional[Id]) -> Optional[str]:
+def format_id(event_id: Optional[Id]) -> Optional[str]:
     """Return the id as text, `MILLISECONDS-N`; None stays None."""
-    return id and "%d-%d" % id
+    return event_id and "%d-%d" % event_id

@@ -1,6 +1,7 @@
 """Keep the newest frames, bounded in number and bytes; find the place of a client in them.
 
-No socket, no thread and no clock in here. A log is not locked: use it while holding the mutex that guards it.
+No socket, no thread and no clock in here. Nothing is locked: use it while holding the mutex that
+guards it.
 """
 import math
 from bisect import bisect_right
@@ -11,9 +12,9 @@ from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequenc
 from sse_core.frames import BATCH, Id, chunk, unchunk
 
 MAX_LOG = 64 << 20          # bytes of frames in the log
-MIN_HISTORY = 64            # frames the log keeps even for --history 0, so that a slow client finds its place again
-MAX_CHANNELS = 10000        # channels of which the log remembers what left it; older ones share one memory
-SCAN = 1024                 # frames looked at in one go, so that a client that wants none of them holds up nobody
+MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients that are slow
+MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
+SCAN = 1024                 # frames looked at in one go: who wants none of them holds up nobody
 Bytes = Union[bytes, memoryview]
 
 
@@ -39,11 +40,11 @@ NEVER = Evicted(-1 << 63, (0, 0))
 class Log:
     """Hold the newest frames: at most `history` of them (64 at least) and at most `size` bytes.
 
-    Kept are the frames `first <= number < next`. Nothing leaves by itself: while `fits` is false the caller evicts,
-    and so decides whether the oldest may go.
+    Kept are the frames `first <= number < next`. Nothing leaves by itself: while `fits` is false
+    the caller evicts, and so decides whether the oldest may go.
 
-    Ids grow. One that does not begins a new epoch: from there on ids from before are unknown, and a client that has
-    one gets all that is kept of the new epoch.
+    Ids grow. One that does not begins a new epoch: ids from before are unknown from there on, and
+    a client that has one gets all that is kept of the new epoch.
 
     began_with: the id of an event that never was, before the first: who has it has missed nothing.
 
@@ -57,19 +58,20 @@ class Log:
         self.first = 0
         self.next = 0
         self.last_id = began_with               # of the newest event that has one
-        self._began_with = began_with           # in this epoch
+        self._began_with = began_with           # the first id of this epoch, or one before it
         self._epoch = 0                         # number of the frame with which it began
         self._evicted: "OrderedDict[Optional[str], Evicted]" = OrderedDict()    # by channel
-        self._forgotten = NEVER                 # the same for every channel that is not in there
+        self._forgotten = NEVER                 # for every channel that is not in there
         self._count = max(MIN_HISTORY, history)
         self._size = size
         self._bytes = 0
         self._frames: Dict[int, Frame] = {}
 
     def fits(self, length: int, share: float = 1.0) -> bool:
-        """Say whether a frame of `length` bytes can be appended to this share of the log without an eviction."""
+        """Say whether `length` bytes can be appended within this share of the log."""
         kept = self.next - self.first
-        return kept == 0 or (kept < self._count * share and self._bytes + length <= self._size * share)
+        is_small = self._bytes + length <= self._size * share
+        return kept == 0 or kept < self._count * share and is_small
 
     def evict(self) -> None:
         """Let go of the oldest frame."""
@@ -77,73 +79,77 @@ class Log:
         self._bytes -= len(frame.chunk)
         self.first += 1
         # A frame without an id came after the newest one: (ms, n) < (ms, n, 1) < (ms, n + 1)
-        self._evicted[frame.channel] = Evicted(frame.number, frame.newest if frame.id else (*frame.newest, 1))
+        newest = frame.newest if frame.id else (*frame.newest, 1)
+        self._evicted[frame.channel] = Evicted(frame.number, newest)
         self._evicted.move_to_end(frame.channel)
         if len(self._evicted) > MAX_CHANNELS:
             self._forgotten = self._evicted.popitem(last=False)[1]
 
-    def append(self, payload: bytes, id: Optional[Id], channel: Optional[str], time: float) -> Frame:
-        """Append an encoded event under the next number. `id`: None for a gap, and where events have no ids."""
-        if id is not None:
-            if id <= self.last_id:
-                self._epoch, self._began_with = self.next, id
-            self.last_id = id
-            payload = b"id: %d-%d\n%b" % (*id, payload)
-        frame = Frame(self.next, id, self.last_id, channel, time, chunk(payload))
+    def append(self, payload: bytes, event_id: Optional[Id], channel: Optional[str],
+               time: float) -> Frame:
+        """Append an encoded event under the next number. A gap has no id."""
+        if event_id is not None:
+            if event_id <= self.last_id:
+                self._epoch, self._began_with = self.next, event_id
+            self.last_id = event_id
+            payload = b"id: %d-%d\n%b" % (*event_id, payload)
+        frame = Frame(self.next, event_id, self.last_id, channel, time, chunk(payload))
         self._frames[frame.number] = frame
         self._bytes += len(frame.chunk)
         self.next += 1
         return frame
 
-    def begin(self, id: Id, number: int) -> None:
-        """Say of an empty log that nothing before this id is known of, and number it from here."""
-        self._began_with = id
+    def begin(self, began_with: Id, number: int) -> None:
+        """Say of an empty log that nothing before this id is known, and number it from here on."""
+        self._began_with = began_with
         self.first = self.next = self._epoch = number
 
     def next_id(self, milliseconds: int) -> Id:
-        """Return the id for an event at this time: greater than every id before it, even if the clock was set back."""
+        """Return the id for an event at this time: it grows even if the clock was set back."""
         last = self.last_id
         return (milliseconds, 0) if milliseconds > last[0] else (last[0], last[1] + 1)
 
-    def at(self, id: Id) -> int:
-        """Return the number of the first frame kept, of this epoch, that is not older than `id`, or `next`."""
+    def _at(self, event_id: Id) -> int:
+        """Return the number of the first frame of this epoch that is not older, or `next`."""
         low, high = max(self.first, self._epoch), self.next
         while low < high:
             middle = (low + high) // 2
-            if self._frames[middle].newest < id:
+            if self._frames[middle].newest < event_id:
                 low = middle + 1
             else:
                 high = middle
         return low
 
-    def can_locate(self, id: Optional[Id], since: float) -> bool:
+    def can_locate(self, event_id: Optional[Id], since: float) -> bool:
         """Say whether it is known what this id is, which a client brought at that time.
 
         If the log is shared, other servers can be further than this one. So an id that is ahead
         may come yet, until the log has all that there was when the client brought it.
         """
-        return self.is_loaded and (id is None or id <= self.last_id or self.complete_at > since)
+        return self.is_loaded and (event_id is None or event_id <= self.last_id
+                                   or self.complete_at > since)
 
-    def locate(self, id: Optional[Id], channels: Iterable[str] = ()) -> Tuple[int, Optional[str]]:
-        """Return the number of the frame that follows `id`, and None or why there may be a gap before it.
+    def locate(self, event_id: Optional[Id], channels: Iterable[str] = ()
+               ) -> Tuple[int, Optional[str]]:
+        """Return the number of the frame that follows an id, and why there may be a gap, if so.
 
-        The reason is "evicted" for an id of ours after which frames on these channels, or on none, are gone; else
-        "unknown": the id is from another epoch, from the future, or not ours at all. What is kept beyond it, or all
-        of it, is then the best there is.
+        The reason is "evicted" for an id of ours after which frames on these channels, or on none,
+        are gone; else "unknown": the id is of another epoch, of the future, or not ours at all.
+        What is kept beyond it, or all of it, is then the best there is.
         """
         oldest = max(self.first, self._epoch)
-        if id is None or id > self.last_id:
+        if event_id is None or event_id > self.last_id:
             return oldest, "unknown"
-        number = self.at(id)
-        if number < self.next and self._frames[number].id == id:
+        number = self._at(event_id)
+        if number < self.next and self._frames[number].id == event_id:
             return number + 1, None
-        if number > oldest or id < self._began_with:
+        if number > oldest or event_id < self._began_with:
             return number, "unknown"
         last = self._last_evicted(channels)
-        return number, "evicted" if last.number >= self._epoch and last.newest > id else None
+        return number, "evicted" if last.number >= self._epoch and last.newest > event_id else None
 
     def lost(self, cursor: int, channels: Iterable[str]) -> bool:
-        """Say whether a frame on these channels, or on none, has left the log since it was at `cursor`."""
+        """Say whether a frame on these channels, or on none, has left the log from `cursor` on."""
         return self._last_evicted(channels).number >= cursor
 
     def _last_evicted(self, channels: Iterable[str]) -> Evicted:
@@ -154,15 +160,15 @@ class Log:
         return self._frames[number]
 
     def first_id(self, start: int) -> Optional[Id]:
-        """Return the first id from this number on, which must be kept; None if there is none within SCAN frames."""
+        """Return the first id from this number on; None if there is none within SCAN frames."""
         numbers = range(start, min(self.next, start + SCAN))
         return next((self._frames[number].id for number in numbers if self._frames[number].id), None)
 
     def collect(self, start: int, stop: int, wants: Optional[Callable[[Frame], bool]] = None
                 ) -> Tuple[List[Frame], int]:
-        """Return the wanted frames from `start` on, a batch of them at most, and the number of the frame after these.
+        """Return the wanted frames from `start` on, a batch at most, and the number after these.
 
-        Looks at SCAN frames at most, so that number can be less than `stop`, whatever was found.
+        It looks at SCAN frames, so that number can be less than `stop`, whatever was found.
         """
         found: List[Frame] = []
         length = 0
@@ -178,19 +184,20 @@ class Log:
 
 
 class Batch:
-    """Join frames once for one send, and find the frame in which a send stopped. One frame alone is not copied."""
+    """Join frames for one send, and find the frame in which that stopped. One alone is not copied."""
 
     def __init__(self, frames: Sequence[Frame], chunked: bool) -> None:
         self.frames = frames
-        self._parts: List[Bytes] = [frame.chunk if chunked else unchunk(frame.chunk) for frame in frames]
+        self._parts: List[Bytes] = [
+            frame.chunk if chunked else unchunk(frame.chunk) for frame in frames]
         self.data: Bytes = self._parts[0] if len(frames) == 1 else b"".join(self._parts)
         self._ends: List[int] = []      # made by the first cut: most batches are taken whole
 
     def cut(self, sent: int) -> Tuple[int, Bytes]:
-        """Return how many frames are begun after `sent` bytes, and what is left to be sent of the last of these."""
+        """Return how many frames are begun after `sent` bytes, and what is left of the last one."""
         self._ends = self._ends or list(accumulate(map(len, self._parts)))
         whole = bisect_right(self._ends, sent)
         start = self._ends[whole - 1] if whole else 0
         if sent == start:
             return whole, b""
-        return whole + 1, memoryview(self._parts[whole])[sent - start:]     # no copy: it can be long, and the log has it
+        return whole + 1, memoryview(self._parts[whole])[sent - start:]     # it can be long: no copy

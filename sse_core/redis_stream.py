@@ -1,10 +1,12 @@
 """Turn a Redis stream into the log that many servers share: each follows it, and what is published goes to it.
 
-An entry has the fields `data` and, if it likes, `event` and `channel`, in UTF-8; its id is the event's.
+An entry has the fields `data` and, if it likes, `event` and `channel`, in UTF-8. Its id is the
+event's.
 
-Nothing tells who follows a stream that it lost entries: it may be trimmed past the place where one stands, be made anew
-with ids that start lower, or be restored older. So after every read one looks whether the entry at that place is still
-there, and the same. If not, a gap is told, and the stream is read on from the first entry that is not known.
+Nothing tells who follows a stream that it lost entries: it may be trimmed past the place where one
+stands, be made anew with ids that start lower, or be restored older. So after each read there is a
+look whether the entry at that place is still there, and the same. If not, a gap is told, and it
+goes on with the newest entries, so far as they were not read before.
 """
 import logging
 import random

@@ -1,7 +1,7 @@
 """Turn what happens outside into events: where events come from.
 
-A source is a function that is given `publish` and a stop flag, runs in the thread `source`, and returns when it has
-no more events or the flag is set.
+A source is a function that is given `publish` and a stop flag. It runs in the thread `source`, and
+returns when it has no more events or the flag is set.
 """
 import logging
 import os
@@ -18,8 +18,8 @@ STOP_CHECK = 0.25       # seconds between two looks at the stop flag while there
 logger = logging.getLogger("sse_server")
 
 
-def clock(publish: Callable[..., object], stopping: threading.Event, interval: float = 1.0) -> None:
-    """Publish the local time every `interval` seconds as the original does: four times in ten as `custom`."""
+def clock(publish: Callable[..., object], stopping: threading.Event, interval: float) -> None:
+    """Publish the local time every `interval` seconds, as the original does: 4 in 10 as `custom`."""
     due = time.monotonic()
     while True:
         due = max(due + interval, time.monotonic())     # after a suspend: go on, do not catch up
@@ -30,10 +30,10 @@ def clock(publish: Callable[..., object], stopping: threading.Event, interval: f
 
 
 def lines(publish: Callable[..., object], stopping: threading.Event, descriptor: int) -> None:
-    """Publish each line that comes from a file descriptor, without its line end; return at the end of the input.
+    """Publish each line that comes from a file descriptor, without its end, until there is none.
 
-    Bytes that are not UTF-8 become U+FFFD, a line over 1 MiB is left out: each with one warning. Slow clients that keep
-    the pace hold the lines back, see `Broadcast.publish`.
+    Bytes that are not UTF-8 become U+FFFD, a line over 1 MiB is left out: each with one warning.
+    Slow clients that keep the pace hold the lines back, see `Broadcast.publish`.
     """
     splitter = LineSplitter()
     while not stopping.is_set():
@@ -55,7 +55,7 @@ class LineSplitter:
 
     def __init__(self) -> None:
         self._held: List[bytes] = []    # pieces of a line whose end is still to come
-        self._length = 0                # of these, in bytes; kept up while nothing is held of a line that is too long
+        self._length = 0                # bytes of that line so far, held or too many to be
         self._warned: Set[str] = set()
 
     def feed(self, data: bytes) -> Iterator[str]:

@@ -1,20 +1,21 @@
 """Turn a certificate into TLS sockets that behave like plain ones."""
 import ssl
-from typing import NoReturn, Optional, Union
+from typing import Any, NoReturn, Optional
 
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
 
 
 class TLSSocket(ssl.SSLSocket):
-    """A TLS socket that behaves like a plain one: it says BlockingIOError, and may be offered other bytes after that.
+    """A TLS socket that raises BlockingIOError where a plain one does, and wants no bytes again.
 
-    OpenSSL encrypts a record, of RECORD bytes at most, before it finds the socket full, and wants to be offered the
-    same again (SSL_write(3), the notes on retries). So such a record is kept, and all but its last byte reported as
-    sent: the caller, who comes back with that byte, sends it off and needs to know nothing of it.
+    OpenSSL encrypts a record before it finds the socket full, and wants to be offered the same
+    again (SSL_write(3), the notes on retries). So that record is kept, and all but its last byte
+    is reported as sent: the caller comes back with that byte, and needs to know nothing of it.
     """
-    _begun = b""        # a record that OpenSSL has begun, all but whose last byte the caller thinks sent
+    _begun = b""        # such a record
 
-    def send(self, data: Union[bytes, memoryview], flags: int = 0) -> int:
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send at most RECORD bytes, and return how many of them the socket took."""
         if self._begun:
             self._offer(self._begun)
             self._begun = b""
@@ -35,6 +36,7 @@ class TLSSocket(ssl.SSLSocket):
             raise BlockingIOError from None
 
     def recv(self, size: int = 1024, flags: int = 0) -> bytes:
+        """Receive as a plain socket does."""
         try:
             return super().recv(size, flags)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
