@@ -247,7 +247,7 @@ class Publisher:
             self._clients.set_aside(client)
             self._ahead[client] = None
         else:
-            self._clients.set_current(client)
+            self._clients.set_current(client, self._clock())
 
     def _batch_at(self, cursor: int, asked: Subscription) -> Tuple[Batch, int]:
         """Return the batch from this cursor on, and the cursor after it."""

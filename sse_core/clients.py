@@ -51,7 +51,7 @@ class Client:
         self.last_id: Optional[str] = None  # that it brought
         self.ahead = False                  # this server has not come to that id yet
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
-        self.awaited_until = math.inf       # by a patient source; each byte taken moves that on
+        self.awaited_until = -math.inf      # while it lags, by a patient source; else see Clients
         self.group: Any = None              # the publisher's
         self.bytes = 0                      # sent to it; while it is current add `group.bytes`
 
@@ -164,7 +164,7 @@ class Clients:
     def set_lagging(self, client: Client, now: float) -> None:
         """Sort a client among those that read on from their own cursor."""
         with self._mutex:
-            client.awaited_until = now + self._credit
+            client.awaited_until = now + min(self._credit, now - client.awaited_until)
             self.lagging[client] = None
             if client in client.group.current:
                 client.group.remove(client)
@@ -174,10 +174,16 @@ class Clients:
         with self._mutex:
             self.lagging.pop(client, None)
 
-    def set_current(self, client: Client) -> None:
-        """Sort a client among those that have had every frame."""
+    def set_current(self, client: Client, now: float) -> None:
+        """Sort a client among those that have had every frame.
+
+        While it is, the credit it has left grows by a second each second, from this time on: one
+        that falls behind again at once is not waited for anew.
+        """
         with self._mutex:
-            self.lagging.pop(client, None)
+            if client in self.lagging:
+                del self.lagging[client]
+                client.awaited_until = now - max(0.0, client.awaited_until - now)
             client.group.add(client)
 
     def remove(self, client: Client) -> None:

@@ -668,6 +668,26 @@ def test_a_trickling_reader_holds_up_a_pipe_once(bench):
     assert reader.data() == texts and trickling.data() == []
 
 
+def test_a_reader_that_is_current_now_and_then_is_not_waited_for_anew_each_time(bench):
+    """What a small log of short lines holds fits into a kernel's buffer: so it catches up, and falls behind again."""
+    b = bench(history=64)
+    slow, reader = b.peer(narrow=True), b.peer()
+    slow.server_end.room = 1000
+    b.turn()
+    texts = [f"{number} ".ljust(100, "x") for number in range(5000)]
+    count = iter(range(10**9))
+
+    def read():
+        if next(count) % 40 == 0:       # 1 kB a second, in lumps that make it current
+            slow.server_end.room = 10_000
+        slow.take()
+        reader.take()
+    assert piped(b, texts, read, seconds=300) < 40
+    slow.server_end.room = 1 << 20
+    b.turn(3)
+    assert reader.data() == texts and "gap" in {event.name for event in slow.take().events}
+
+
 def test_posts_beside_a_pipe_cost_no_line(bench):
     """Who does not wait has the last quarter of the log to himself."""
     b = bench(history=64)
