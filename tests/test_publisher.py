@@ -640,7 +640,7 @@ def test_a_reader_of_a_steady_pace_gets_every_line_of_a_pipe(bench, pace, lumps)
     steady = b.peer(narrow=True)
     steady.server_end.room = 1000
     b.turn()
-    texts = [f"{number} ".ljust(10_000, "x") for number in range(200)]
+    texts = [f"{number} ".ljust(10_000, "x") for number in range(100)]
     count = iter(range(10**9))
 
     def read():
