@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Set, Type
 
@@ -66,7 +67,7 @@ def _stop_all() -> None:
 
 
 def _abandon_all() -> None:
-    """In a forked child, which has none of the threads: keep no port and no client from the parent."""
+    """In a forked child, which has none of the threads: keep no port and no client."""
     for server in list(_running):
         server._abandon()
 
@@ -173,7 +174,8 @@ class SSEServer(_Listener):
 
     def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 1024,
                  heartbeat: float = 15.0, retry: float = 3.0, max_clients: int = 10000,
-                 patience: float = 5.0, tokens: Sequence[str] = (), publish_tokens: Sequence[str] = (),
+                 patience: float = 5.0, tokens: Sequence[str] = (),
+                 publish_tokens: Sequence[str] = (),
                  authorize: Optional[Authorize] = None, origins: Sequence[str] = (),
                  cert: Optional[str] = None, key: Optional[str] = None,
                  redis: Optional[str] = None, stream: str = "sse") -> None:
@@ -186,9 +188,10 @@ class SSEServer(_Listener):
         access = Access(tokens, publish_tokens, authorize, origins, self._scheme)
         context = tls_context(cert, key) if cert else None
         self._stream = RedisStream(redis, stream, history) if redis else None
-        self.on_fault: Callable[[], None] = lambda: None
-        self._broadcast = (Shared if self._stream else Broadcast)(
-            history=history, retry=retry, max_clients=max_clients, patience=patience)
+        self.on_fault: Callable[[], object] = lambda: None
+        make = Shared if self._stream else Broadcast
+        self._broadcast = make(history=history, retry=retry, max_clients=max_clients,
+                               patience=patience)
         self._publisher = Publisher(self._broadcast, heartbeat)
         answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
                           publish=self.publish, figures=self.figures, status=self.status)
@@ -236,7 +239,7 @@ class SSEServer(_Listener):
 
     def _start(self) -> None:
         _running.add(self)
-        if self._stream:
+        if self._stream and isinstance(self._broadcast, Shared):
             self._stream.load(self._broadcast, time.time())
         self._sender.start()
         logger.info("listening on %s", self.url)
@@ -360,7 +363,7 @@ class SSEServer(_Listener):
     # Run by the thread `source`
 
     def _follow(self) -> None:
-        assert self._stream, "without one there is nothing to follow"
+        assert self._stream and isinstance(self._broadcast, Shared), "there is nothing to follow"
         self._stream.follow(self._broadcast, self._stopping)
 
     # Run in a forked child
@@ -394,7 +397,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     print(f"Listening on {server.url}", flush=True)
     stopping = threading.Event()
     source = server._thread("source", lambda: _run_source(server, options, stopping, waker))
-    server.on_fault = lambda: waker.send(b"\0") and None
+    server.on_fault = partial(waker.send, b"\0")
     has_status = sys.stderr.isatty() and not options.quiet
     status = command_line.StatusLine(server.figures) if has_status else None
     try:
@@ -421,7 +424,8 @@ def _make_server(options: argparse.Namespace) -> SSEServer:
     try:
         return SSEServer(
             options.host, options.port, history=options.history, heartbeat=options.heartbeat,
-            retry=options.retry, max_clients=options.max_clients, patience=options.patience, tokens=options.token,
+            retry=options.retry, max_clients=options.max_clients, patience=options.patience,
+            tokens=options.token,
             publish_tokens=[options.publish_token] if options.publish_token else [],
             origins=options.origin, cert=options.cert, key=options.key, redis=options.redis,
             stream=options.stream)

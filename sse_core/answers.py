@@ -7,8 +7,8 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 from sse_core import frames, http1
 from sse_core.access import Access
-from sse_core.http1 import Refusal, Request
 from sse_core.broadcast import NotRunning, Unavailable
+from sse_core.http1 import Refusal, Request
 
 HTML = "text/html; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"

@@ -237,7 +237,8 @@ class Broadcast:
     def _begin_stream(self, client: Client, last_id: Optional[str]) -> None:
         """Put a client behind the id it brought, or tell it where it stands if it has none."""
         newest = self._log.last_id if last_id is None else None
-        client.rest = client.rest + client.asked.framed(frames.greeting(self._retry, newest))
+        greeting = client.asked.framed(frames.greeting(self._retry, newest))
+        client.rest = bytes(client.rest) + greeting
         if last_id is not None:
             client.last_id, client.after = last_id, frames.parse_id(last_id)
             client.ahead = not self._log.can_locate(client.after, client.registered_at)

@@ -22,7 +22,7 @@ class Frame(NamedTuple):
     """One event, encoded once."""
     number: int                 # its place in the log; what was loaded is numbered up to -1
     id: Optional[Id]            # None: the event has none
-    newest: Id                  # the newest id up to here: its own, or that of the last one before it that has any
+    newest: Id                  # the newest id up to here: its own, if it has one
     channel: Optional[str]
     time: float                 # seconds, on the caller's clock, when it was appended
     chunk: bytes
@@ -162,7 +162,8 @@ class Log:
     def first_id(self, start: int) -> Optional[Id]:
         """Return the first id from this number on; None if there is none within SCAN frames."""
         numbers = range(start, min(self.next, start + SCAN))
-        return next((self._frames[number].id for number in numbers if self._frames[number].id), None)
+        ids = (self._frames[number].id for number in numbers)
+        return next((event_id for event_id in ids if event_id), None)
 
     def collect(self, start: int, stop: int, wants: Optional[Callable[[Frame], bool]] = None
                 ) -> Tuple[List[Frame], int]:
@@ -184,7 +185,7 @@ class Log:
 
 
 class Batch:
-    """Join frames for one send, and find the frame in which that stopped. One alone is not copied."""
+    """Join frames for one send; find the frame in which that stopped. One alone is not copied."""
 
     def __init__(self, frames: Sequence[Frame], chunked: bool) -> None:
         self.frames = frames
@@ -200,4 +201,4 @@ class Batch:
         start = self._ends[whole - 1] if whole else 0
         if sent == start:
             return whole, b""
-        return whole + 1, memoryview(self._parts[whole])[sent - start:]     # it can be long: no copy
+        return whole + 1, memoryview(self._parts[whole])[sent - start:]     # no copy of a long one

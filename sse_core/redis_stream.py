@@ -1,4 +1,4 @@
-"""Turn a Redis stream into the log that many servers share: each follows it, and what is published goes to it.
+"""Turn a Redis stream into the log that servers share: each follows it, and publishes to it.
 
 An entry has the fields `data` and, if it likes, `event` and `channel`, in UTF-8. Its id is the
 event's.
@@ -12,14 +12,14 @@ import logging
 import random
 import threading
 from collections import OrderedDict
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from sse_core.broadcast import Unavailable
 from sse_core.frames import Id, check_event, encode, parse_id
 from sse_core.log import MAX_LOG
 from sse_core.shared import Event, Shared
 
-BLOCK = 250             # milliseconds that Redis holds back an answer that has no entries: the same for a stream
+BLOCK = 250             # milliseconds that Redis waits for entries before it answers with none
 READ_COUNT = 64         # entries read at once: no more than a log holds, even of the longest
 CONNECTIONS = 1000      # at most: each thread that publishes has one meanwhile
 REDIS_TIMEOUT = 2.0     # seconds until Redis counts as away
@@ -32,8 +32,8 @@ logger = logging.getLogger("sse_server")
 class RedisStream:
     """A Redis stream, followed by one thread; any thread may call `publish`.
 
-    url: redis://HOST:PORT/DB. key: of the stream. history: how many entries `load` and `follow` begin with. Needs the
-    package `redis`; ValueError without it, or for a URL that cannot be.
+    url: redis://HOST:PORT/DB. key: of the stream. history: how many entries it begins with. Needs
+    the package `redis`; ValueError without it, or for a URL that cannot be.
     """
 
     def __init__(self, url: str, key: str, history: int) -> None:
@@ -42,13 +42,16 @@ class RedisStream:
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError:
-            raise ValueError("--redis needs the package redis: python -m pip install redis") from None
-        options = {"max_connections": CONNECTIONS, **redis.connection.parse_url(url)}
-        options.update(     # over what the URL says; its own retries would add an event twice, unasked
-            socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2, decode_responses=False,
-            encoding="utf-8", encoding_errors="strict", retry=Retry(NoBackoff(), 0))
+            raise ValueError("--redis needs the package redis: "
+                             "python -m pip install redis") from None
+        parse_url: Any = redis.connection.parse_url
+        options = {"max_connections": CONNECTIONS, **parse_url(url)}
+        options.update(     # over what the URL says; its own retries would add an event twice
+            socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2,
+            decode_responses=False, encoding="utf-8", encoding_errors="strict",
+            retry=Retry(NoBackoff(), 0))
         try:
-            self._redis = redis.Redis(connection_pool=redis.ConnectionPool(**options))
+            self._redis: Any = redis.Redis(connection_pool=redis.ConnectionPool(**options))
             self._redis.connection_pool.make_connection()       # it connects to nothing yet
         except (TypeError, AttributeError, redis.RedisError) as error:
             raise ValueError(f"the URL of Redis has an option that cannot be: {error}") from None
@@ -57,28 +60,32 @@ class RedisStream:
         self._key = key
         self._history = max(READ_COUNT, history)
         # What follows belongs to the thread that follows, and to `load` before there is one
-        self._last: Optional[Entry] = None      # the newest entry that was read; None: the stream was empty
+        self._last: Optional[Entry] = None      # the newest one read; None: the stream was empty
         self._gone = 0                          # entries that were gone from it then
-        self._known: "OrderedDict[bytes, int]" = OrderedDict()      # the entries read last: id, hash of the fields
+        self._known: "OrderedDict[bytes, int]" = OrderedDict()  # read last: id, hash of the fields
         self._loaded = False                    # the log has the entries from before this server
         self._since = 0.0                       # seconds since the epoch, when it was started
         self._away = False                      # Redis did not answer last time
         self._warned = False                    # of an entry that is no event
 
-    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None) -> str:
+    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None
+                ) -> str:
         """Add an event to the stream and return its id.
 
-        Raises Unavailable if Redis does not take it. It may have taken it all the same, and the answer been lost:
-        whoever tries again then publishes twice.
+        Raises Unavailable if Redis does not take it. It may have taken it all the same, and the
+        answer been lost: whoever tries again then publishes twice.
         """
-        fields = {"data": data, **({"event": event} if event else {}), **({"channel": channel} if channel else {})}
+        given = (("data", data), ("event", event or None), ("channel", channel))
+        fields = {name: value for name, value in given if value is not None}
+        kept = max(10000, 10 * self._history)
         try:
-            return self._redis.xadd(self._key, fields, maxlen=max(10000, 10 * self._history), approximate=True).decode()
+            new = self._redis.xadd(self._key, fields, maxlen=kept, approximate=True)
         except self._error as error:
             raise Unavailable(f"Redis does not take events now ({type(error).__name__})") from None
+        return str(new.decode())
 
     def load(self, shared: Shared, now: float) -> None:
-        """Fill the log with the newest entries, if Redis answers. Call it before `follow`; `now`: seconds since the epoch."""
+        """Fill the log with the newest entries, if Redis answers. now: seconds since the epoch."""
         self._since = now
         try:
             self._load(shared)
@@ -86,7 +93,7 @@ class RedisStream:
             self._note_fault(error)
 
     def follow(self, shared: Shared, stopping: threading.Event) -> None:
-        """Add each entry that comes to the log, until the flag is set, whatever happens to Redis."""
+        """Add what comes to the log, until the flag is set, whatever happens to Redis."""
         try:
             self._follow(shared, stopping)
         finally:
@@ -108,11 +115,12 @@ class RedisStream:
 
     def _note_fault(self, error: Exception) -> None:
         if not self._away:
-            logger.warning("Redis is away (%s); trying again until it is back", type(error).__name__)
+            logger.warning("Redis is away (%s); trying again until it is back",
+                           type(error).__name__)
         self._away = True
 
     def _load(self, shared: Shared) -> None:
-        """Load what is older than this server, and add the entries since: clients may be waiting for those."""
+        """Load what is older than this server, and add what is not: clients may wait for that."""
         began = shared.clock()
         entries = self._new(self._newest())
         old = sum(_id(entry)[0] < self._since * 1000 for entry in entries)
@@ -122,7 +130,7 @@ class RedisStream:
         shared.complete(began)
 
     def _read_on(self, shared: Shared) -> None:
-        """Wait a moment for entries, and add them, or those of a stream that is not the one it was."""
+        """Wait a moment for entries, and add them."""
         began = shared.clock()
         entries, is_same = self._following()
         if is_same:
@@ -136,9 +144,9 @@ class RedisStream:
     def _following(self) -> Tuple[List[Entry], bool]:
         """Return the entries after the last one, and whether nothing before them can be missing.
 
-        The look at the last one comes after the read: before it, a burst that trims the stream could come between.
-        Where the stream was empty, nothing may have gone from it since, and no more may be there
-        than is known again, should it be one that was away.
+        The look at the last one comes after the read: else a burst that trims the stream could
+        come between. Where the stream was empty, nothing may have gone from it since, and no more
+        be there than is known again, should it be one that was away.
         """
         last = self._last[0] if self._last else b"0-0"
         pipe = self._redis.pipeline(transaction=False)
@@ -151,7 +159,8 @@ class RedisStream:
         if not entries:
             return entries, True
         first, length, gone = self._look("xrange")
-        return first, first[:1] == entries[:1] and gone == self._gone and length <= self._history
+        is_whole = first[:1] == entries[:1] and gone == self._gone and length <= self._history
+        return first, is_whole
 
     def _begin_again(self, shared: Shared) -> None:
         """Tell a gap, and go on with the newest entries, so far as they were not read before."""
@@ -162,7 +171,7 @@ class RedisStream:
         self._add(shared, entries)
 
     def _newest(self) -> List[Entry]:
-        """Return the newest entries, and stand behind them, or at the beginning of the stream if there are none."""
+        """Return the newest entries, and stand behind them; at the beginning if there are none."""
         page, _, self._gone = self._look("xrevrange")
         entries, size = page, 0
         while page and len(entries) < self._history and size < MAX_LOG:
@@ -174,9 +183,9 @@ class RedisStream:
         return entries[:self._history][::-1]
 
     def _look(self, command: str) -> Tuple[List[Entry], int, int]:
-        """Return the first or last entries, and how many the stream has, and has lost, at that moment.
+        """Return the first or last entries, how many there are, and how many are gone by then.
 
-        The latter is 0 where Redis is older than 7.0 and does not count them.
+        The last is 0 where Redis is older than 7.0 and does not count them.
         """
         pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
         getattr(pipe, command)(self._key, count=READ_COUNT)
@@ -191,13 +200,13 @@ class RedisStream:
         return entries, info["length"], info.get("entries-added", info["length"]) - info["length"]
 
     def _new(self, entries: List[Entry]) -> List[Entry]:
-        """Return the entries that were not read before: they come again where a stream is restored or renamed."""
+        """Return the entries that are new: a stream restored or renamed has old ones, too."""
         new = []
         for entry in entries:
-            id, fields = entry[0], hash(frozenset(entry[1].items()))
-            if self._known.get(id) != fields:
-                self._known.pop(id, None)
-                self._known[id] = fields
+            key, fields = entry[0], hash(frozenset(entry[1].items()))
+            if self._known.get(key) != fields:
+                self._known.pop(key, None)
+                self._known[key] = fields
                 new.append(entry)
         while len(self._known) > 2 * self._history:
             self._known.popitem(last=False)
@@ -213,12 +222,14 @@ class RedisStream:
             fields = entry[1]
             try:
                 data = fields[b"data"].decode()
-                event, channel = (fields[name].decode() if name in fields else None for name in (b"event", b"channel"))
+                event, channel = (fields[name].decode() if name in fields else None
+                                  for name in (b"event", b"channel"))
                 check_event(event, channel)
                 payload = encode(data, event)
             except (KeyError, ValueError):
                 if not self._warned:
-                    logger.warning("the Redis stream has entries without data or with a bad name; they are skipped")
+                    logger.warning("the Redis stream has entries without data or with a bad name; "
+                                   "they are skipped")
                 self._warned = True
             else:
                 yield Event(_id(entry), payload, channel)

@@ -19,7 +19,7 @@ logger = logging.getLogger("sse_server")
 
 
 def clock(publish: Callable[..., object], stopping: threading.Event, interval: float) -> None:
-    """Publish the local time every `interval` seconds, as the original does: 4 in 10 as `custom`."""
+    """Publish the local time every `interval` seconds, four times in ten as `custom`."""
     due = time.monotonic()
     while True:
         due = max(due + interval, time.monotonic())     # after a suspend: go on, do not catch up
