@@ -1,13 +1,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test test-long fuzz check bench bench-peers siege clean interop
+.PHONY: run test quick test-long fuzz check bench bench-peers siege clean interop
 
 run:
 	$(PYTHON) sse_server.py --port 6500
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
+
+quick: $(VENV)/ready
+	$(VENV)/bin/python -m pytest $(addprefix --ignore=tests/test_, page.py redis.py redis_faults.py \
+		package.py readme.py interop.py)
 
 test-long: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m long
@@ -29,7 +33,7 @@ $(VENV)/ready: setup.cfg
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/bench.py

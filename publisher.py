@@ -125,13 +125,15 @@ class Publisher:
         ready = self._selector.select(0 if self._broadcast.has_work() else timeout)
         began = self._clock()
         self._serve(ready)
-        joined, run = self._broadcast.take()
+        joining, run = self._broadcast.take()
         if run:
             self._fan_out(run)
         self._broadcast.moved(run)
         self._batches.clear()
-        for client in joined:
+        for client in joining:
             self._greet(client)
+        if joining:
+            self._clients.greeted(len(joining))
         for client in self._broadcast.place_arrived(self._ahead) if self._ahead else ():
             self._watch(client)
         if self._clock() >= self._sweep_at:

@@ -260,11 +260,11 @@ class Broadcast:
             return self._woken
 
     def take(self) -> Tuple[List[Client], List[Frame]]:
-        """Return clients that joined, and the next batch to fan out."""
+        """Return clients that join, AT_ONCE at most, and the next batch to fan out."""
         with self._mutex:
             self._woken = True      # until the next look: in a burst, that saves system calls
             run, _ = self._log.collect(self.fanned_out, self._log.next)
-            return self.clients.take_joining(), run
+            return self.clients.joining[:AT_ONCE], run
 
     def moved(self, run: Sequence[Frame]) -> None:
         """Say that these frames are fanned out, and that clients may have moved."""

@@ -111,11 +111,6 @@ class Clients:
         self._all.append(client)
         self.joining.append(client)
 
-    def take_joining(self) -> List[Client]:
-        """Return those that joined first, AT_ONCE at most, which join no longer."""
-        joined, self.joining = self.joining[:AT_ONCE], self.joining[AT_ONCE:]
-        return joined
-
     def served(self, client: Client) -> None:
         """Put a client that lags behind all others that do."""
         if client in self.lagging:
@@ -160,6 +155,11 @@ class Clients:
 
 
     # Called by the publisher thread, without the mutex
+
+    def greeted(self, number: int) -> None:
+        """Say that so many have joined: each is sorted by now, and was waited for until then."""
+        with self._mutex:
+            del self.joining[:number]
 
     def set_lagging(self, client: Client, now: float) -> None:
         """Sort a client among those that read on from their own cursor."""

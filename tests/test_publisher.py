@@ -590,6 +590,26 @@ def test_a_patient_publish_keeps_what_a_resuming_client_is_due(bench):
     waiting.join()
 
 
+def test_a_resuming_client_is_waited_for_at_every_moment_of_its_greeting(bench, monkeypatch):
+    """It once was neither among those who join nor among those who lag, for a moment."""
+    b = bench(history=64)
+    ids = [b.publish(str(number)) for number in range(64)]
+    b.turn()
+    back = b.peer(last_id=ids[0], narrow=True)
+    floors = []
+
+    def send(data):
+        floors.append(b.broadcast.clients.floor(b.broadcast.fanned_out, b.now))
+        raise BlockingIOError
+    monkeypatch.setattr(back.server_end, "send", send)
+    b.turn(2)
+    assert floors and set(floors) == {1}
+    monkeypatch.undo()
+    back.server_end.room = 1 << 20
+    b.turn(3)
+    assert len(back.data()) == 63 and not b.broadcast.clients.joining
+
+
 def test_a_patient_publish_gives_up_a_client_that_does_not_read_after_one_pause(bench):
     b = bench(history=64, patience=5.0)
     deaf, reader = b.peer(narrow=True), b.peer()
