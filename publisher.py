@@ -107,6 +107,9 @@ class Publisher:
         try:
             while not self._broadcast.done():
                 self.turn(self._idle_time())
+        except BaseException:       # a stream may be in the middle of a frame: none is ended
+            self._groups = Groups()
+            raise
         finally:
             self.close()
 

@@ -56,6 +56,12 @@ _PAGES = (Path(__file__).with_name("index.html"),       # in a checkout; else wh
 PAGE = next((page for page in _PAGES if page.exists()), None)
 
 logger = logging.getLogger("sse_server")
+
+
+class Fault(RuntimeError):
+    """A fault in one of the server's threads, its cause, had ended it."""
+
+
 _running: "Set[SSEServer]" = set()
 
 
@@ -63,7 +69,10 @@ _running: "Set[SSEServer]" = set()
 def _stop_all() -> None:
     """Stop what a program that ends has left running, so that streams end in order."""
     for server in list(_running):
-        server.stop()
+        try:
+            server.stop()
+        except Fault:       # it was logged when it happened
+            pass
 
 
 def _abandon_all() -> None:
@@ -214,10 +223,13 @@ class SSEServer(_Listener):
             except NotRunning:      # it was publishing when the server stopped
                 pass
             except BaseException as fault:
-                logger.critical("a fault ended the thread %s, and with it the server", name,
-                                exc_info=True)
                 self._broadcast.fail(fault)
-                self.on_fault()
+                logger.critical("a fault ended the thread %s, and with it the server", name,
+                                exc_info=fault)
+            finally:
+                if self._broadcast.fault:
+                    self._ended.set()
+                    self.on_fault()
         return threading.Thread(target=run, name=name, daemon=True)
 
     def start(self) -> "SSEServer":
@@ -251,34 +263,47 @@ class SSEServer(_Listener):
         """Stop within 3 seconds: clients get what is in the log, and their streams end.
 
         Threads and sockets are gone when it returns, whoever stops it. Can be called again.
-        Raises RuntimeError, from its cause, if a fault in one of the threads had ended the server.
+        In a thread of the server's own (a hook, a logging handler) it only sees to it that this is
+        done. Raises Fault if one had ended the server; RuntimeError in a signal handler that
+        interrupts a `publish` of its thread.
         """
+        self._broadcast.refuse_inside()
         self._stopping.set()
+        if threading.current_thread() in (self._acceptor, self._sender, self._follower):
+            threading.Thread(target=self.stop, name="stop", daemon=True).start()
+            return
         with self._lifecycle:
             if self._stopped:
                 return
             self._stopped = True
-            clients = self.clients
-            if self._acceptor.is_alive():
-                self._connect_to_self()
-                self._acceptor.join()
-            self._handshakes.cut_all()
-            self._broadcast.stop()
+            try:
+                self._stop()
+            finally:        # whatever a logging handler raises
+                _running.discard(self)
+                self._ended.set()
+            if self._broadcast.fault:
+                raise Fault("a fault has ended the server") from self._broadcast.fault
+
+    def _stop(self) -> None:
+        clients = self.clients
+        if self._acceptor.is_alive():
+            self._connect_to_self()
+            self._acceptor.join()
+        self._handshakes.cut_all()
+        self._broadcast.stop()
+        try:
             if self._started:       # not before: what a logging handler publishes must not wait
                 logger.info("stopping with %d clients", clients)
+        finally:
             if self._sender.ident is None:
                 self._publisher.close()
-            elif self._sender is not threading.current_thread():
+            else:
                 self._sender.join()
             super().server_close()
             if self._follower.is_alive():
                 self._follower.join(REDIS_TIMEOUT)
-            if self._started:
-                logger.info("stopped")
-            _running.discard(self)
-            self._ended.set()
-            if self._broadcast.fault:
-                raise RuntimeError("a fault has ended the server") from self._broadcast.fault
+        if self._started:
+            logger.info("stopped")
 
     shutdown = server_close = stop      # what socketserver calls it
 
@@ -286,6 +311,7 @@ class SSEServer(_Listener):
         """Start, and wait until the server is stopped. It polls nothing."""
         self.start()
         self._ended.wait()
+        self.stop()
 
     def __enter__(self) -> "SSEServer":
         return self.start()
@@ -293,7 +319,7 @@ class SSEServer(_Listener):
     def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
         try:
             self.stop()
-        except RuntimeError:        # a fault, which was logged, is not to hide the block's own
+        except Fault:       # it was logged, and is not to hide the block's own
             if kind is None:
                 raise
 
@@ -371,6 +397,7 @@ class SSEServer(_Listener):
     def _abandon(self) -> None:
         """Close what the parent has, without a word on it: nobody here would serve it."""
         _running.discard(self)
+        self._lifecycle = threading.RLock()     # a thread that is not here may hold the old one
         self._started = self._stopped = True
         self._stopping.set()
         self._ended.set()
@@ -405,7 +432,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             source.start()
             command_line.wait_for_stop(wakee, not options.stdin, status)
             stopping.set()
-    except RuntimeError:        # a fault: it was logged when it happened
+    except Fault:       # it was logged when it happened
         return 1
     finally:
         stopping.set()

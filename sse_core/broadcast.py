@@ -53,7 +53,7 @@ class Broadcast:
                  wall: Callable[[], float] = time.time) -> None:
         if not all(0 <= option < 1 << 31 for option in (history, retry, max_clients, patience)):
             raise ValueError("history, retry, max_clients and patience must be numbers from 0 on")
-        # A signal handler that publishes enters it again, in mid-publish: `_append` refuses that
+        # A signal handler can come while its thread holds it: see `refuse_inside`
         self._mutex = threading.RLock()
         self._moved = threading.Condition(self._mutex)  # clients have, or the log, or it is the end
         self._log = Log(history, (int(wall() * 1000), 0))
@@ -64,7 +64,6 @@ class Broadcast:
         self._woken = False                     # the publisher looks for work without a wake-up
         self._floor = 0                         # below, nobody who is waited for is due a frame
         self._stop_by: Optional[float] = None   # None while events and clients are taken
-        self._appending = False
         self._published = 0
         self.fault: Optional[BaseException] = None      # that ended one of the server's threads
 
@@ -91,6 +90,7 @@ class Broadcast:
         signal handler that interrupts a `publish` of its thread, Unavailable in the publisher's
         own thread (a logging handler, say) if it would have to wait for itself.
         """
+        self.refuse_inside()
         frames.check_event(event, channel)
         payload = frames.encode(data, event)
         with self._mutex:
@@ -101,6 +101,9 @@ class Broadcast:
 
     def drain(self) -> None:
         """Wait until clients have all that was published, but for those that are given up."""
+        self.refuse_inside()
+        if threading.get_ident() == self.publisher:
+            raise Unavailable("the publisher cannot wait for itself")
         began = self.clock()
         with self._mutex:
             # First for what is in the shared log and has not come back from it
@@ -161,6 +164,12 @@ class Broadcast:
         """Whether nothing is taken any more."""
         return self._stop_by is not None
 
+    def refuse_inside(self) -> None:
+        """Raise RuntimeError in a signal handler that came while its thread was at work in here."""
+        if self._moved._is_owned():     # type: ignore[attr-defined]  # as Condition itself asks
+            raise RuntimeError("a signal handler interrupted a call of the server's by another: "
+                               "let it set a flag instead")
+
     def check_running(self) -> None:
         """Raise NotRunning if nothing is taken any more."""
         if self._stop_by is not None:
@@ -194,15 +203,8 @@ class Broadcast:
         while wait and not self._fits_without_loss(length):
             self._wait()
         self._make_room(length)
-        if self._appending:
-            raise RuntimeError("a signal handler interrupted a publish and published: "
-                               "let it set a flag instead")
-        self._appending = True
-        try:
-            new = (given or self._log.next_id(int(self._wall() * 1000))) if self._ids else None
-            self._log.append(payload, new, channel, self.clock())
-        finally:
-            self._appending = False
+        new = (given or self._log.next_id(int(self._wall() * 1000))) if self._ids else None
+        self._log.append(payload, new, channel, self.clock())
         self._published += 1
         wake, self._woken = not self._woken, True
         return new, wake

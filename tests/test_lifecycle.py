@@ -1,4 +1,5 @@
 """Start, stop and the end of a program, from any thread; and streams that end in order."""
+import logging
 import signal
 import subprocess
 import sys
@@ -271,6 +272,51 @@ def test_a_fault_in_a_thread_is_logged_and_ends_the_server_and_stop_reports_it(m
     record, = [record for record in caplog.records if record.levelname == "CRITICAL"]
     assert thread in record.getMessage() and record.exc_info[0] is ZeroDivisionError
     server.stop()       # the second time it does nothing
+
+
+def test_serve_forever_reports_a_fault(monkeypatch):
+    faulty(monkeypatch, "publisher")
+    server = SSEServer(port=0, heartbeat=0.1)
+    with pytest.raises(sse_server.Fault):
+        server.serve_forever()
+
+
+def test_stop_in_a_thread_of_the_server_is_done_by_another():
+    class Stopping(SSEServer):
+        def verify_request(self, request, client_address):
+            self.stop()
+            return False
+    server = Stopping(port=0)
+    port = server.port
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    wait_until(lambda: server._acceptor.is_alive())
+    connect(server.port).close()
+    thread.join(5)
+    assert not thread.is_alive()
+    with pytest.raises(OSError):
+        connect(port)
+    wait_until(lambda: not any(thread.name == "stop" for thread in threading.enumerate()))
+
+
+def test_a_logging_handler_that_raises_leaves_nothing_of_stop_undone():
+    class Naive(logging.Handler):
+        def emit(self, record):
+            server.publish(record.getMessage())
+    logger, handler = logging.getLogger("sse_server"), Naive()
+    server = SSEServer(port=0).start()
+    port, level = server.port, logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with pytest.raises(sse_server.NotRunning):
+            server.stop()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    with pytest.raises(OSError):
+        connect(port)
+    server.stop()
 
 
 def test_a_fault_does_not_hide_the_exception_that_ends_a_with_block(monkeypatch):
