@@ -55,8 +55,7 @@ class Counters:
 class Publisher:
     """Fan one log out to all registered clients.
 
-    heartbeat: seconds of silence after which a client is sent a comment; 0: none. Raises
-    ValueError if it is negative.
+    heartbeat: seconds of silence until a client is sent a comment; 0: never. Negative: ValueError.
     """
 
     def __init__(self, broadcast: Broadcast, heartbeat: float = 15.0) -> None:
@@ -160,14 +159,13 @@ class Publisher:
 
     def _fan_out(self, run: Sequence[Frame]) -> None:
         """Send frames to the current clients of all who want them; equal bytes are joined once."""
-        named = frozenset([frame.channel for frame in run if frame.channel is not None])
+        named = frozenset([frame.channel for frame in run if frame.channel])
         batches: Dict[Subscription, Batch] = {}
         for group in self._groups.that_want(run):
             channels = group.asked.channels & named if named else named
             key = Subscription(channels, group.asked.chunked)
             if key not in batches:
-                wanted = [frame for frame in run if key.wants(frame)]
-                batches[key] = Batch(wanted, key.chunked)
+                batches[key] = Batch([each for each in run if key.wants(each)], key.chunked)
             self._send_to_group(group, batches[key])
 
     def _send_to_group(self, group: Group, batch: Batch) -> None:
