@@ -11,14 +11,17 @@ and the list of clients, is in sse_core/broadcast.py. The life of a client:
     lagging         its socket did not take all: it reads on from its own cursor, when that does
     dropped         it closed, was reset, took no byte for STALL seconds, or cannot be watched
 """
+from __future__ import annotations
+
 import logging
 import math
 import os
 import selectors
 import socket
 import threading
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any, Dict, List, Sequence, Set, Tuple
+from typing import Any
 
 from sse_core import frames
 from sse_core.broadcast import LOOK, PACE, Broadcast
@@ -49,7 +52,7 @@ class Counters:
         self.gaps = 0                       # each told to one client
         self.turns = 0
         self.turn_seconds = 0.0             # in all, without waiting
-        self.drops: Dict[str, int] = {CLOSED: 0, RESET: 0, STALLED: 0, UNWATCHED: 0}
+        self.drops: dict[str, int] = {CLOSED: 0, RESET: 0, STALLED: 0, UNWATCHED: 0}
 
 
 class Publisher:
@@ -67,8 +70,8 @@ class Publisher:
         self.counters = Counters()
         self._heartbeat = heartbeat
         self._groups = Groups()
-        self._ahead: Dict[Client, None] = {}
-        self._batches: Dict[Tuple[int, Subscription], Tuple[Batch, int]] = {}   # see _batch_at
+        self._ahead: dict[Client, None] = {}
+        self._batches: dict[tuple[int, Subscription], tuple[Batch, int]] = {}   # see _batch_at
         self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
         self._sweep_at = self._clock() + self._sweep_every
         self._selector = selectors.DefaultSelector()
@@ -80,7 +83,7 @@ class Publisher:
 
     # Called from any thread
 
-    def figures(self) -> Dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """Return all that is counted, for `/-/metrics`, `/-/status` and the status line."""
         counters = self.counters
         return {**self._broadcast.figures(), "deliveries": counters.deliveries,
@@ -143,9 +146,9 @@ class Publisher:
         self.counters.turns += 1
         self.counters.turn_seconds += self._clock() - began
 
-    def _serve(self, ready: List[Tuple[selectors.SelectorKey, int]]) -> None:
+    def _serve(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
         """Discard what clients send; advance those whose sockets take more, in their turn."""
-        writable: Set[Client] = set()
+        writable: set[Client] = set()
         for key, mask in ready:
             client = key.data
             if client is None:
@@ -160,7 +163,7 @@ class Publisher:
     def _fan_out(self, run: Sequence[Frame]) -> None:
         """Send frames to the current clients of all who want them; equal bytes are joined once."""
         named = frozenset([frame.channel for frame in run if frame.channel])
-        batches: Dict[Subscription, Batch] = {}
+        batches: dict[Subscription, Batch] = {}
         for group in self._groups.that_want(run):
             channels = group.asked.channels & named if named else named
             key = Subscription(channels, group.asked.chunked)
@@ -252,7 +255,7 @@ class Publisher:
         else:
             self._clients.set_current(client, self._clock())
 
-    def _batch_at(self, cursor: int, asked: Subscription) -> Tuple[Batch, int]:
+    def _batch_at(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:
         """Return the batch from this cursor on, and the cursor after it."""
         found = self._batches.get((cursor, asked))
         if found is None:

@@ -10,6 +10,8 @@ publisher (publisher.py) owns the socket. An event goes another: `publish`, the 
 Who owns what here: `_started` and `_stopped` belong to who holds `_lifecycle`; `_accept_failed_at`
 to the accept loop. All else is set in the constructor, and guards itself.
 """
+from __future__ import annotations
+
 import argparse
 import atexit
 import errno
@@ -23,9 +25,10 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Set, Type
+from typing import Any, Callable, NoReturn
 
 from sse_core import command_line, frames, sources
 from sse_core.access import Access, Authorize
@@ -62,7 +65,7 @@ class Fault(RuntimeError):
     """A fault in one of the server's threads, its cause, had ended it."""
 
 
-_running: "Set[SSEServer]" = set()
+_running: set[SSEServer] = set()
 
 
 @atexit.register
@@ -185,9 +188,9 @@ class SSEServer(_Listener):
                  heartbeat: float = 15.0, retry: float = 3.0, max_clients: int = 10000,
                  patience: float = 5.0, tokens: Sequence[str] = (),
                  publish_tokens: Sequence[str] = (),
-                 authorize: Optional[Authorize] = None, origins: Sequence[str] = (),
-                 cert: Optional[str] = None, key: Optional[str] = None,
-                 redis: Optional[str] = None, stream: str = "sse") -> None:
+                 authorize: Authorize | None = None, origins: Sequence[str] = (),
+                 cert: str | None = None, key: str | None = None,
+                 redis: str | None = None, stream: str = "sse") -> None:
         """Begin to listen. The options stand above."""
         self._lifecycle = threading.RLock()
         self._started = False
@@ -232,7 +235,7 @@ class SSEServer(_Listener):
                     self.on_fault()
         return threading.Thread(target=run, name=name, daemon=True)
 
-    def start(self) -> "SSEServer":
+    def start(self) -> SSEServer:
         """Start the threads and return the server. Does nothing if they run.
 
         Raises NotRunning after `stop`: then make a new server.
@@ -313,18 +316,18 @@ class SSEServer(_Listener):
         self._ended.wait()
         self.stop()
 
-    def __enter__(self) -> "SSEServer":
+    def __enter__(self) -> SSEServer:
         return self.start()
 
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.stop()
         except Fault:       # it was logged, and is not to hide the block's own
             if kind is None:
                 raise
 
-    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None,
-                wait: bool = False) -> Optional[str]:
+    def publish(self, data: str, event: str | None = None, channel: str | None = None,
+                wait: bool = False) -> str | None:
         """Publish an event and return its id, None with `history=0`. Clients get it from there.
 
         data: text of at most 1 MiB. event: its name. channel: None is for everyone; else it is
@@ -368,14 +371,14 @@ class SSEServer(_Listener):
         """How many clients are registered."""
         return len(self._broadcast.clients)
 
-    def figures(self) -> Dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """Return the figures of `status`, without the list of clients.
 
         `turn_seconds` is the time of all `turns` of the publisher, without waiting.
         """
         return {**self._publisher.figures(), "refused": self._handshakes.refusals}
 
-    def status(self) -> Dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """Return what `/-/status` shows: times in seconds, at most 1000 clients by name."""
         return {**self.figures(), "list": self._broadcast.describe_clients()}
 
@@ -406,7 +409,7 @@ class SSEServer(_Listener):
         self._publisher.abandon()
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until Enter, SIGINT or SIGTERM, and return the exit status.
 
     Call it in the main thread.

@@ -2,8 +2,11 @@
 
 No socket, no thread and no clock in here. What is not allowed is a Refusal.
 """
+from __future__ import annotations
+
 import re
-from typing import Callable, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Callable
 
 from sse_core.http1 import Refusal, Request
 
@@ -25,7 +28,7 @@ class Access:
     """
 
     def __init__(self, tokens: Sequence[str], publish_tokens: Sequence[str],
-                 authorize: Optional[Authorize], origins: Sequence[str], scheme: str) -> None:
+                 authorize: Authorize | None, origins: Sequence[str], scheme: str) -> None:
         if "" in (*tokens, *publish_tokens):
             raise ValueError("a token is empty: anybody would have it")
         for origin in origins:
@@ -71,7 +74,7 @@ class Access:
         own = f"{self._scheme}://{request.fields.get('host', '')}"
         return not self._origins or origin is None or origin == own or origin in self._origins
 
-    def cross_origin(self, request: Optional[Request]) -> List[str]:
+    def cross_origin(self, request: Request | None) -> list[str]:
         """Return the fields that let a page of another origin read the answer.
 
         WHATWG Fetch section 3.2. The request is None if it could not be read.

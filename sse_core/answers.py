@@ -2,8 +2,11 @@
 
 No socket and no thread in here: bytes go back to the caller, and so does what is to be registered.
 """
+from __future__ import annotations
+
 import json
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, NamedTuple
 
 from sse_core import frames, http1
 from sse_core.access import Access
@@ -34,8 +37,8 @@ Figures = Mapping[str, Any]
 class Opening(NamedTuple):
     """A stream to be opened: what is to be registered, but for the socket."""
     head: bytes
-    channels: List[str]
-    last_id: Optional[str]
+    channels: list[str]
+    last_id: str | None
     chunked: bool
 
 
@@ -49,8 +52,8 @@ class Answers:
     figures: returns what `metrics` takes. status: returns what /-/status shows.
     """
 
-    def __init__(self, access: Access, *, page: Optional[bytes], retry: float,
-                 publish: Callable[[str, Optional[str], Optional[str]], Optional[str]],
+    def __init__(self, access: Access, *, page: bytes | None, retry: float,
+                 publish: Callable[[str, str | None, str | None], str | None],
                  figures: Callable[[], Figures], status: Callable[[], Figures]) -> None:
         self._access = access
         self._page = page
@@ -63,7 +66,7 @@ class Answers:
         """Say whether `respond` may take its time: then it is not for the accept loop."""
         return self._access.takes_time or request.path.startswith("/-/")
 
-    def respond(self, request: Request) -> Union[bytes, Opening]:
+    def respond(self, request: Request) -> bytes | Opening:
         """Return the answer to a request without a body, or what is to be registered.
 
         Raises Refusal, and whatever a program's `authorize` raises.
@@ -79,7 +82,7 @@ class Answers:
             return self._report(request)
         return self._open(request)
 
-    def _open(self, request: Request) -> Union[bytes, Opening]:
+    def _open(self, request: Request) -> bytes | Opening:
         """Return a stream's opening; of a HEAD request, its head."""
         channels = _channels(request)
         opening = Opening(self._stream_head(request), channels, request.last_id, request.chunked)
@@ -126,7 +129,7 @@ class Answers:
         return _whole(request, json.dumps({"id": event_id}).encode() + b"\n", JSON,
                       self._access.cross_origin(request), keep_alive=request.keeps_alive)
 
-    def refuse(self, refusal: Refusal, request: Optional[Request]) -> bytes:
+    def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
         """Return the answer that says what was wrong; the request is None if it is unreadable."""
         fields = [*refusal.fields, *self._access.cross_origin(request)]
         head_only = request is not None and request.method == "HEAD"
@@ -140,7 +143,7 @@ class Answers:
             return _whole(request, metrics(self._figures()).encode(), METRICS, fields)
         return _whole(request, json.dumps(self._status()).encode() + b"\n", JSON, fields)
 
-    def _preflight(self, request: Request) -> List[str]:
+    def _preflight(self, request: Request) -> list[str]:
         return [*self._access.cross_origin(request),
                 f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
                 "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, "
@@ -154,7 +157,7 @@ def _whole(request: Request, body: bytes, content_type: str, fields: Sequence[st
                         head_only=request.method == "HEAD")
 
 
-def _channels(request: Request) -> List[str]:
+def _channels(request: Request) -> list[str]:
     """Return the channels that a client asks for. Raises Refusal."""
     channels = request.query.get("channel", [])
     try:
@@ -167,14 +170,14 @@ def _channels(request: Request) -> List[str]:
 
 def metrics(figures: Figures) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
-    lines: List[str] = []
+    lines: list[str] = []
     for name, kind, text, key in FAMILIES:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         lines += [f"{name}{suffix} {value}" for suffix, value in _samples(figures, key).items()]
     return "\n".join(lines) + "\n"
 
 
-def _samples(figures: Figures, key: str) -> Dict[str, Any]:
+def _samples(figures: Figures, key: str) -> dict[str, Any]:
     """Return what one figure gives: what follows the name on its line, and the value."""
     if key in LABELS:
         return {f'{{{LABELS[key]}="{each}"}}': number for each, number in figures[key].items()}

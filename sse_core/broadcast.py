@@ -4,12 +4,15 @@ All in here is guarded by one mutex. It is never held across a system call, nor 
 length a client chooses. Any thread may call any method but those of the last section, which are
 the publisher's.
 """
+from __future__ import annotations
+
 import math
 import socket
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable
 
 from sse_core import frames
 from sse_core.clients import AT_ONCE, Client, Clients, Subscription, describe
@@ -63,9 +66,9 @@ class Broadcast:
         self.newest = self._log.last_id         # the newest id before that
         self._woken = False                     # the publisher looks for work without a wake-up
         self._floor = 0                         # below, nobody who is waited for is due a frame
-        self._stop_by: Optional[float] = None   # None while events and clients are taken
+        self._stop_by: float | None = None      # None while events and clients are taken
         self._published = 0
-        self.fault: Optional[BaseException] = None      # that ended one of the server's threads
+        self.fault: BaseException | None = None         #  that ended one of the server's threads
 
         self._ids = history > 0
         self._retry = retry
@@ -73,12 +76,12 @@ class Broadcast:
         self.clock = clock
         self._wall = wall
         self.wake: Callable[[], None] = lambda: None    # makes the publisher look; set by it
-        self.publisher: Optional[int] = None            # identifies its thread; set by it
+        self.publisher: int | None = None       # identifies its thread; set by it
 
     # Events
 
-    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None,
-                wait: bool = False) -> Optional[str]:
+    def publish(self, data: str, event: str | None = None, channel: str | None = None,
+                wait: bool = False) -> str | None:
         """Append an event to the log and return its id, None with `history=0`.
 
         data: at most 1 MiB of text. event, channel: names, at most 1 KiB; an event with a channel
@@ -118,7 +121,7 @@ class Broadcast:
     # Clients
 
     def register(self, sock: socket.socket, head: bytes, *, peer: str = "", chunked: bool = True,
-                 channels: Iterable[str] = (), last_id: Optional[str] = None) -> bool:
+                 channels: Iterable[str] = (), last_id: str | None = None) -> bool:
         """Hand over a non-blocking socket: `head` and every frame after `last_id` are sent to it.
 
         last_id: None is for every new frame. Returns False if there are `max_clients` already or
@@ -141,12 +144,12 @@ class Broadcast:
             self.wake()
         return True
 
-    def figures(self) -> Dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """Return what is counted in here."""
         return {"clients": len(self.clients), "lagging": len(self.clients.lagging),
                 "events": self._published}
 
-    def describe_clients(self) -> List[Dict[str, Any]]:
+    def describe_clients(self) -> list[dict[str, Any]]:
         """Return what /-/status says of clients."""
         with self._mutex:
             at, snapshot = self.clients.snapshot(self._log, self.clock())
@@ -195,8 +198,8 @@ class Broadcast:
 
     # Requires holding the mutex
 
-    def _append(self, payload: bytes, channel: Optional[str], given: Optional[Id], wait: bool
-                ) -> Tuple[Optional[Id], bool]:
+    def _append(self, payload: bytes, channel: str | None, given: Id | None, wait: bool
+                ) -> tuple[Id | None, bool]:
         """Append an event. Returns its id, and whether the publisher has to be woken for it."""
         length = len(payload) + ID_LENGTH
         self.check_running()
@@ -236,7 +239,7 @@ class Broadcast:
             log.evict()
         return True
 
-    def _begin_stream(self, client: Client, last_id: Optional[str]) -> None:
+    def _begin_stream(self, client: Client, last_id: str | None) -> None:
         """Put a client behind the id it brought, or tell it where it stands if it has none."""
         newest = self._log.last_id if last_id is None else None
         greeting = client.asked.framed(frames.greeting(self._retry, newest))
@@ -261,7 +264,7 @@ class Broadcast:
             self._woken = self.fanned_out < self._log.next or bool(self.clients.joining)
             return self._woken
 
-    def take(self) -> Tuple[List[Client], List[Frame]]:
+    def take(self) -> tuple[list[Client], list[Frame]]:
         """Return clients that join, AT_ONCE at most, and the next batch to fan out."""
         with self._mutex:
             self._woken = True      # until the next look: in a burst, that saves system calls
@@ -275,8 +278,8 @@ class Broadcast:
                 self.fanned_out, self.newest = run[-1].number + 1, run[-1].newest
             self._moved.notify_all()
 
-    def due(self, client: Client, batch_at: Callable[[int], Tuple[Batch, int]]
-            ) -> Tuple[bytes, Batch, int, int]:
+    def due(self, client: Client, batch_at: Callable[[int], tuple[Batch, int]]
+            ) -> tuple[bytes, Batch, int, int]:
         """Return what follows the rest of a client: a gap, a batch, the cursors around that.
 
         batch_at: returns the batch from a cursor on, and the cursor after it. All others that lag
@@ -298,12 +301,12 @@ class Broadcast:
             batch, end = batch_at(start)
             return told, batch, start, end
 
-    def collect(self, cursor: int, wants: Callable[[Frame], bool]) -> Tuple[List[Frame], int]:
+    def collect(self, cursor: int, wants: Callable[[Frame], bool]) -> tuple[list[Frame], int]:
         """Return the frames from a cursor on that are fanned out, and the cursor after them."""
         with self._mutex:
             return self._log.collect(cursor, max(cursor, self.fanned_out), wants)
 
-    def place_arrived(self, ahead: Iterable[Client]) -> List[Client]:
+    def place_arrived(self, ahead: Iterable[Client]) -> list[Client]:
         """Return those of the clients whose place is known now, AT_ONCE at most."""
         with self._mutex:
             log = self._log
@@ -322,7 +325,7 @@ class Broadcast:
             idle = fanned_out and not clients.joining and not clients.lagging
             return idle or self.clock() >= self._stop_by
 
-    def close(self) -> List[Client]:
+    def close(self) -> list[Client]:
         """Take nothing any more, and return all clients, whose sockets are to be closed."""
         with self._mutex:
             self._stop_by = self.clock() if self._stop_by is None else self._stop_by

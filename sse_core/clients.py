@@ -3,11 +3,14 @@
 A client belongs to the publisher thread from its registration on. Others read its cursor, under
 the mutex, where an old value does no harm, because cursors only grow.
 """
+from __future__ import annotations
+
 import math
 import socket
 import threading
+from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 from sse_core import frames
 from sse_core.frames import Id
@@ -20,7 +23,7 @@ SNAPSHOT = 1.0          # seconds for which that is kept
 
 class Subscription(NamedTuple):
     """What a client asked for. Those with the same one are sent the same bytes."""
-    channels: FrozenSet[str]
+    channels: frozenset[str]
     chunked: bool
 
     def framed(self, chunk: bytes) -> bytes:
@@ -46,9 +49,9 @@ class Client:
         self.index = -1                     # in the list of clients
         self.cursor = 0                     # the next frame due; while it is current, not kept up
         self.rest: Bytes = rest             # due before that frame: a head, or what is left of one
-        self.after: Optional[Id] = None     # it has had everything up to this id
-        self.gap: Optional[Tuple[Optional[str], str]] = None    # to be told first: an id, a reason
-        self.last_id: Optional[str] = None  # that it brought
+        self.after: Id | None = None         # it has had everything up to this id
+        self.gap: tuple[str | None, str] | None = None  # to be told first: an id, a reason
+        self.last_id: str | None = None     # that it brought
         self.ahead = False                  # this server has not come to that id yet
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
         self.awaited_until = -math.inf      # while it lags, by a patient source; else see Clients
@@ -67,7 +70,7 @@ class Client:
             self.cursor, self.after = last.number + 1, last.newest
         return begun
 
-    def move(self, told: bytes, batch: Batch, start: int, end: int, sent: int) -> Tuple[int, int]:
+    def move(self, told: bytes, batch: Batch, start: int, end: int, sent: int) -> tuple[int, int]:
         """Move on, by `sent` bytes of what followed the rest; return frames begun and gaps told."""
         self.rest = b""
         if told and not sent:       # the gap is told anew, as it is then
@@ -84,7 +87,7 @@ class Client:
         return begun, int(bool(told))
 
 
-Snapshot = Tuple[Client, int, int, float]   # bytes sent, frames due, since when the first of these
+Snapshot = tuple[Client, int, int, float]   # bytes sent, frames due, since when the first of these
 
 
 class Clients:
@@ -96,10 +99,10 @@ class Clients:
     def __init__(self, mutex: threading.RLock, credit: float) -> None:
         self._mutex = mutex
         self._credit = credit                   # seconds that a client is waited for at first
-        self._all: List[Client] = []
-        self.joining: List[Client] = []         # not yet seen by the publisher
-        self.lagging: Dict[Client, None] = {}   # ordered: served longest ago first
-        self._snapshot: Tuple[float, List[Snapshot]] = (-math.inf, [])
+        self._all: list[Client] = []
+        self.joining: list[Client] = []         # not yet seen by the publisher
+        self.lagging: dict[Client, None] = {}   # ordered: served longest ago first
+        self._snapshot: tuple[float, list[Snapshot]] = (-math.inf, [])
 
     def __len__(self) -> int:
         """Return how many clients there are. Any thread may ask, without the mutex."""
@@ -116,7 +119,7 @@ class Clients:
         if client in self.lagging:
             self.lagging[client] = self.lagging.pop(client)
 
-    def take_all(self) -> List[Client]:
+    def take_all(self) -> list[Client]:
         """Return all clients, and forget them."""
         clients, self._all, self.joining, self.lagging = self._all, [], [], {}
         return clients
@@ -134,7 +137,7 @@ class Clients:
         """Say whether those who are waited for have everything before the frame numbered `end`."""
         return all(client.cursor - bool(client.rest) >= end for client in self._awaited(now))
 
-    def snapshot(self, log: Log, now: float) -> Tuple[float, List[Snapshot]]:
+    def snapshot(self, log: Log, now: float) -> tuple[float, list[Snapshot]]:
         """Return what a status says of clients, the lagging ones first, LISTED at most, and when.
 
         It is made anew once in SNAPSHOT seconds.
@@ -196,7 +199,7 @@ class Clients:
                 last.index = client.index
 
 
-def describe(at: float, snapshot: List[Snapshot]) -> List[Dict[str, Any]]:
+def describe(at: float, snapshot: list[Snapshot]) -> list[dict[str, Any]]:
     """Return a snapshot, made at that time, as /-/status shows it."""
     return [{"peer": client.peer, "since": round(client.since, 3),
              "channels": sorted(client.asked.channels), "bytes": size, "lag_frames": lag,

@@ -2,6 +2,8 @@
 
 It knows no server: what it shows and waits for is handed in.
 """
+from __future__ import annotations
+
 import argparse
 import logging
 import math
@@ -11,8 +13,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, NoReturn
 
 CLEAR_LINE = "\r\x1b[K"     # of a terminal
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
@@ -42,7 +45,7 @@ seconds_or_none = _number(float, lambda value: 0 <= value < 1e6, "a number of se
 
 
 # A flag with what it takes; its type, `list` if it can be repeated; the default; the help
-FLAGS: Sequence[Tuple[str, Callable[[str], Any], Any, str]] = (
+FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
     ("--host HOST", str, "127.0.0.1", "address to listen on (default 127.0.0.1)"),
     ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default 6500)"),
     ("--interval SECONDS", seconds, 1.0, "time between two ticks of the clock (default 1)"),
@@ -71,7 +74,7 @@ FLAGS: Sequence[Tuple[str, Callable[[str], Any], Any, str]] = (
 )
 
 
-def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; None: of this process.
 
     A bad one ends the process with one line on standard error and status 2.
@@ -140,7 +143,7 @@ class StatusLine:
         sys.stderr.flush()
 
 
-def catch_signals() -> Tuple[socket.socket, socket.socket]:
+def catch_signals() -> tuple[socket.socket, socket.socket]:
     """Turn SIGINT and SIGTERM into a byte: return the socket it is read from, and the other end.
 
     Call it in the main thread. Any thread may send a byte of its own into the other end.
@@ -153,7 +156,7 @@ def catch_signals() -> Tuple[socket.socket, socket.socket]:
     return wakee, waker
 
 
-def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Optional[StatusLine]) -> None:
+def wait_for_stop(wakee: socket.socket, watch_input: bool, status: StatusLine | None) -> None:
     """Return on Enter or when `wakee` can be read.
 
     The end of standard input is no Enter: services have none.

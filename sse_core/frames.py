@@ -6,17 +6,18 @@ On the wire a frame is eight lower-case hex digits, CRLF, the event, CRLF (RFC 9
 The event is the fields `id:`, `event:`, `data:` in this order (WHATWG HTML section 9.2.5). The
 length line has a fixed width, so a client of HTTP/1.0, which knows no chunks, is sent a slice.
 """
+from __future__ import annotations
+
 import json
 import random
 import re
-from typing import Optional, Tuple
 
 MAX_EVENT = 1 << 20         # bytes of data in an event; a frame has a `data: ` a line more
 MAX_NAME = 1024             # bytes of an event's or a channel's name
 BATCH = 64 << 10            # bytes joined for one send: what a client's kernel buffer takes
 END = b"0\r\n\r\n"          # the chunk that ends a stream in order
 
-Id = Tuple[int, int]        # (milliseconds, counter in that millisecond), ordered as in Redis
+Id = tuple[int, int]        # (milliseconds, counter in that millisecond), ordered as in Redis
 _ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
 _LINE_END = re.compile("\r\n|\n|\r")        # these only (WHATWG 9.2.5); str.splitlines has more
 _NOT_IN_A_NAME = re.compile("[\r\n\0\ud800-\udfff]")
@@ -37,7 +38,7 @@ def check_channel(name: str) -> None:
     check_name("channel", name)
 
 
-def check_event(event: Optional[str], channel: Optional[str]) -> None:
+def check_event(event: str | None, channel: str | None) -> None:
     """Raise ValueError for names that no event can have. `gap` is the server's own."""
     if event:
         check_name("event name", event)
@@ -47,7 +48,7 @@ def check_event(event: Optional[str], channel: Optional[str]) -> None:
         check_channel(channel)
 
 
-def encode(data: str, event: Optional[str] = None) -> bytes:
+def encode(data: str, event: str | None = None) -> bytes:
     """Encode one event, without its id, as the fields of a stream; its name has been checked.
 
     Raises ValueError for data with a lone surrogate or over 1 MiB in UTF-8.
@@ -85,7 +86,7 @@ def retry(seconds: float) -> bytes:
     return b"retry: %d\r\n" % round(seconds * 1000 * random.uniform(0.5, 1.5))
 
 
-def greeting(seconds: float, newest: Optional[Id]) -> bytes:
+def greeting(seconds: float, newest: Id | None) -> bytes:
     """Return the chunk that begins a stream: how long to wait, and the newest id if that is told.
 
     The block has no data, so it sets a client's last id and dispatches no event (WHATWG 9.2.6).
@@ -93,17 +94,17 @@ def greeting(seconds: float, newest: Optional[Id]) -> bytes:
     return chunk((b"id: %d-%d\n" % newest if newest else b"") + retry(seconds) + b"\r\n")
 
 
-def gap_payload(after: Optional[str], resumed: Optional[str], reason: str) -> bytes:
+def gap_payload(after: str | None, resumed: str | None, reason: str) -> bytes:
     """Return an event that tells a client what it will not get. It keeps its id: this has none."""
     return encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap")
 
 
-def parse_id(text: str) -> Optional[Id]:
+def parse_id(text: str) -> Id | None:
     """Return the id that the text spells in its one canonical way, or None if it spells none."""
     match = _ID.fullmatch(text)
     return (int(match[1]), int(match[2])) if match else None
 
 
-def format_id(event_id: Optional[Id]) -> Optional[str]:
+def format_id(event_id: Id | None) -> str | None:
     """Return the id as text, `MILLISECONDS-N`; None stays None."""
     return event_id and "%d-%d" % event_id

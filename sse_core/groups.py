@@ -1,7 +1,9 @@
 """Sort clients into groups that are sent the same bytes. All in here is the publisher thread's."""
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Dict, Iterator, List, Sequence
 
 from sse_core.clients import Client, Subscription
 from sse_core.log import Frame
@@ -13,7 +15,7 @@ class Group:
 
     def __init__(self, asked: Subscription) -> None:
         self.asked = asked
-        self.current: Dict[Client, None] = {}   # ordered set: the clients that have had every frame
+        self.current: dict[Client, None] = {}   # ordered set: the clients that have had every frame
         self.size = 0                           # of these, and of those that are not current
         self.sent_at = -math.inf                # when all current clients were last sent something
         self.bytes = 0                          # sent to each that was current all the time
@@ -33,8 +35,8 @@ class Groups:
     """The groups of all clients, and which of them want an event."""
 
     def __init__(self) -> None:
-        self._groups: Dict[Subscription, Group] = {}
-        self._by_channel: Dict[str, Dict[Group, None]] = {}
+        self._groups: dict[Subscription, Group] = {}
+        self._by_channel: dict[str, dict[Group, None]] = {}
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups.values())
@@ -61,7 +63,7 @@ class Groups:
             if not self._by_channel[channel]:
                 del self._by_channel[channel]
 
-    def that_want(self, run: Sequence[Frame]) -> List[Group]:
+    def that_want(self, run: Sequence[Frame]) -> list[Group]:
         """Return every group that wants any of the frames; no other is touched."""
         channels = dict.fromkeys([frame.channel for frame in run])
         if None in channels:

@@ -4,6 +4,8 @@ A socket goes one way: accepted, Handshake, Answers, `register`. A request that 
 goes that way in the accept loop; any other waits for its peer in a thread of its own. Those are
 few, and what a peer can make them wait is bounded.
 """
+from __future__ import annotations
+
 import logging
 import math
 import socket
@@ -11,7 +13,7 @@ import ssl
 import threading
 import time
 from itertools import count
-from typing import Callable, Dict, Optional
+from typing import Callable
 
 from sse_core import http1
 from sse_core.answers import Answers, Opening
@@ -36,11 +38,11 @@ class Handshakes:
     register: takes a non-blocking socket, an Opening and the peer's name; False if it does not.
     """
 
-    def __init__(self, answers: Answers, register: Register, context: Optional[ssl.SSLContext],
+    def __init__(self, answers: Answers, register: Register, context: ssl.SSLContext | None,
                  stopping: threading.Event) -> None:
         self._ended = threading.Condition()     # one has ended; guards the next two
-        self._unfinished: Dict[Handshake, threading.Thread] = {}    # the oldest first
-        self._refused: Dict[int, int] = {}      # requests by the status of their refusal
+        self._unfinished: dict[Handshake, threading.Thread] = {}    # the oldest first
+        self._refused: dict[int, int] = {}      # requests by the status of their refusal
         self._numbers = count(1)                # for names of threads; the accept loop's own
         self.answers = answers
         self.register = register
@@ -55,7 +57,7 @@ class Handshakes:
         if not handshake.run_at_once():
             self._begin(handshake)
 
-    def _begin(self, handshake: "Handshake") -> None:
+    def _begin(self, handshake: Handshake) -> None:
         thread = threading.Thread(target=handshake.run, name=f"handshake-{next(self._numbers)}",
                                   daemon=True)      # it may be in a program's `authorize` for ever
         with self._ended:
@@ -85,12 +87,12 @@ class Handshakes:
 
     # Called by a handshake in its thread
 
-    def renewed(self, handshake: "Handshake") -> None:
+    def renewed(self, handshake: Handshake) -> None:
         """Count it as the youngest: a request is done, and its connection kept for the next."""
         with self._ended:
             self._unfinished[handshake] = self._unfinished.pop(handshake)
 
-    def done(self, handshake: "Handshake") -> None:
+    def done(self, handshake: Handshake) -> None:
         """Forget it: its thread ends."""
         with self._ended:
             self._unfinished.pop(handshake, None)
@@ -104,7 +106,7 @@ class Handshakes:
     # Called from any thread
 
     @property
-    def refusals(self) -> Dict[str, int]:
+    def refusals(self) -> dict[str, int]:
         """How many requests were refused, by status in growing order."""
         with self._ended:
             return {str(status): self._refused[status] for status in sorted(self._refused)}
@@ -253,7 +255,7 @@ class Handshake:
         self._send(answer)
         return False
 
-    def _read_head(self) -> Optional[Request]:
+    def _read_head(self) -> Request | None:
         """Return the request, None if the peer closes before it is whole. Raises Refusal."""
         seen = 0
         while True:
@@ -309,7 +311,7 @@ class Handshake:
         self._sock.settimeout(LINGER_TIME)
         self._sock.sendall(answer)
 
-    def _refuse(self, refusal: Refusal, request: Optional[Request]) -> None:
+    def _refuse(self, refusal: Refusal, request: Request | None) -> None:
         """Send a refusal, and give the peer time to read it.
 
         To close while it still sends would reset the connection, and lose the answer.

@@ -4,10 +4,13 @@ No socket, no thread and no clock in here. `parse` is strict, because requests a
 what two parsers read differently (RFC 9112 section 11.2). It is small: a head is lines, and a line
 is one regular expression.
 """
+from __future__ import annotations
+
 import hmac
 import re
+from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote_to_bytes
 
 from sse_core import frames
@@ -45,11 +48,11 @@ class Request(NamedTuple):
     """
     method: str
     path: str                       # percent-decoded, UTF-8
-    query: Dict[str, List[str]]     # percent-decoded, in order
-    version: Tuple[int, int]
-    fields: Dict[str, str]
+    query: dict[str, list[str]]     # percent-decoded, in order
+    version: tuple[int, int]
+    fields: dict[str, str]
 
-    def parameter(self, name: str) -> Optional[str]:
+    def parameter(self, name: str) -> str | None:
         """Return the last value that the query gives to `name`, or None."""
         return self.query[name][-1] if name in self.query else None
 
@@ -59,7 +62,7 @@ class Request(NamedTuple):
         return self.version >= (1, 1)
 
     @property
-    def bearer(self) -> Optional[str]:
+    def bearer(self) -> str | None:
         """The token of `Authorization: Bearer TOKEN` (RFC 6750), or None."""
         scheme, _, token = self.fields.get("authorization", "").partition(" ")
         return token.strip() if scheme.lower() == "bearer" else None
@@ -91,7 +94,7 @@ class Request(NamedTuple):
         return self.chunked and "close" not in self.fields.get("connection", "").lower()
 
     @property
-    def last_id(self) -> Optional[str]:
+    def last_id(self) -> str | None:
         """The id after which the client goes on: Last-Event-ID, else ?lastEventId= of polyfills."""
         header = self.fields.get("last-event-id")
         if header is None:
@@ -103,7 +106,7 @@ class Request(NamedTuple):
         return media_type in self.fields.get("accept", "").lower()
 
 
-def parse(buffer: bytes, seen: int = 0) -> Optional[Tuple[Request, int]]:
+def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     """Parse the request head at the start of `buffer`; `seen` bytes of it were looked at before.
 
     Returns the request and the length of its head in bytes, or None if more bytes are needed.
@@ -143,10 +146,10 @@ def _parse_head(head: bytes) -> Request:
     return request
 
 
-def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
+def _parse_fields(lines: list[bytes]) -> dict[str, str]:
     if len(lines) > MAX_FIELDS:
         raise Refusal(431, f"The request has more than {MAX_FIELDS} header fields.")
-    fields: Dict[str, str] = {}
+    fields: dict[str, str] = {}
     for line in lines:
         match = _FIELD.fullmatch(line)
         if not match:
@@ -160,7 +163,7 @@ def _parse_fields(lines: List[bytes]) -> Dict[str, str]:
     return fields
 
 
-def _parse_target(target: str, method: str) -> Tuple[str, Dict[str, List[str]]]:
+def _parse_target(target: str, method: str) -> tuple[str, dict[str, list[str]]]:
     """Split and decode a target: a path, a URL, or `*` for OPTIONS (RFC 9112 section 3.2)."""
     absolute = _ABSOLUTE.match(target)
     if absolute:

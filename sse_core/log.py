@@ -3,11 +3,14 @@
 No socket, no thread and no clock in here. Nothing is locked: use it while holding the mutex that
 guards it.
 """
+from __future__ import annotations
+
 import math
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, NamedTuple, Union
 
 from sse_core.frames import BATCH, Id, chunk, unchunk
 
@@ -21,9 +24,9 @@ Bytes = Union[bytes, memoryview]
 class Frame(NamedTuple):
     """One event, encoded once."""
     number: int                 # its place in the log; what was loaded is numbered up to -1
-    id: Optional[Id]            # None: the event has none
+    id: Id | None               # None: the event has none
     newest: Id                  # the newest id up to here: its own, if it has one
-    channel: Optional[str]
+    channel: str | None
     time: float                 # seconds, on the caller's clock, when it was appended
     chunk: bytes
 
@@ -31,7 +34,7 @@ class Frame(NamedTuple):
 class Evicted(NamedTuple):
     """What is remembered of the last frame of a channel that left the log."""
     number: int
-    newest: Tuple[int, ...]     # its id, or just above the newest one if it has none
+    newest: tuple[int, ...]     # its id, or just above the newest one if it has none
 
 
 NEVER = Evicted(-1 << 63, (0, 0))
@@ -60,12 +63,12 @@ class Log:
         self.last_id = began_with               # of the newest event that has one
         self._began_with = began_with           # the first id of this epoch, or one before it
         self._epoch = 0                         # number of the frame with which it began
-        self._evicted: "OrderedDict[Optional[str], Evicted]" = OrderedDict()    # by channel
+        self._evicted: OrderedDict[str | None, Evicted] = OrderedDict()  # by channel
         self._forgotten = NEVER                 # for every channel that is not in there
         self._count = max(MIN_HISTORY, history)
         self._size = size
         self._bytes = 0
-        self._frames: Dict[int, Frame] = {}
+        self._frames: dict[int, Frame] = {}
 
     def fits(self, length: int, share: float = 1.0) -> bool:
         """Say whether `length` bytes can be appended within this share of the log."""
@@ -85,7 +88,7 @@ class Log:
         if len(self._evicted) > MAX_CHANNELS:
             self._forgotten = self._evicted.popitem(last=False)[1]
 
-    def append(self, payload: bytes, event_id: Optional[Id], channel: Optional[str],
+    def append(self, payload: bytes, event_id: Id | None, channel: str | None,
                time: float) -> Frame:
         """Append an encoded event under the next number. A gap has no id."""
         if event_id is not None:
@@ -120,7 +123,7 @@ class Log:
                 high = middle
         return low
 
-    def can_locate(self, event_id: Optional[Id], since: float) -> bool:
+    def can_locate(self, event_id: Id | None, since: float) -> bool:
         """Say whether it is known what this id is, which a client brought at that time.
 
         If the log is shared, other servers can be further than this one. So an id that is ahead
@@ -129,8 +132,8 @@ class Log:
         return self.is_loaded and (event_id is None or event_id <= self.last_id
                                    or self.complete_at > since)
 
-    def locate(self, event_id: Optional[Id], channels: Iterable[str] = ()
-               ) -> Tuple[int, Optional[str]]:
+    def locate(self, event_id: Id | None, channels: Iterable[str] = ()
+               ) -> tuple[int, str | None]:
         """Return the number of the frame that follows an id, and why there may be a gap, if so.
 
         The reason is "evicted" for an id of ours after which frames on these channels, or on none,
@@ -159,19 +162,19 @@ class Log:
         """Return the frame with this number, which must be kept."""
         return self._frames[number]
 
-    def first_id(self, start: int) -> Optional[Id]:
+    def first_id(self, start: int) -> Id | None:
         """Return the first id from this number on; None if there is none within SCAN frames."""
         numbers = range(start, min(self.next, start + SCAN))
         ids = (self._frames[number].id for number in numbers)
         return next((event_id for event_id in ids if event_id), None)
 
-    def collect(self, start: int, stop: int, wants: Optional[Callable[[Frame], bool]] = None
-                ) -> Tuple[List[Frame], int]:
+    def collect(self, start: int, stop: int, wants: Callable[[Frame], bool] | None = None
+                ) -> tuple[list[Frame], int]:
         """Return the wanted frames from `start` on, a batch at most, and the number after these.
 
         It looks at SCAN frames, so that number can be less than `stop`, whatever was found.
         """
-        found: List[Frame] = []
+        found: list[Frame] = []
         length = 0
         end = min(stop, start + SCAN)
         for number in range(start, end):
@@ -189,12 +192,12 @@ class Batch:
 
     def __init__(self, frames: Sequence[Frame], chunked: bool) -> None:
         self.frames = frames
-        self._parts: List[Bytes] = [
+        self._parts: list[Bytes] = [
             frame.chunk if chunked else unchunk(frame.chunk) for frame in frames]
         self.data: Bytes = self._parts[0] if len(frames) == 1 else b"".join(self._parts)
-        self._ends: List[int] = []      # made by the first cut: most batches are taken whole
+        self._ends: list[int] = []      # made by the first cut: most batches are taken whole
 
-    def cut(self, sent: int) -> Tuple[int, Bytes]:
+    def cut(self, sent: int) -> tuple[int, Bytes]:
         """Return how many frames are begun after `sent` bytes, and what is left of the last one."""
         self._ends = self._ends or list(accumulate(map(len, self._parts)))
         whole = bisect_right(self._ends, sent)

@@ -8,11 +8,14 @@ stands, be made anew with ids that start lower, or be restored older. So after e
 look whether the entry at that place is still there, and the same. If not, a gap is told, and it
 goes on with the newest entries, so far as they were not read before.
 """
+from __future__ import annotations
+
 import logging
 import random
 import threading
 from collections import OrderedDict
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from sse_core.broadcast import Unavailable
 from sse_core.frames import Id, check_event, encode, parse_id
@@ -24,7 +27,7 @@ READ_COUNT = 64         # entries read at once: no more than a log holds, even o
 CONNECTIONS = 1000      # at most: each thread that publishes has one meanwhile
 REDIS_TIMEOUT = 2.0     # seconds until Redis counts as away
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0       # seconds between two tries, growing, +-50 % at random
-Entry = Tuple[bytes, Dict[bytes, bytes]]
+Entry = tuple[bytes, dict[bytes, bytes]]
 
 logger = logging.getLogger("sse_server")
 
@@ -60,15 +63,15 @@ class RedisStream:
         self._key = key
         self._history = max(READ_COUNT, history)
         # What follows belongs to the thread that follows, and to `load` before there is one
-        self._last: Optional[Entry] = None      # the newest one read; None: the stream was empty
+        self._last: Entry | None = None      # the newest one read; None: the stream was empty
         self._gone = 0                          # entries that were gone from it then
-        self._known: "OrderedDict[bytes, int]" = OrderedDict()  # read last: id, hash of the fields
+        self._known: OrderedDict[bytes, int] = OrderedDict()  # read last: id, hash of the fields
         self._loaded = False                    # the log has the entries from before this server
         self._since = 0.0                       # seconds since the epoch, when it was started
         self._away = False                      # Redis did not answer last time
         self._warned = False                    # of an entry that is no event
 
-    def publish(self, data: str, event: Optional[str] = None, channel: Optional[str] = None
+    def publish(self, data: str, event: str | None = None, channel: str | None = None
                 ) -> str:
         """Add an event to the stream and return its id.
 
@@ -141,7 +144,7 @@ class RedisStream:
         if len(entries) < READ_COUNT:
             shared.complete(began)
 
-    def _following(self) -> Tuple[List[Entry], bool]:
+    def _following(self) -> tuple[list[Entry], bool]:
         """Return the entries after the last one, and whether nothing before them can be missing.
 
         The look at the last one comes after the read: else a burst that trims the stream could
@@ -170,7 +173,7 @@ class RedisStream:
         shared.tell_gap(after, resumed and resumed.id)
         self._add(shared, entries)
 
-    def _newest(self) -> List[Entry]:
+    def _newest(self) -> list[Entry]:
         """Return the newest entries, and stand behind them; at the beginning if there are none."""
         page, _, self._gone = self._look("xrevrange")
         entries, size = page, 0
@@ -182,7 +185,7 @@ class RedisStream:
         self._last = entries[0] if entries else None
         return entries[:self._history][::-1]
 
-    def _look(self, command: str) -> Tuple[List[Entry], int, int]:
+    def _look(self, command: str) -> tuple[list[Entry], int, int]:
         """Return the first or last entries, how many there are, and how many are gone by then.
 
         The last is 0 where Redis is older than 7.0 and does not count them.
@@ -199,7 +202,7 @@ class RedisStream:
             raise info
         return entries, info["length"], info.get("entries-added", info["length"]) - info["length"]
 
-    def _new(self, entries: List[Entry]) -> List[Entry]:
+    def _new(self, entries: list[Entry]) -> list[Entry]:
         """Return the entries that are new: a stream restored or renamed has old ones, too."""
         new = []
         for entry in entries:
@@ -212,7 +215,7 @@ class RedisStream:
             self._known.popitem(last=False)
         return new
 
-    def _add(self, shared: Shared, entries: List[Entry]) -> None:
+    def _add(self, shared: Shared, entries: list[Entry]) -> None:
         for event in self._events(entries):
             shared.add(event)
 

@@ -9,8 +9,11 @@ stream, an SQLite file) has three methods:
     follow(shared, stopping)        adds those that come, in order, until the flag is set,
                                     whatever happens to the log; it is run in a thread of its own
 """
+from __future__ import annotations
+
 import math
-from typing import Any, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from sse_core import frames
 from sse_core.broadcast import ID_LENGTH, Broadcast
@@ -22,7 +25,7 @@ class Event(NamedTuple):
     """An event from a shared log, which gave it its id; encoded."""
     id: Id
     payload: bytes
-    channel: Optional[str]
+    channel: str | None
 
 
 class Shared(Broadcast):
@@ -63,7 +66,7 @@ class Shared(Broadcast):
             self._log.complete_at = at
             self._moved.notify_all()
 
-    def tell_gap(self, after: Optional[Id], resumed: Optional[Id]) -> None:
+    def tell_gap(self, after: Id | None, resumed: Id | None) -> None:
         """Tell all clients that the shared log has lost what was between these two ids."""
         ids = frames.format_id(after), frames.format_id(resumed)
         payload = frames.gap_payload(*ids, "evicted")

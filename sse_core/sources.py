@@ -3,13 +3,16 @@
 A source is a function that is given `publish` and a stop flag. It runs in the thread `source`, and
 returns when it has no more events or the flag is set.
 """
+from __future__ import annotations
+
 import logging
 import os
 import random
 import select
 import threading
 import time
-from typing import Callable, Iterator, List, Set
+from collections.abc import Iterator
+from typing import Callable
 
 from sse_core.frames import MAX_EVENT
 
@@ -54,9 +57,9 @@ class LineSplitter:
     """Turn bytes in any pieces into lines of text, holding at most one line of MAX_EVENT bytes."""
 
     def __init__(self) -> None:
-        self._held: List[bytes] = []    # pieces of a line whose end is still to come
+        self._held: list[bytes] = []    # pieces of a line whose end is still to come
         self._length = 0                # bytes of that line so far, held or too many to be
-        self._warned: Set[str] = set()
+        self._warned: set[str] = set()
 
     def feed(self, data: bytes) -> Iterator[str]:
         """Yield the lines that end in `data`."""

@@ -1,6 +1,8 @@
 """Turn a certificate into TLS sockets that behave like plain ones."""
+from __future__ import annotations
+
 import ssl
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn
 
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
 
@@ -43,7 +45,7 @@ class TLSSocket(ssl.SSLSocket):
             raise BlockingIOError from None
 
 
-def tls_context(cert: str, key: Optional[str] = None) -> ssl.SSLContext:
+def tls_context(cert: str, key: str | None = None) -> ssl.SSLContext:
     """Return a server's context for this certificate.
 
     Raises OSError or ssl.SSLError if the files cannot be used, ValueError if the key is encrypted.
