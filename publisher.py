@@ -184,7 +184,6 @@ class Publisher:
             if sent != size:
                 short.append((client, sent))
         whole = len(group.current) - len(short)
-        group.bytes += size
         group.sent_at = self._clock()
         self.counters.bytes += whole * size
         self.counters.deliveries += whole * len(batch.frames)
@@ -198,7 +197,6 @@ class Publisher:
         """Make a current client lagging, `sent` bytes into a batch."""
         client.cursor, client.after = batch.frames[0].number, self._broadcast.newest
         self._watch(client)
-        client.bytes -= len(batch.data) - sent      # the group is counted to have had it all
         self.counters.bytes += sent
         self.counters.deliveries += client.begin(batch, sent)
 
@@ -279,7 +277,6 @@ class Publisher:
             if client.awaited_until > now:
                 until = client.awaited_until + sent / PACE
                 client.awaited_until = min(until, now + self._broadcast.credit)
-            client.bytes += sent
             self.counters.bytes += sent
         return sent
 

@@ -7,8 +7,8 @@ A socket goes one way: the thread `accept` accepts it, a Handshake (sse_core/han
 Answers (sse_core/answers.py) what it gets, and sends that or registers a client; from then on the
 publisher (publisher.py) owns the socket. An event goes another: `publish`, the log, the publisher.
 
-Who owns what here: `_started` and `_stopped` belong to who holds `_lifecycle`; `_accept_failed_at`
-to the accept loop. All else is set in the constructor, and guards itself.
+`_started` and `_stopped` belong to who holds `_lifecycle`, `_accept_failed_at` to the accept loop.
+All else is set in the constructor, and guards itself.
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import argparse
 import atexit
 import errno
 import importlib.util
+import inspect
 import logging
 import math
 import os
@@ -30,12 +31,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
-from sse_core import command_line, frames, sources
+from sse_core import command_line, sources
 from sse_core.access import Access, Authorize
-from sse_core.answers import Answers, Opening
-from sse_core.broadcast import Broadcast, NotRunning, Unavailable
+from sse_core.answers import Answers
+from sse_core.broadcast import Broadcast, NotRunning
 from sse_core.handshake import Handshakes
-from sse_core.redis_stream import FIRST_PAUSE, REDIS_TIMEOUT, RedisStream
+from sse_core.redis_stream import RedisStream
 from sse_core.shared import Shared
 from sse_core.tls import tls_context
 
@@ -52,6 +53,7 @@ SEND_BUFFER = 64 << 10      # bytes of kernel memory for a client; else 4 MiB fo
 ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
 RECOVERED = 10.0            # seconds without a failure after which the next is worth a warning
 SELF_CONNECT_TIME = 1.0     # seconds
+FOLLOWER_TIME = 2.0         # seconds for the thread that follows a shared log to end
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}    # and how to connect to it
 _DATA_FOLDERS = (sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))
 _PAGES = (Path(__file__).with_name("index.html"),       # in a checkout; else where it is installed
@@ -89,10 +91,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Listener(socketserver.ThreadingTCPServer):
-    """A listening socket, and the loop that accepts from it.
-
-    take: is given each accepted socket and its peer's name; it never waits for the peer.
-    """
+    """A listening socket, and the loop that accepts from it and gives each socket to `take`."""
     allow_reuse_address = True
     request_queue_size = BACKLOG
 
@@ -175,7 +174,7 @@ class SSEServer(_Listener):
                     server's own events: what is published on any server goes to it, and comes
                     back to the clients of all. Needs the package `redis`
 
-    Raises ValueError for an option that cannot be; OSError if it cannot listen, or use the files.
+    Raises ValueError for an option that cannot be; OSError if it cannot listen.
 
     It is a socketserver.ThreadingTCPServer without its handlers: a thread for each client, and a
     loop that polls, are what this server does without. So `process_request`, `finish_request` and
@@ -197,18 +196,19 @@ class SSEServer(_Listener):
         self._stopped = False                   # or `stop` is at it
         self._ended = threading.Event()         # set when `stop` has done all it does
         self._scheme = "https" if cert else "http"
+        self.on_fault: Callable[[], object] = lambda: None
         access = Access(tokens, publish_tokens, authorize, origins, self._scheme)
         context = tls_context(cert, key) if cert else None
-        self._stream = RedisStream(redis, stream, history) if redis else None
-        self.on_fault: Callable[[], object] = lambda: None
-        make = Shared if self._stream else Broadcast
-        self._broadcast = make(history=history, retry=retry, max_clients=max_clients,
-                               patience=patience)
+        kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
+                                "max_clients": max_clients}
+        self._shared = Shared(RedisStream(redis, stream, history), **kept) if redis else None
+        self._broadcast = self._shared or Broadcast(**kept)
         self._publisher = Publisher(self._broadcast, heartbeat)
         answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
-                          publish=self.publish, figures=self.figures, status=self.status)
+                          publish_all=self._broadcast.publish_all, figures=self.figures,
+                          status=self.status, trouble=self._broadcast.trouble)
         stopping = threading.Event()
-        self._handshakes = Handshakes(answers, self._register, context, stopping)
+        self._handshakes = Handshakes(answers, self._broadcast.register, context)
         self._acceptor = self._thread("accept", self._accept)
         self._follower = self._thread("source", self._follow)
         self._sender = self._thread("publisher", self._publisher.run)
@@ -254,12 +254,12 @@ class SSEServer(_Listener):
 
     def _start(self) -> None:
         _running.add(self)
-        if self._stream and isinstance(self._broadcast, Shared):
-            self._stream.load(self._broadcast, time.time())
+        if self._shared:
+            self._shared.stream.load(self._shared, time.time())
         self._sender.start()
         logger.info("listening on %s", self.url)
         self._acceptor.start()
-        if self._stream:
+        if self._shared:
             self._follower.start()
 
     def stop(self) -> None:
@@ -294,19 +294,15 @@ class SSEServer(_Listener):
             self._acceptor.join()
         self._handshakes.cut_all()
         self._broadcast.stop()
-        try:
-            if self._started:       # not before: what a logging handler publishes must not wait
-                logger.info("stopping with %d clients", clients)
-        finally:
-            if self._sender.ident is None:
-                self._publisher.close()
-            else:
-                self._sender.join()
-            super().server_close()
-            if self._follower.is_alive():
-                self._follower.join(REDIS_TIMEOUT)
-        if self._started:
-            logger.info("stopped")
+        if self._sender.ident is None:
+            self._publisher.close()
+        else:
+            self._sender.join()
+        super().server_close()
+        if self._follower.is_alive():
+            self._follower.join(FOLLOWER_TIME)
+        if self._started:       # only now: whatever a logging handler does harms nothing any more
+            logger.info("stopped; clients: %d", clients)
 
     shutdown = server_close = stop      # what socketserver calls it
 
@@ -338,18 +334,7 @@ class SSEServer(_Listener):
         """
         if not self._started:
             raise NotRunning("the server has not been started")
-        if not self._stream:
-            return self._broadcast.publish(data, event, channel, wait)
-        frames.check_event(event, channel)
-        frames.encode(data)
-        while True:
-            self._broadcast.check_running()
-            try:
-                return self._stream.publish(data, event, channel)
-            except Unavailable:
-                if not wait:
-                    raise
-                self._stopping.wait(FIRST_PAUSE)
+        return self._broadcast.publish(data, event, channel, wait)
 
     def drain(self) -> None:
         """Wait until clients have every event; those that `patience` gives up are left out."""
@@ -372,33 +357,20 @@ class SSEServer(_Listener):
         return len(self._broadcast.clients)
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures of `status`, without the list of clients.
-
-        `turn_seconds` is the time of all `turns` of the publisher, without waiting.
+        """Return what `/-/status` shows. `turn_seconds` is the time of all the publisher's `turns`.
         """
         return {**self._publisher.figures(), "refused": self._handshakes.refusals}
 
     def status(self) -> dict[str, Any]:
-        """Return what `/-/status` shows: times in seconds, at most 1000 clients by name."""
+        """Return the figures, and a list of clients: times in seconds, at most 1000 of them."""
         return {**self.figures(), "list": self._broadcast.describe_clients()}
 
-    # Handed to Handshakes and Answers
-
-    def _register(self, sock: socket.socket, opening: Opening, peer: str) -> bool:
-        return self._broadcast.register(
-            sock, opening.head, peer=peer, chunked=opening.chunked, channels=opening.channels,
-            last_id=opening.last_id)
-
-    # Run by the thread `source`
-
     def _follow(self) -> None:
-        assert self._stream and isinstance(self._broadcast, Shared), "there is nothing to follow"
-        self._stream.follow(self._broadcast, self._stopping)
-
-    # Run in a forked child
+        assert self._shared, "there is nothing to follow"
+        self._shared.stream.follow(self._shared, self._stopping)
 
     def _abandon(self) -> None:
-        """Close what the parent has, without a word on it: nobody here would serve it."""
+        """In a forked child, close what the parent has: nobody here would serve it."""
         _running.discard(self)
         self._lifecycle = threading.RLock()     # a thread that is not here may hold the old one
         self._started = self._stopped = True
@@ -429,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = server._thread("source", lambda: _run_source(server, options, stopping, waker))
     server.on_fault = partial(waker.send, b"\0")
     has_status = sys.stderr.isatty() and not options.quiet
-    status = command_line.StatusLine(server.figures) if has_status else None
+    status = command_line.status_lines(server.figures) if has_status else None
     try:
         with server:
             source.start()
@@ -446,19 +418,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make_server(options: argparse.Namespace) -> SSEServer:
     """Return the server that was asked for. Raises ValueError with a text for its user."""
+    names = inspect.signature(SSEServer).parameters
     try:
-        tls_context(options.cert, options.key) if options.cert else None
-    except OSError as error:        # ssl.SSLError is one too
-        raise ValueError(f"cannot use {options.cert} and {options.key or 'the key in it'}: "
-                         f"{error.strerror or error}") from None
-    try:
-        return SSEServer(
-            options.host, options.port, history=options.history, heartbeat=options.heartbeat,
-            retry=options.retry, max_clients=options.max_clients, patience=options.patience,
-            tokens=options.token,
-            publish_tokens=[options.publish_token] if options.publish_token else [],
-            origins=options.origin, cert=options.cert, key=options.key, redis=options.redis,
-            stream=options.stream)
+        return SSEServer(**{name: value for name, value in vars(options).items() if name in names})
     except OSError as error:
         raise ValueError(f"cannot listen on {options.host} port {options.port}: "
                          f"{error.strerror}") from None
@@ -469,7 +431,7 @@ def _run_source(server: SSEServer, options: argparse.Namespace, stopping: thread
     """Publish what the source gives until its end; then, everyone served, end the process."""
     try:
         if options.stdin:
-            sources.lines(server.publish, stopping, sys.stdin.fileno())
+            sources.lines(server._broadcast.publish_all, stopping, sys.stdin.fileno())
             server.drain()
         elif options.redis:
             stopping.wait()

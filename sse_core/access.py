@@ -68,6 +68,11 @@ class Access:
             raise Refusal(401, "Name the publish token: POST /TOKEN, or the header field "
                                "Authorization: Bearer TOKEN.", _BEARER)
 
+    def admit_list(self, request: Request) -> None:
+        """Raise Refusal for who may not see the clients one by one: only publishers may."""
+        if not (self._publish_tokens and request.has_token(self._publish_tokens)):
+            raise Refusal(401, "The list of clients is for who has the publish token.", _BEARER)
+
     def _may_post_from(self, request: Request) -> bool:
         """Say whether pages of the request's origin may publish; what is no page has none."""
         origin = request.fields.get("origin")

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 from sse_core import frames, http1
 from sse_core.access import Access
 from sse_core.broadcast import NotRunning, Unavailable
+from sse_core.clients import Opening, Subscription
+from sse_core.frames import Draft
 from sse_core.http1 import Refusal, Request
 
 HTML = "text/html; charset=utf-8"
+TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 JSON = "application/json"
 COME_BACK = 10              # times the usual pause, for a client that finds the server full
@@ -34,33 +37,26 @@ LABELS = {"drops": "reason", "refused": "status"}
 Figures = Mapping[str, Any]
 
 
-class Opening(NamedTuple):
-    """A stream to be opened: what is to be registered, but for the socket."""
-    head: bytes
-    channels: list[str]
-    last_id: str | None
-    chunked: bool
-
-
 class Answers:
     """Answer the requests to one server. Any thread may call any method.
 
     access: who may do what. page: what a browser is shown at `/`, or None.
     retry: seconds of a client's usual pause before it reconnects.
-    publish: takes data, event and channel, and returns the id. Raises ValueError for what is no
-        event, Unavailable, and NotRunning if the server does not run any more.
-    figures: returns what `metrics` takes. status: returns what /-/status shows.
+    publish_all: see Broadcast. figures: returns what /-/status shows. status: the same with the
+    list of clients. trouble: returns why no event is taken now, or None.
     """
 
     def __init__(self, access: Access, *, page: bytes | None, retry: float,
-                 publish: Callable[[str, str | None, str | None], str | None],
-                 figures: Callable[[], Figures], status: Callable[[], Figures]) -> None:
+                 publish_all: Callable[[Sequence[Draft]], Sequence[str | None]],
+                 figures: Callable[[], Figures], status: Callable[[], Figures],
+                 trouble: Callable[[], str | None]) -> None:
         self._access = access
         self._page = page
         self._retry = retry
-        self._publish = publish
+        self._publish_all = publish_all
         self._figures = figures
         self._status = status
+        self._trouble = trouble
 
     def is_slow(self, request: Request) -> bool:
         """Say whether `respond` may take its time: then it is not for the accept loop."""
@@ -77,15 +73,20 @@ class Answers:
             raise Refusal(404, "There is no icon here.")
         if self._page and request.path == "/" and request.accepts("text/html"):
             return _whole(request, self._page, HTML)
+        if request.path == "/-/health":
+            return self._health(request)
+        if request.path == "/-/status" and "list" in request.query:
+            self._access.admit_list(request)
+            return _whole(request, _json(self._status()), JSON, ["Cache-Control: no-store"])
         self._access.admit(request)
-        if request.path in ("/-/metrics", "/-/status"):
+        if request.path.startswith("/-/"):
             return self._report(request)
         return self._open(request)
 
     def _open(self, request: Request) -> bytes | Opening:
         """Return a stream's opening; of a HEAD request, its head."""
-        channels = _channels(request)
-        opening = Opening(self._stream_head(request), channels, request.last_id, request.chunked)
+        asked = Subscription(_channels(request), request.chunked)
+        opening = Opening(self._stream_head(request), asked, request.last_id)
         return opening.head if request.method == "HEAD" else opening
 
     def _stream_head(self, request: Request) -> bytes:
@@ -105,18 +106,18 @@ class Answers:
             raise Refusal(503, "This server takes no more clients now. Try again later.",
                           ["Retry-After: 10"])
         retry = frames.greeting(COME_BACK * max(1.0, self._retry), None)
-        return opening.head + (retry + frames.END if opening.chunked else frames.unchunk(retry))
+        end = frames.END if opening.asked.chunked else b""
+        return opening.head + opening.asked.framed(retry) + end
 
-    def post(self, request: Request, read_body: Callable[[Request], bytes]) -> bytes:
-        """Publish the body of a POST and return the answer. It is read only if it may publish.
-
-        Raises Refusal, and what `read_body` raises.
-        """
+    def admit_post(self, request: Request) -> None:
+        """Raise Refusal for a POST that may not publish: ask before its body is read."""
         self._access.admit_post(request)
-        body = read_body(request)
+
+    def post(self, request: Request, body: bytes) -> bytes:
+        """Publish the body of a POST that is admitted, and return the answer. Raises Refusal."""
         try:
-            event, channel = request.parameter("event"), request.parameter("channel")
-            event_id = self._publish(body.decode(), event, channel)
+            names = request.parameter("event"), request.parameter("channel")
+            event_id, = self._publish_all([Draft(body.decode(), *names)])
         except UnicodeDecodeError:
             raise Refusal(400, "The body is not UTF-8.") from None
         except ValueError as error:
@@ -126,7 +127,7 @@ class Answers:
                           ["Retry-After: 5"]) from None
         except NotRunning:
             raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
-        return _whole(request, json.dumps({"id": event_id}).encode() + b"\n", JSON,
+        return _whole(request, _json({"id": event_id}), JSON,
                       self._access.cross_origin(request), keep_alive=request.keeps_alive)
 
     def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
@@ -136,12 +137,21 @@ class Answers:
         return http1.answer(refusal.status, f"{refusal.text}\n".encode(), fields,
                             head_only=head_only)
 
+    def _health(self, request: Request) -> bytes:
+        """Return 200 `ok`. Raises Refusal with the reason if events are not taken."""
+        trouble = self._trouble()
+        if trouble:
+            raise Refusal(503, f"{trouble}.")
+        return _whole(request, b"ok\n", TEXT, ["Cache-Control: no-store"])
+
     def _report(self, request: Request) -> bytes:
         """Return the metrics, or the status."""
         fields = ["Cache-Control: no-store", *self._access.cross_origin(request)]
         if request.path == "/-/metrics":
             return _whole(request, metrics(self._figures()).encode(), METRICS, fields)
-        return _whole(request, json.dumps(self._status()).encode() + b"\n", JSON, fields)
+        if request.path == "/-/status":
+            return _whole(request, _json(self._figures()), JSON, fields)
+        raise Refusal(404, "There are /-/health, /-/metrics and /-/status.")
 
     def _preflight(self, request: Request) -> list[str]:
         return [*self._access.cross_origin(request),
@@ -157,7 +167,11 @@ def _whole(request: Request, body: bytes, content_type: str, fields: Sequence[st
                         head_only=request.method == "HEAD")
 
 
-def _channels(request: Request) -> list[str]:
+def _json(value: Figures) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _channels(request: Request) -> frozenset[str]:
     """Return the channels that a client asks for. Raises Refusal."""
     channels = request.query.get("channel", [])
     try:
@@ -165,7 +179,7 @@ def _channels(request: Request) -> list[str]:
             frames.check_channel(channel)
     except ValueError as error:
         raise Refusal(400, f"This channel cannot be: {error}.") from None
-    return channels
+    return frozenset(channels)
 
 
 def metrics(figures: Figures) -> str:

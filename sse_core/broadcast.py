@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any, Callable
 
 from sse_core import frames
-from sse_core.clients import AT_ONCE, Client, Clients, Subscription, describe
-from sse_core.frames import Id
+from sse_core.clients import AT_ONCE, Client, Clients, Opening
+from sse_core.frames import Draft, Id
 from sse_core.log import Batch, Frame, Log
 
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
@@ -68,7 +68,7 @@ class Broadcast:
         self._floor = 0                         # below, nobody who is waited for is due a frame
         self._stop_by: float | None = None      # None while events and clients are taken
         self._published = 0
-        self.fault: BaseException | None = None         #  that ended one of the server's threads
+        self.fault: BaseException | None = None         # that ended one of the server's threads
 
         self._ids = history > 0
         self._retry = retry
@@ -82,25 +82,33 @@ class Broadcast:
 
     def publish(self, data: str, event: str | None = None, channel: str | None = None,
                 wait: bool = False) -> str | None:
-        """Append an event to the log and return its id, None with `history=0`.
+        """Publish one event and return its id, None with `history=0`. See `publish_all`."""
+        return self.publish_all([Draft(data, event, channel)], wait)[0]
 
-        data: at most 1 MiB of text. event, channel: names, at most 1 KiB; an event with a channel
-        is for those who asked for it, any other for everyone. wait: when the log is full, wait for
-        every slow client that keeps the pace, so that it loses nothing. Else no client is waited
-        for, and the publisher only when most of the log has not been fanned out.
+    def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
+        """Append events to the log in order, and return their ids.
 
-        Raises ValueError for what no event can hold, NotRunning after `stop`, RuntimeError in a
-        signal handler that interrupts a `publish` of its thread, Unavailable in the publisher's
-        own thread (a logging handler, say) if it would have to wait for itself.
+        wait: when the log is full, wait for every slow client that keeps the pace, so that it
+        loses nothing. Else no client is waited for, and the publisher only when most of the log
+        has not been fanned out.
+
+        Raises ValueError, and appends none, if one is no event; NotRunning after `stop`;
+        RuntimeError in a signal handler that interrupts a `publish` of its thread; Unavailable in
+        the publisher's own thread (a logging handler, say) if it would have to wait for itself.
         """
         self.refuse_inside()
-        frames.check_event(event, channel)
-        payload = frames.encode(data, event)
+        payloads = [draft.encoded() for draft in drafts]
+        return [self._publish(payload, draft.channel, None, wait)
+                for payload, draft in zip(payloads, drafts)]
+
+    def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False
+                 ) -> str | None:
+        """Append an encoded event, and see to it that the publisher looks. Returns its id."""
         with self._mutex:
-            new_id, wake = self._append(payload, channel, None, wait)
+            new, wake = self._append(payload, channel, given, wait)
         if wake:
             self.wake()
-        return frames.format_id(new_id)
+        return frames.format_id(new)
 
     def drain(self) -> None:
         """Wait until clients have all that was published, but for those that are given up."""
@@ -120,23 +128,21 @@ class Broadcast:
 
     # Clients
 
-    def register(self, sock: socket.socket, head: bytes, *, peer: str = "", chunked: bool = True,
-                 channels: Iterable[str] = (), last_id: str | None = None) -> bool:
-        """Hand over a non-blocking socket: `head` and every frame after `last_id` are sent to it.
+    def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
+        """Hand over a non-blocking socket: its head and every frame after its id are sent to it.
 
-        last_id: None is for every new frame. Returns False if there are `max_clients` already or
-        the server is stopping: the socket is still the caller's then. Whether it is taken and
-        where its stream begins are decided in one hold of the mutex, so no frame is missed or
-        sent twice.
+        Returns False if there are `max_clients` already or the server is stopping: the socket is
+        still the caller's then. Whether it is taken and where its stream begins are decided in
+        one hold of the mutex, so no frame is missed or sent twice.
         """
-        client = Client(sock, peer, Subscription(frozenset(channels), chunked), head)
+        client = Client(sock, peer, opening)
         client.since, client.registered_at = self._wall(), self.clock()
         with self._mutex:
             if self.stopping or len(self.clients) >= self._max_clients:
                 return False
             client.cursor, client.after = self._log.next, self._log.last_id
             if self._ids:
-                self._begin_stream(client, last_id)
+                self._begin_stream(client)
             self._floor = min(self._floor, client.cursor)
             self.clients.add(client)
             wake, self._woken = not self._woken, True
@@ -150,10 +156,9 @@ class Broadcast:
                 "events": self._published}
 
     def describe_clients(self) -> list[dict[str, Any]]:
-        """Return what /-/status says of clients."""
+        """Return what there is to say of each client: times in seconds, at most 1000 of them."""
         with self._mutex:
-            at, snapshot = self.clients.snapshot(self._log, self.clock())
-        return describe(at, snapshot)
+            return self.clients.describe(self._log, self.clock())
 
     # The end
 
@@ -173,11 +178,15 @@ class Broadcast:
             raise RuntimeError("a signal handler interrupted a call of the server's by another: "
                                "let it set a flag instead")
 
+    def trouble(self) -> str | None:
+        """Return why no event is taken now, or None."""
+        ended = "a fault has ended the server" if self.fault else "the server is stopped"
+        return ended if self.stopping else None
+
     def check_running(self) -> None:
         """Raise NotRunning if nothing is taken any more."""
-        if self._stop_by is not None:
-            raise NotRunning("a fault has ended the server" if self.fault
-                             else "the server is stopped")
+        if self.stopping:
+            raise NotRunning(Broadcast.trouble(self))
 
     def stop(self, seconds: float = STOP_TIME) -> None:
         """Take nothing any more; clients have so many seconds to get what is in the log."""
@@ -239,13 +248,13 @@ class Broadcast:
             log.evict()
         return True
 
-    def _begin_stream(self, client: Client, last_id: str | None) -> None:
+    def _begin_stream(self, client: Client) -> None:
         """Put a client behind the id it brought, or tell it where it stands if it has none."""
-        newest = self._log.last_id if last_id is None else None
+        newest = self._log.last_id if client.last_id is None else None
         greeting = client.asked.framed(frames.greeting(self._retry, newest))
         client.rest = bytes(client.rest) + greeting
-        if last_id is not None:
-            client.last_id, client.after = last_id, frames.parse_id(last_id)
+        if client.last_id is not None:
+            client.after = frames.parse_id(client.last_id)
             client.ahead = not self._log.can_locate(client.after, client.registered_at)
             if not client.ahead:
                 self._place(client)

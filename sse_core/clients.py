@@ -17,8 +17,7 @@ from sse_core.frames import Id
 from sse_core.log import Batch, Bytes, Frame, Log
 
 AT_ONCE = 256           # clients greeted, and others served, before there is a look for new events
-LISTED = 1000           # clients that a status names
-SNAPSHOT = 1.0          # seconds for which that is kept
+LISTED = 1000           # clients that are described one by one, at most
 
 
 class Subscription(NamedTuple):
@@ -35,29 +34,34 @@ class Subscription(NamedTuple):
         return frame.channel is None or frame.channel in self.channels
 
 
+class Opening(NamedTuple):
+    """A stream to be opened: its head, what was asked for, and after which id it goes on."""
+    head: bytes
+    asked: Subscription
+    last_id: str | None = None      # None: it begins with the next event
+
+
 class Client:
     """One connected socket and its cursor."""
     __slots__ = ("sock", "peer", "asked", "since", "registered_at", "index", "cursor", "rest",
-                 "after", "gap", "last_id", "ahead", "sent_at", "awaited_until", "group", "bytes")
+                 "after", "gap", "last_id", "ahead", "sent_at", "awaited_until", "group")
 
-    def __init__(self, sock: socket.socket, peer: str, asked: Subscription, rest: bytes) -> None:
+    def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
         self.peer = peer                    # for the logger: it is not known any more after a reset
-        self.asked = asked
+        self.asked = opening.asked
         self.since = 0.0                    # seconds since the epoch: when it was registered
         self.registered_at = 0.0            # the same on the monotonic clock
         self.index = -1                     # in the list of clients
         self.cursor = 0                     # the next frame due; while it is current, not kept up
-        self.rest: Bytes = rest             # due before that frame: a head, or what is left of one
+        self.rest: Bytes = opening.head     # due before that frame: a head, or what is left of one
         self.after: Id | None = None         # it has had everything up to this id
         self.gap: tuple[str | None, str] | None = None  # to be told first: an id, a reason
-        self.last_id: str | None = None     # that it brought
+        self.last_id = opening.last_id      # that it brought
         self.ahead = False                  # this server has not come to that id yet
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
         self.awaited_until = -math.inf      # while it lags, by a patient source; else see Clients
         self.group: Any = None              # the publisher's
-        self.bytes = 0                      # sent to it; while it is current add `group.bytes`
-
 
     def begin(self, batch: Batch, sent: int) -> int:
         """Move over the frames of which `sent` bytes of a batch are; return how many these are.
@@ -87,9 +91,6 @@ class Client:
         return begun, int(bool(told))
 
 
-Snapshot = tuple[Client, int, int, float]   # bytes sent, frames due, since when the first of these
-
-
 class Clients:
     """All registered clients: in a list, and apart those that join and those that lag.
 
@@ -102,7 +103,6 @@ class Clients:
         self._all: list[Client] = []
         self.joining: list[Client] = []         # not yet seen by the publisher
         self.lagging: dict[Client, None] = {}   # ordered: served longest ago first
-        self._snapshot: tuple[float, list[Snapshot]] = (-math.inf, [])
 
     def __len__(self) -> int:
         """Return how many clients there are. Any thread may ask, without the mutex."""
@@ -137,25 +137,19 @@ class Clients:
         """Say whether those who are waited for have everything before the frame numbered `end`."""
         return all(client.cursor - bool(client.rest) >= end for client in self._awaited(now))
 
-    def snapshot(self, log: Log, now: float) -> tuple[float, list[Snapshot]]:
-        """Return what a status says of clients, the lagging ones first, LISTED at most, and when.
+    def describe(self, log: Log, now: float) -> list[dict[str, Any]]:
+        """Return what there is to say of clients, the lagging ones first, LISTED at most."""
+        others = (client for client in self._all if client not in self.lagging)
+        return [{"peer": client.peer, "since": round(client.since, 3),
+                 "channels": len(client.asked.channels), **self._lag(client, log, now)}
+                for client in islice(chain(self.lagging, others), LISTED)]
 
-        It is made anew once in SNAPSHOT seconds.
-        """
-        if now - self._snapshot[0] >= SNAPSHOT:
-            others = (client for client in self._all if client not in self.lagging)
-            listed = islice(chain(self.lagging, others), LISTED)
-            self._snapshot = now, [self._snap(client, log) for client in listed]
-        return self._snapshot
-
-    def _snap(self, client: Client, log: Log) -> Snapshot:
-        if client not in self.lagging or client.ahead:
-            is_current = client.group is not None and client in client.group.current
-            return client, client.bytes + (client.group.bytes if is_current else 0), 0, math.inf
+    def _lag(self, client: Client, log: Log, now: float) -> dict[str, float]:
         due = max(client.cursor, log.first)
-        due_since = log.frame(due).time if due < log.next else math.inf
-        return client, client.bytes, log.next - client.cursor, due_since
-
+        if client.ahead or client not in self.lagging or due >= log.next:
+            return {"lag_frames": 0, "lag_seconds": 0.0}
+        return {"lag_frames": log.next - client.cursor,
+                "lag_seconds": round(now - log.frame(due).time, 3)}
 
     # Called by the publisher thread, without the mutex
 
@@ -169,8 +163,7 @@ class Clients:
         with self._mutex:
             client.awaited_until = now + min(self._credit, now - client.awaited_until)
             self.lagging[client] = None
-            if client in client.group.current:
-                client.group.remove(client)
+            client.group.current.pop(client, None)
 
     def set_aside(self, client: Client) -> None:
         """Take a client that is ahead out of those that lag."""
@@ -187,7 +180,7 @@ class Clients:
             if client in self.lagging:
                 del self.lagging[client]
                 client.awaited_until = now - max(0.0, client.awaited_until - now)
-            client.group.add(client)
+            client.group.current[client] = None
 
     def remove(self, client: Client) -> None:
         """Forget a client. The last of the list takes its place."""
@@ -197,11 +190,3 @@ class Clients:
             if last is not client:
                 self._all[client.index] = last
                 last.index = client.index
-
-
-def describe(at: float, snapshot: list[Snapshot]) -> list[dict[str, Any]]:
-    """Return a snapshot, made at that time, as /-/status shows it."""
-    return [{"peer": client.peer, "since": round(client.since, 3),
-             "channels": sorted(client.asked.channels), "bytes": size, "lag_frames": lag,
-             "lag_seconds": round(max(0.0, at - due_since), 3)}
-            for client, size, lag, due_since in snapshot]

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
@@ -58,8 +58,8 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
      "how long --stdin waits for a slow client that makes no progress (default 5; 0: not at all)"),
     ("--token TOKEN", list, [],
      "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
-    ("--publish-token TOKEN", str, None,
-     "who may publish by POST; can come from SSE_PUBLISH_TOKEN instead (default: nobody)"),
+    ("--publish-token TOKEN", list, [],
+     "who may publish by POST; in the same way, or from SSE_PUBLISH_TOKEN (default: nobody)"),
     ("--origin ORIGIN", list, [], "of pages that may read and publish, as https://example.org; "
      "can be repeated (default: all)"),
     ("--cert FILE", str, None, "certificate chain for TLS, PEM"),
@@ -85,15 +85,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         if not metavar:
             parser.add_argument(name, action="store_true", help=text)
         elif kind is list:
-            parser.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+            plural = name[2:].replace("-", "_") + "s"       # as SSEServer calls it
+            parser.add_argument(name, action="append", default=[], dest=plural, metavar=metavar,
+                                help=text)
         else:
             parser.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
     loudness.add_argument("--quiet", action="store_true", help="log warnings only")
     options = parser.parse_args(arguments)
-    options.token = [*options.token, *os.environ.get("SSE_TOKEN", "").split()]
-    options.publish_token = options.publish_token or os.environ.get("SSE_PUBLISH_TOKEN")
+    options.tokens += os.environ.get("SSE_TOKEN", "").split()
+    options.publish_tokens += os.environ.get("SSE_PUBLISH_TOKEN", "").split()
     if options.key and not options.cert:
         parser.error("--key needs --cert")
     if options.stdin and sys.stdin is None:
@@ -116,31 +118,14 @@ def set_up_logging(options: argparse.Namespace) -> None:
     logger.setLevel(logging.DEBUG if options.verbose else quiet)
 
 
-class StatusLine:
-    """One line at the bottom of a terminal that renews itself. Used by the main thread.
-
-    counters: returns the numbers of clients, events and deliveries, by these names.
-    """
-
-    def __init__(self, counters: Callable[[], Mapping[str, Any]]) -> None:
-        self._counters = counters
-        self._last = time.monotonic(), 0        # when it was shown, and deliveries by then
-
-    def show(self) -> None:
-        """Show the line anew."""
-        counters, now = self._counters(), time.monotonic()
-        (before, deliveries), self._last = self._last, (now, counters["deliveries"])
-        rate = (counters["deliveries"] - deliveries) / max(0.001, now - before)
-        self._write(f"{counters['clients']} clients, {counters['events']} events, "
-                    f"{rate:.0f} deliveries/s")
-
-    def clear(self) -> None:
-        """Take the line away."""
-        self._write("")
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(CLEAR_LINE + text)
-        sys.stderr.flush()
+def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line for the bottom of a terminal, again and again, from the server's figures."""
+    deliveries, before = 0, time.monotonic()
+    while True:
+        now, shown = time.monotonic(), figures()
+        rate = (shown["deliveries"] - deliveries) / max(0.001, now - before)
+        deliveries, before = shown["deliveries"], now
+        yield f"{shown['clients']} clients, {shown['events']} events, {rate:.0f} deliveries/s"
 
 
 def catch_signals() -> tuple[socket.socket, socket.socket]:
@@ -156,7 +141,7 @@ def catch_signals() -> tuple[socket.socket, socket.socket]:
     return wakee, waker
 
 
-def wait_for_stop(wakee: socket.socket, watch_input: bool, status: StatusLine | None) -> None:
+def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Iterator[str] | None) -> None:
     """Return on Enter or when `wakee` can be read.
 
     The end of standard input is no Enter: services have none.
@@ -167,7 +152,8 @@ def wait_for_stop(wakee: socket.socket, watch_input: bool, status: StatusLine | 
     while True:
         ready = select.select(watched, [], [], STATUS_EVERY if status else None)[0]
         if status:
-            status.clear() if ready else status.show()
+            sys.stderr.write(CLEAR_LINE + ("" if ready else next(status)))
+            sys.stderr.flush()
         if wakee.fileno() in ready:
             return
         if not ready:

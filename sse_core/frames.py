@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from typing import NamedTuple
 
 MAX_EVENT = 1 << 20         # bytes of data in an event; a frame has a `data: ` a line more
 MAX_NAME = 1024             # bytes of an event's or a channel's name
@@ -38,21 +39,25 @@ def check_channel(name: str) -> None:
     check_name("channel", name)
 
 
-def check_event(event: str | None, channel: str | None) -> None:
-    """Raise ValueError for names that no event can have. `gap` is the server's own."""
-    if event:
-        check_name("event name", event)
-    if event == "gap":
-        raise ValueError("the event name gap is the server's own")
-    if channel is not None:
-        check_channel(channel)
+class Draft(NamedTuple):
+    """An event that has no id yet. No channel: it is for everyone."""
+    data: str
+    event: str | None = None
+    channel: str | None = None
+
+    def encoded(self) -> bytes:
+        """Return it as the fields of a stream. Raises ValueError for what no event can hold."""
+        if self.event:
+            check_name("event name", self.event)
+        if self.event == "gap":
+            raise ValueError("the event name gap is the server's own")
+        if self.channel is not None:
+            check_channel(self.channel)
+        return encode(self.data, self.event)
 
 
 def encode(data: str, event: str | None = None) -> bytes:
-    """Encode one event, without its id, as the fields of a stream; its name has been checked.
-
-    Raises ValueError for data with a lone surrogate or over 1 MiB in UTF-8.
-    """
+    """Return data, at most 1 MiB of UTF-8, and a name that was checked as fields of a stream."""
     may_be_long = len(data) > MAX_EVENT // 4        # a character has 4 bytes at most
     if may_be_long and len(data.encode(errors="replace")) > MAX_EVENT:
         raise ValueError(f"the data is longer than {MAX_EVENT} bytes")

@@ -11,24 +11,13 @@ from sse_core.log import Frame
 
 class Group:
     """Clients that are sent the same bytes, because they asked for the same."""
-    __slots__ = ("asked", "current", "size", "sent_at", "bytes")
+    __slots__ = ("asked", "current", "size", "sent_at")
 
     def __init__(self, asked: Subscription) -> None:
         self.asked = asked
         self.current: dict[Client, None] = {}   # ordered set: the clients that have had every frame
         self.size = 0                           # of these, and of those that are not current
         self.sent_at = -math.inf                # when all current clients were last sent something
-        self.bytes = 0                          # sent to each that was current all the time
-
-    def add(self, client: Client) -> None:
-        """Make a client current."""
-        self.current[client] = None
-        client.bytes -= self.bytes
-
-    def remove(self, client: Client) -> None:
-        """Make a client one that is not current."""
-        del self.current[client]
-        client.bytes += self.bytes
 
 
 class Groups:

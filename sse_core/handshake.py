@@ -2,7 +2,8 @@
 
 A socket goes one way: accepted, Handshake, Answers, `register`. A request that has wholly arrived
 goes that way in the accept loop; any other waits for its peer in a thread of its own. Those are
-few, and what a peer can make them wait is bounded.
+few, what a peer can make them wait is bounded, and the accept loop waits for none of them: who
+comes when there are too many takes the place of one that waits for its peer, whatever it waits in.
 """
 from __future__ import annotations
 
@@ -12,21 +13,25 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from itertools import count
-from typing import Callable
+from typing import Callable, TypeVar
 
 from sse_core import http1
-from sse_core.answers import Answers, Opening
+from sse_core.answers import Answers
+from sse_core.clients import Opening
 from sse_core.http1 import Refusal, Request
 
 HEAD_TIME = 10.0            # seconds for one request to arrive, however it dribbles
-LINGER_TIME = 1.0           # seconds for a refused client to read why before it is cut
-MAX_HANDSHAKES = 256        # unfinished requests; the oldest makes room for the next
-GRACE = 1.0                 # seconds that a TLS handshake has before it can be the one to make room
-ROOM_CHECK = 0.1            # seconds between two looks for one that can make room
+LINGER_TIME = 1.0           # seconds for a peer to take an answer, and to read why it was refused
+MAX_HANDSHAKES = 256        # unfinished requests that have a thread
+MAX_AT_WORK = 192           # of these, in `authorize` or publishing: nothing can cut those
+MAX_QUEUE = 1024            # that wait for a thread, because all are at work or in their GRACE
+GRACE = 1.0                 # seconds that TLS has, once begun, before it can be cut: a round of it
 PIECE = 64 << 10            # bytes received at once
 
-Register = Callable[[socket.socket, Opening, str], bool]
+Register = Callable[[socket.socket, Opening, str], bool]    # see Broadcast.register
+T = TypeVar("T")
 
 logger = logging.getLogger("sse_server")
 
@@ -34,73 +39,93 @@ logger = logging.getLogger("sse_server")
 class Handshakes:
     """The handshakes that have a thread: MAX_HANDSHAKES at most, so a crowd costs no more.
 
-    answers: to their requests. context: for TLS, or None. stopping: set before `cut_all` is called.
-    register: takes a non-blocking socket, an Opening and the peer's name; False if it does not.
+    answers: to their requests. context: for TLS, or None.
     """
 
-    def __init__(self, answers: Answers, register: Register, context: ssl.SSLContext | None,
-                 stopping: threading.Event) -> None:
-        self._ended = threading.Condition()     # one has ended; guards the next two
+    def __init__(self, answers: Answers, register: Register,
+                 context: ssl.SSLContext | None) -> None:
+        self._lock = threading.Lock()           # guards the next four
         self._unfinished: dict[Handshake, threading.Thread] = {}    # the oldest first
+        self._queue: deque[Handshake] = deque()
+        self._at_work = 0
         self._refused: dict[int, int] = {}      # requests by the status of their refusal
         self._numbers = count(1)                # for names of threads; the accept loop's own
         self.answers = answers
         self.register = register
         self.context = context
-        self._stopping = stopping
 
     # Called by the accept loop
 
     def take(self, sock: socket.socket, peer: str) -> None:
         """Register the client of an accepted socket, or begin a thread that looks after it."""
         handshake = Handshake(sock, peer, self)
-        if not handshake.run_at_once():
-            self._begin(handshake)
+        if not (handshake.run_at_once() or self._begin(handshake)):
+            handshake.close()
 
-    def _begin(self, handshake: Handshake) -> None:
-        thread = threading.Thread(target=handshake.run, name=f"handshake-{next(self._numbers)}",
-                                  daemon=True)      # it may be in a program's `authorize` for ever
-        with self._ended:
-            while not (self._has_room() or self._stopping.is_set()):
-                self._ended.wait(ROOM_CHECK)
+    def _begin(self, handshake: Handshake) -> bool:
+        """Give it a thread, now or when one is free. Returns False if there are too many."""
+        thread = threading.Thread(target=self._run, args=[handshake],   # it may be in a program's
+                                  name=f"handshake-{next(self._numbers)}", daemon=True)  # for ever
+        with self._lock:
+            if len(self._unfinished) >= MAX_HANDSHAKES:
+                self._cut_one()
+                is_taken = len(self._queue) < MAX_QUEUE
+                if is_taken:
+                    self._queue.append(handshake)
+                return is_taken
             self._unfinished[handshake] = thread
-            try:
-                thread.start()
-            except RuntimeError:        # the system gives no more threads
-                del self._unfinished[handshake]
-                handshake.close()
+        try:
+            thread.start()
+        except RuntimeError:        # the system gives no more threads
+            self._next(handshake)
+            return False
+        return True
 
-    def _has_room(self) -> bool:
-        """Make room if there is none, by a cut. Requires holding the lock.
-
-        Returns False if none can be cut: all work, or have not waited for their peer as long as
-        a round of TLS takes on a busy machine.
-        """
-        if len(self._unfinished) < MAX_HANDSHAKES:
-            return True
-        before = time.monotonic() - (GRACE if self.context else 0.0)
-        oldest = next((each for each in self._unfinished if each.waits_since(before)), None)
-        if oldest is not None:
-            self._unfinished[oldest] = self._unfinished.pop(oldest)     # last until its thread ends
-            oldest.cut()
-        return oldest is not None
+    def _cut_one(self) -> None:
+        """Cut who was refused or has sent nothing, else the oldest; its thread takes the next."""
+        now = time.monotonic()
+        waiting = [each for each in self._unfinished if each.can_be_cut(now)]
+        if waiting:
+            min(waiting, key=lambda each: not each.goes_first).cut()
 
     # Called by a handshake in its thread
 
+    def _run(self, handshake: Handshake | None) -> None:
+        while handshake:
+            handshake.run()
+            handshake = self._next(handshake)
+
+    def _next(self, done: Handshake) -> Handshake | None:
+        """Forget one that is done. Returns the next for its thread, or None."""
+        with self._lock:
+            thread = self._unfinished.pop(done)
+            if not self._queue:
+                return None
+            following = self._queue.popleft()
+            self._unfinished[following] = thread
+            return following
+
     def renewed(self, handshake: Handshake) -> None:
         """Count it as the youngest: a request is done, and its connection kept for the next."""
-        with self._ended:
+        with self._lock:
             self._unfinished[handshake] = self._unfinished.pop(handshake)
 
-    def done(self, handshake: Handshake) -> None:
-        """Forget it: its thread ends."""
-        with self._ended:
-            self._unfinished.pop(handshake, None)
-            self._ended.notify()
+    def work(self, work: Callable[[], T]) -> T:
+        """Do what may take its time and waits for no peer. Raises Refusal if too much is done."""
+        with self._lock:
+            if self._at_work >= MAX_AT_WORK:
+                raise Refusal(503, "This server has too many requests to think about. Try again "
+                                   "later.", ["Retry-After: 5"])
+            self._at_work += 1
+        try:
+            return work()
+        finally:
+            with self._lock:
+                self._at_work -= 1
 
     def refused(self, status: int) -> None:
         """Count a request that was refused with this status."""
-        with self._ended:
+        with self._lock:
             self._refused[status] = self._refused.get(status, 0) + 1
 
     # Called from any thread
@@ -108,18 +133,21 @@ class Handshakes:
     @property
     def refusals(self) -> dict[str, int]:
         """How many requests were refused, by status in growing order."""
-        with self._ended:
+        with self._lock:
             return {str(status): self._refused[status] for status in sorted(self._refused)}
 
     def abandon(self) -> None:
         """In a forked child: close all sockets, of which the parent has its own."""
-        for handshake in self._unfinished:
-            handshake.abandon()
+        for handshake in [*self._unfinished, *self._queue]:
+            handshake.close(threading.Lock())   # a thread that is not here may hold its own
 
     def cut_all(self) -> None:
         """Cut all, and wait LINGER_TIME at most for their threads; none may begin any more."""
-        with self._ended:
-            unfinished = dict(self._unfinished)
+        with self._lock:
+            unfinished, queue = dict(self._unfinished), [*self._queue]
+            self._queue.clear()
+        for handshake in queue:
+            handshake.close()
         for handshake in unfinished:
             handshake.cut()
         until = time.monotonic() + LINGER_TIME
@@ -136,41 +164,38 @@ class Handshake:
     """
 
     def __init__(self, sock: socket.socket, peer: str, others: Handshakes) -> None:
-        self._lock = threading.Lock()   # guards the next two: `cut` never meets a client's socket
+        self._lock = threading.Lock()   # guards the next three: `cut` never meets a client's socket
         self._sock = sock
         self._is_ours = True            # False once it is registered, or closed
+        self._safe_until = 0.0          # on the monotonic clock: when it can be cut
+        self.goes_first = True          # if one is to be cut: it sent nothing yet, or was refused
         self._peer = peer
         self._others = others           # among which it is when it has a thread
         self._answers = others.answers
         self._received = b""            # of the request, so far
+        self._is_whole = False          # the request: nothing more of it is under way
         self._kept = False              # a request was answered, and the connection kept
         self._deadline = time.monotonic() + HEAD_TIME
-        self._waiting_since = math.inf  # for its peer; inf while it does not wait, or was cut
 
     # Called from any thread
 
-    def waits_since(self, before: float) -> bool:
-        """Say whether it has waited for its peer since then: such a one can be cut."""
-        return self._waiting_since <= before
+    def can_be_cut(self, now: float) -> bool:
+        """Say whether it waits for its peer, and was not cut yet."""
+        return self._safe_until <= now
 
     def cut(self) -> None:
         """End the connection, unless it is a client's: `run` returns soon."""
-        self._waiting_since = math.inf
         with self._lock:
+            self._safe_until = math.inf
             if self._is_ours:
                 _shut(self._sock, socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def close(self, lock: threading.Lock | None = None) -> None:
         """Close the socket, unless it is a client's."""
-        with self._lock:
+        with lock or self._lock:
             if self._is_ours:
                 self._is_ours = False
                 self._sock.close()
-
-    def abandon(self) -> None:
-        """In a forked child: close the socket, of which the parent has its own."""
-        if self._is_ours:
-            self._sock.close()
 
     # Run by the accept loop
 
@@ -207,23 +232,39 @@ class Handshake:
             if self._others.context:
                 self._start_tls(self._others.context)
             while self._serve():
-                self._kept = True
+                self._kept, self._is_whole = True, False
                 self._deadline = time.monotonic() + HEAD_TIME
                 self._others.renewed(self)
         except OSError as error:
             logger.debug("%s left during its request: %s", self._peer, error)
         finally:
             self.close()
-            self._others.done(self)
 
     def _start_tls(self, context: ssl.SSLContext) -> None:
+        self._wait(self._sock)
+        if not self._sock.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError("it sent nothing")
+        self.goes_first = False
         with self._lock:
-            sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+            sock = context.wrap_socket(
+                self._sock, server_side=True, do_handshake_on_connect=False)
             self._sock = sock
-        sock.settimeout(HEAD_TIME)
-        self._waiting_since = time.monotonic()
+            self._safe_until = max(self._safe_until, time.monotonic() + GRACE)
+        self._wait(sock)
         sock.do_handshake()
-        self._waiting_since = math.inf
+
+    def _wait(self, sock: socket.socket) -> None:
+        """Let the next wait for the peer end with the time of its request."""
+        sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+
+    def _work(self, work: Callable[[], T]) -> T:
+        """Do what waits for no peer, so that a cut would not end it. Raises Refusal."""
+        with self._lock:
+            before, self._safe_until = self._safe_until, math.inf
+        try:
+            return self._others.work(work)
+        finally:
+            self._safe_until = before
 
     def _serve(self) -> bool:
         """Deal with one request. Returns whether the connection is kept for the next one."""
@@ -245,9 +286,11 @@ class Handshake:
     def _answer(self, request: Request) -> bool:
         """Answer a request, or register the client. Returns whether the connection is kept."""
         if request.method == "POST":
-            self._send(self._answers.post(request, self._read_body))
+            self._answers.admit_post(request)
+            body = self._read_body(request)
+            self._send(self._work(lambda: self._answers.post(request, body)))
             return request.keeps_alive
-        answer = self._answers.respond(request)
+        answer = self._work(lambda: self._answers.respond(request))
         if isinstance(answer, Opening):
             if self._hand_over(answer):
                 return False
@@ -259,9 +302,11 @@ class Handshake:
         """Return the request, None if the peer closes before it is whole. Raises Refusal."""
         seen = 0
         while True:
+            self._is_whole = self._received.endswith(b"\r\n\r\n")
             parsed = http1.parse(self._received, seen)
             if parsed:
                 self._received = self._received[parsed[1]:]
+                self._is_whole = parsed[0].method != "POST"
                 return parsed[0]
             seen = len(self._received)
             if not self._receive():
@@ -284,7 +329,7 @@ class Handshake:
             parts.append(self._received)
             missing -= len(self._received)
         whole = b"".join(parts)
-        self._received = whole[length:]
+        self._received, self._is_whole = whole[length:], True
         return whole[:length]
 
     def _receive(self) -> bool:
@@ -292,18 +337,16 @@ class Handshake:
 
         Raises Refusal when the time of the request is up.
         """
-        left = self._deadline - time.monotonic()
         try:
-            if left <= 0:
+            if self._deadline <= time.monotonic():
                 raise socket.timeout
-            self._sock.settimeout(left)
-            self._waiting_since = time.monotonic()
+            self._wait(self._sock)
             data = self._sock.recv(PIECE)
-            self._waiting_since = math.inf
         except socket.timeout:
             if self._kept and not self._received:   # a 408 could pass for the answer to what comes
                 return False
             raise Refusal(408, f"The request took longer than {HEAD_TIME:g} seconds.") from None
+        self.goes_first = False
         self._received += data
         return bool(data)
 
@@ -312,18 +355,23 @@ class Handshake:
         self._sock.sendall(answer)
 
     def _refuse(self, refusal: Refusal, request: Request | None) -> None:
-        """Send a refusal, and give the peer time to read it.
+        """Send a refusal. If the peer may still be sending, give it time to read that.
 
-        To close while it still sends would reset the connection, and lose the answer.
+        To close while input is under way would reset the connection, and lose the answer.
         """
         self._others.refused(refusal.status)
+        self.goes_first = True
         try:
             self._send(self._answers.refuse(refusal, request))
-            _shut(self._sock, socket.SHUT_WR)
-            until = time.monotonic() + LINGER_TIME
-            while self._sock.recv(http1.MAX_HEAD) and time.monotonic() < until:
-                pass
+            if not self._is_whole:
+                self._linger()
         except OSError:         # it does not wait to be told why
+            pass
+
+    def _linger(self) -> None:
+        _shut(self._sock, socket.SHUT_WR)
+        until = time.monotonic() + LINGER_TIME
+        while self._sock.recv(http1.MAX_HEAD) and time.monotonic() < until:
             pass
 
 

@@ -14,11 +14,11 @@ import logging
 import random
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sse_core.broadcast import Unavailable
-from sse_core.frames import Id, check_event, encode, parse_id
+from sse_core.frames import Draft, Id, parse_id
 from sse_core.log import MAX_LOG
 from sse_core.shared import Event, Shared
 
@@ -68,24 +68,24 @@ class RedisStream:
         self._known: OrderedDict[bytes, int] = OrderedDict()  # read last: id, hash of the fields
         self._loaded = False                    # the log has the entries from before this server
         self._since = 0.0                       # seconds since the epoch, when it was started
-        self._away = False                      # Redis did not answer last time
+        self.trouble: str | None = None         # Redis did not answer last time
         self._warned = False                    # of an entry that is no event
 
-    def publish(self, data: str, event: str | None = None, channel: str | None = None
-                ) -> str:
-        """Add an event to the stream and return its id.
+    def publish(self, drafts: Sequence[Draft]) -> list[str]:
+        """Add events to the stream in one transaction, and return their ids.
 
-        Raises Unavailable if Redis does not take it. It may have taken it all the same, and the
-        answer been lost: whoever tries again then publishes twice.
+        Raises Unavailable if Redis does not take them. It may have taken them all the same, and
+        the answer been lost: whoever tries again then publishes twice.
         """
-        given = (("data", data), ("event", event or None), ("channel", channel))
-        fields = {name: value for name, value in given if value is not None}
-        kept = max(10000, 10 * self._history)
+        pipe = self._redis.pipeline(transaction=len(drafts) > 1)
+        for draft in drafts:
+            fields = {name: value for name, value in draft._asdict().items()
+                      if value or name == "data"}
+            pipe.xadd(self._key, fields, maxlen=max(10000, 10 * self._history), approximate=True)
         try:
-            new = self._redis.xadd(self._key, fields, maxlen=kept, approximate=True)
+            return [new.decode() for new in pipe.execute()]
         except self._error as error:
             raise Unavailable(f"Redis does not take events now ({type(error).__name__})") from None
-        return str(new.decode())
 
     def load(self, shared: Shared, now: float) -> None:
         """Fill the log with the newest entries, if Redis answers. now: seconds since the epoch."""
@@ -112,15 +112,15 @@ class RedisStream:
                 stopping.wait(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
-            if self._away:
+            if self.trouble:
                 logger.warning("Redis is back")
-            pause, self._away = FIRST_PAUSE, False
+            pause, self.trouble = FIRST_PAUSE, None
 
     def _note_fault(self, error: Exception) -> None:
-        if not self._away:
+        if not self.trouble:
             logger.warning("Redis is away (%s); trying again until it is back",
                            type(error).__name__)
-        self._away = True
+        self.trouble = f"Redis is away ({type(error).__name__})"
 
     def _load(self, shared: Shared) -> None:
         """Load what is older than this server, and add what is not: clients may wait for that."""
@@ -224,18 +224,17 @@ class RedisStream:
         for entry in entries:
             fields = entry[1]
             try:
-                data = fields[b"data"].decode()
-                event, channel = (fields[name].decode() if name in fields else None
-                                  for name in (b"event", b"channel"))
-                check_event(event, channel)
-                payload = encode(data, event)
+                draft = Draft(fields[b"data"].decode(), *(
+                    fields[name].decode() if name in fields else None
+                    for name in (b"event", b"channel")))
+                payload = draft.encoded()
             except (KeyError, ValueError):
                 if not self._warned:
                     logger.warning("the Redis stream has entries without data or with a bad name; "
                                    "they are skipped")
                 self._warned = True
             else:
-                yield Event(_id(entry), payload, channel)
+                yield Event(_id(entry), payload, draft.channel)
 
 
 def _id(entry: Entry) -> Id:

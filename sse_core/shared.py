@@ -1,23 +1,19 @@
 """Take events from a log that is shared with other servers, in place of this one's own.
 
-What is published goes to the shared log, and what comes back from it is sent. Such a log (a Redis
-stream, an SQLite file) has three methods:
-
-    publish(data, event, channel)   adds an event and returns its id; any thread may call it.
-                                    Raises Unavailable while that cannot be
-    load(shared)                    preloads the newest events, if they can be had
-    follow(shared, stopping)        adds those that come, in order, until the flag is set,
-                                    whatever happens to the log; it is run in a thread of its own
+What is published goes to the shared log, and what comes back from it is sent: so every server
+sends the same, in one order. All that is known of such a log is SharedLog.
 """
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sse_core import frames
-from sse_core.broadcast import ID_LENGTH, Broadcast
-from sse_core.frames import Id
+from sse_core.broadcast import ID_LENGTH, LOOK, Broadcast, Unavailable
+from sse_core.frames import Draft, Id
 from sse_core.log import Log
 
 
@@ -28,21 +24,56 @@ class Event(NamedTuple):
     channel: str | None
 
 
+class SharedLog(Protocol):
+    """What a Redis stream and an SQLite file have in common."""
+    trouble: str | None     # why it cannot be used now; any thread may read it
+
+    def publish(self, drafts: Sequence[Draft]) -> list[str]:
+        """Add events, all or none, and return their ids. Any thread may call it.
+
+        Raises Unavailable while that cannot be.
+        """
+
+    def load(self, shared: Shared, now: float) -> None:
+        """Preload the newest events, if they can be had. now: seconds since the epoch."""
+
+    def follow(self, shared: Shared, stopping: threading.Event) -> None:
+        """Add those that come, in order, until the flag is set, whatever happens to the log."""
+
+
 class Shared(Broadcast):
     """A Broadcast whose events, and their ids, come from a shared log. Options as there."""
 
-    def __init__(self, *, history: int = 1024, **options: Any) -> None:
+    def __init__(self, stream: SharedLog, *, history: int = 1024, **options: Any) -> None:
         super().__init__(history=history, **options)
+        self.stream = stream
         self._log = Log(history)
         self._log.is_loaded, self._log.complete_at = False, -math.inf
         self.newest = self._log.last_id
 
+    def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
+        """Publish to the shared log, all or none; with `wait`, wait until it takes them.
+
+        An event whose answer was lost may then be published twice. Raises what `publish` does.
+        """
+        for draft in drafts:
+            draft.encoded()
+        while True:
+            self.check_running()
+            try:
+                return [*self.stream.publish(drafts)]
+            except Unavailable:
+                if not wait:
+                    raise
+                time.sleep(LOOK)
+
+    def trouble(self) -> str | None:
+        """Return why no event is taken now, or None."""
+        return super().trouble() or self.stream.trouble
+
     def add(self, event: Event) -> None:
         """Append an event of the shared log. Raises NotRunning after `stop`."""
-        with self._mutex:
-            _, wake = self._append(event.payload, event.channel, event.id, wait=False)
-        if wake:
-            self.wake()
+        self._publish(event.payload, event.channel, event.id)
 
     def preload(self, events: Sequence[Event]) -> None:
         """Fill the empty log with the newest events of the shared one, as far as they fit.

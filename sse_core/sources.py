@@ -1,7 +1,7 @@
 """Turn what happens outside into events: where events come from.
 
-A source is a function that is given `publish` and a stop flag. It runs in the thread `source`, and
-returns when it has no more events or the flag is set.
+A source is a function that is given what publishes, and a stop flag. It runs in the thread
+`source`, and returns when it has no more events or the flag is set.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Callable
 
-from sse_core.frames import MAX_EVENT
+from sse_core.frames import MAX_EVENT, Draft
 
 STOP_CHECK = 0.25       # seconds between two looks at the stop flag while there is nothing to read
 
@@ -32,7 +32,7 @@ def clock(publish: Callable[..., object], stopping: threading.Event, interval: f
         publish(time.strftime("%m/%d/%Y %H:%M:%S"), event)
 
 
-def lines(publish: Callable[..., object], stopping: threading.Event, descriptor: int) -> None:
+def lines(publish_all: Callable[..., object], stopping: threading.Event, descriptor: int) -> None:
     """Publish each line that comes from a file descriptor, without its end, until there is none.
 
     Bytes that are not UTF-8 become U+FFFD, a line over 1 MiB is left out: each with one warning.
@@ -47,8 +47,8 @@ def lines(publish: Callable[..., object], stopping: threading.Event, descriptor:
         except OSError as error:        # not open for reading, or a terminal that was hung up
             logger.warning("standard input: %s; taken for its end", error.strerror)
             data = b""
-        for line in splitter.feed(data) if data else splitter.end():
-            publish(line, wait=True)
+        lines = splitter.feed(data) if data else splitter.end()
+        publish_all([Draft(line) for line in lines], wait=True)
         if not data:
             return
 

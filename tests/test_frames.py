@@ -42,8 +42,7 @@ def test_encode(data, event, payload):
     ("x" * (frames.MAX_EVENT + 1), None), ("é" * (frames.MAX_EVENT // 2 + 1), None)])
 def test_what_no_event_can_hold_is_a_value_error(data, event):
     with pytest.raises(ValueError):
-        frames.check_event(event, None)
-        frames.encode(data, event)
+        frames.Draft(data, event).encoded()
 
 
 def test_the_largest_event_fits():

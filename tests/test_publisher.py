@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from functools import partial
 
 import pytest
 
@@ -17,6 +18,7 @@ from sse_core import frames
 from sse_core.broadcast import Broadcast, NotRunning, Unavailable
 from sse_core.clients import AT_ONCE
 from sse_core.log import SCAN, Batch
+from sse_core.clients import Opening, Subscription
 from sse_core.shared import Event, Shared
 from sse_core.tls import TLSSocket
 from wire import Decoder
@@ -46,17 +48,22 @@ class Narrow:
         return sent
 
 
+def opening(chunked: bool = True, channels=(), last_id: str = None) -> Opening:
+    return Opening(HEAD, Subscription(frozenset(channels), chunked), last_id)
+
+
 class Peer:
     """A registered client and the test's end of its socket pair."""
 
-    def __init__(self, broadcast: Broadcast, narrow: bool = False, **options) -> None:
+    def __init__(self, broadcast: Broadcast, narrow: bool = False, peer: str = "",
+                 **options) -> None:
         ours, self.sock = socket.socketpair()
         ours.setblocking(False)
         self.sock.setblocking(False)
         self.server_end = Narrow(ours) if narrow else ours
         self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "")
         self.raw = b""
-        assert broadcast.register(self.server_end, HEAD, **options)
+        assert broadcast.register(self.server_end, opening(**options), peer)
 
     def take(self) -> Decoder:
         """Receive all that is there now."""
@@ -81,7 +88,7 @@ class Bench:
         self.now = 1000.0
         self.peers = []
         self.thread = None
-        make = Shared if options.pop("shared", False) else Broadcast
+        make = partial(Shared, None) if options.pop("shared", False) else Broadcast
         self.broadcast = make(clock=lambda: self.now, wall=lambda: self.now, **options)
         self.publisher = Publisher(self.broadcast, heartbeat)
         self.publish = self.broadcast.publish
@@ -466,11 +473,11 @@ def test_no_more_than_max_clients(bench):
     b.peer(), b.peer()
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert not b.broadcast.register(ours, HEAD)
+        assert not b.broadcast.register(ours, opening())
         b.turn()
         first.sock.close()
         b.turn()
-        assert b.broadcast.register(ours, HEAD)
+        assert b.broadcast.register(ours, opening())
         b.turn()
         assert theirs.recv(100) == HEAD
 
@@ -494,7 +501,7 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
     assert chunked.data() == plain.data() == [str(number) for number in range(100)]
     assert chunked.stream.ended and not plain.stream.ended
     assert not deaf.take().ended
-    assert not b.broadcast.register(deaf.server_end, HEAD)
+    assert not b.broadcast.register(deaf.server_end, opening())
 
 
 def test_channels_reach_only_those_who_asked(bench):
@@ -885,7 +892,7 @@ def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(
     with ours, theirs:
         ours.setblocking(False)
         theirs.settimeout(5)
-        assert b.broadcast.register(ours, HEAD)
+        assert b.broadcast.register(ours, opening())
         for _ in range(40):
             b.publish("x" * 10_000)
             b.turn()
