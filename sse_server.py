@@ -35,6 +35,7 @@ from sse_core import command_line, sources
 from sse_core.access import Access, Authorize
 from sse_core.answers import Answers
 from sse_core.broadcast import Broadcast, NotRunning
+from sse_core.file_stream import FileStream
 from sse_core.handshake import Handshakes
 from sse_core.redis_stream import RedisStream
 from sse_core.shared import Shared
@@ -96,13 +97,22 @@ class _Listener(socketserver.ThreadingTCPServer):
     request_queue_size = BACKLOG
 
     def __init__(self, host: str, port: int, take: Callable[[socket.socket, str], None],
-                 stopping: threading.Event) -> None:
+                 stopping: threading.Event, reuse_port: bool) -> None:
         self._take = take
+        self._reuse_port = reuse_port
         self._stopping = stopping               # set before `_connect_to_self` is called
         self._accept_failed_at = -math.inf      # on the monotonic clock
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), socketserver.BaseRequestHandler)
+
+    def server_bind(self) -> None:
+        """Bind; with others on the same port if that is wanted."""
+        if self._reuse_port:
+            if not hasattr(socket, "SO_REUSEPORT"):
+                raise OSError(errno.ENOPROTOOPT, "this system has no SO_REUSEPORT")
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        super().server_bind()
 
     def server_activate(self) -> None:
         """Listen. Accepted sockets inherit these options, so they cost nothing for each."""
@@ -173,6 +183,9 @@ class SSEServer(_Listener):
     redis, stream   redis://HOST:PORT/DB and the key of a stream, which takes the place of this
                     server's own events: what is published on any server goes to it, and comes
                     back to the clients of all. Needs the package `redis`
+    history_file    the same with an SQLite file, which servers on one machine share; what is
+                    published is there after a restart. sync: after a power failure, too
+    reuse_port      other servers may listen on the same port: the system shares out the clients
 
     Raises ValueError for an option that cannot be; OSError if it cannot listen.
 
@@ -189,7 +202,9 @@ class SSEServer(_Listener):
                  publish_tokens: Sequence[str] = (),
                  authorize: Authorize | None = None, origins: Sequence[str] = (),
                  cert: str | None = None, key: str | None = None,
-                 redis: str | None = None, stream: str = "sse") -> None:
+                 redis: str | None = None, stream: str = "sse",
+                 history_file: str | None = None, sync: bool = False,
+                 reuse_port: bool = False) -> None:
         """Begin to listen. The options stand above."""
         self._lifecycle = threading.RLock()
         self._started = False
@@ -201,7 +216,11 @@ class SSEServer(_Listener):
         context = tls_context(cert, key) if cert else None
         kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
                                 "max_clients": max_clients}
-        self._shared = Shared(RedisStream(redis, stream, history), **kept) if redis else None
+        if redis and history_file:
+            raise ValueError("there can be one shared log: a Redis stream, or a history file")
+        shared_log = (RedisStream(redis, stream, history) if redis else
+                      FileStream(history_file, history, sync) if history_file else None)
+        self._shared = Shared(shared_log, **kept) if shared_log else None
         self._broadcast = self._shared or Broadcast(**kept)
         self._publisher = Publisher(self._broadcast, heartbeat)
         answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
@@ -213,7 +232,7 @@ class SSEServer(_Listener):
         self._follower = self._thread("source", self._follow)
         self._sender = self._thread("publisher", self._publisher.run)
         try:
-            super().__init__(host, port, self._handshakes.take, stopping)
+            super().__init__(host, port, self._handshakes.take, stopping, reuse_port)
         except BaseException:
             self._publisher.close()
             raise
@@ -433,7 +452,7 @@ def _run_source(server: SSEServer, options: argparse.Namespace, stopping: thread
         if options.stdin:
             sources.lines(server._broadcast.publish_all, stopping, sys.stdin.fileno())
             server.drain()
-        elif options.redis:
+        elif options.redis or not options.interval:
             stopping.wait()
         else:
             sources.clock(server.publish, stopping, options.interval)

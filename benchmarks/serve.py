@@ -1,7 +1,8 @@
 """The server under test, as a process: SSEServer, and events on command.
 
 Prints its port. Then each line `COUNT MICROSECONDS [CHANNEL [CHANNELS]]` on standard input publishes COUNT events with that pause
-between two of them, on that channel or on so many numbered ones in turn, and is answered by a line. The end of standard input ends it. Arguments: NAME=VALUE for SSEServer.
+between two of them, on that channel or on so many numbered ones in turn, and is answered by a line. The end of standard input
+ends it. Arguments: NAME=VALUE for SSEServer; slow=1 lets requests for /slow wait for 5 s.
 """
 import sys
 import time
@@ -15,6 +16,8 @@ from sse_server import SSEServer   # noqa: E402
 def main() -> None:
     options = {name: int(value) if value.isdigit() else value
                for name, value in (argument.split("=") for argument in sys.argv[1:])}
+    if options.pop("slow", 0):      # requests for /slow sit in `authorize`
+        options["authorize"] = lambda request: request.path != "/slow" or not time.sleep(5)
     sequence = 0
     with SSEServer(port=0, **options) as server:
         print(server.port, flush=True)

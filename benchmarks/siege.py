@@ -6,13 +6,18 @@ import os
 import random
 import resource
 import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from functools import partial
+from typing import List, Optional, Tuple
 
+from attacks import ATTACKS
 from bench import RATE, deliver, say
-from load import GET, HERE, Clients, ServerProcess, cpu_clock, descriptor_limit, our_server
+from load import GET, HERE, Clients, ServerProcess, cpu_clock, descriptor_limit, our_server, percentile
 
 EVENTS = 100            # of each run
 
@@ -64,6 +69,59 @@ def silent_and_dribbling() -> None:
         sock.close()
     clients.close()
     server.stop()
+
+
+def newcomers(port: int, context: Optional[ssl.SSLContext], number: int = 150) -> List[float]:
+    """Return the milliseconds in which so many clients, one after the other, have an answer."""
+    times = []
+    for _ in range(number):
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+            talk = context.wrap_socket(sock) if context else sock
+            try:
+                talk.sendall(GET)
+                assert talk.recv(100).startswith(b"HTTP/1.1 ")
+            except OSError:             # closed unanswered: it counts as the longest
+                began -= 10
+            talk.close()
+        times.append((time.monotonic() - began) * 1e3)
+        time.sleep(0.01)
+    return times
+
+
+def at_the_doors(name: str, folder: str) -> None:
+    """What an attack on the accept loop costs those who come, and those who are there."""
+    tls = name == "silent"
+    files = make_certificate(folder) if tls else None
+    server = our_server(**(dict(cert=files[0], key=files[1]) if tls else {"slow": 1}))
+    context = ssl._create_unverified_context() if tls else None
+    clients = Clients(server.port)
+    if not tls:
+        clients.connect(200)
+    figures = []
+    attack = None
+    for besieged in (False, True):
+        if besieged:
+            attack = subprocess.Popen([sys.executable, str(HERE / "attacks.py"), name, str(server.port)],
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            assert attack.stdout.readline() == "there\n"
+        times = newcomers(server.port, context)
+        events = [] if tls else [deliver(server, clients, EVENTS, 1 / RATE)["p99"] for _ in range(3)]
+        figures.append((percentile(times, .5), percentile(times, .99), min(events, default=0)))
+    attack.communicate()
+    (p50, p99, quiet), (p50_then, p99_then, then) = figures
+    say(f"{name}: a newcomer is answered in p50 {p50_then:.1f} p99 {p99_then:.1f} ms (quiet {p50:.1f} and {p99:.1f}); "
+        + ("over TLS" if tls else f"events p99 {then:.2f} ms, {then / quiet:.2f} times the quiet run"))
+    clients.close()
+    server.stop()
+
+
+def make_certificate(folder: str) -> Tuple[str, str]:
+    cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                    "-subj", "/CN=localhost", "-days", "2", "-out", cert, "-keyout", key], check=True,
+                   stderr=subprocess.DEVNULL)
+    return cert, key
 
 
 def out_of_descriptors() -> None:
@@ -129,6 +187,8 @@ def hostile_connections(number: int = 10000) -> None:
 if __name__ == "__main__":
     descriptor_limit()
     os.sched_setaffinity(0, {1})
-    silent_and_dribbling()
-    out_of_descriptors()
-    hostile_connections()
+    parts = sys.argv[1:] or [*ATTACKS, "dribble", "descriptors", "hostile"]
+    with tempfile.TemporaryDirectory() as folder:
+        for each in parts:
+            {"dribble": silent_and_dribbling, "descriptors": out_of_descriptors, "hostile": hostile_connections,
+             **{name: partial(at_the_doors, name, folder) for name in ATTACKS}}[each]()

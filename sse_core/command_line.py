@@ -40,21 +40,25 @@ def _number(kind: Callable[[str], float], fits: Callable[[float], bool],
 
 port_number = _number(int, lambda port: 0 <= port < 65536, "a port from 0 to 65535")
 whole_number = _number(int, lambda value: 0 <= value < 1 << 31, "a whole number from 0 on")
-seconds = _number(float, lambda value: 0 < value < 1e6, "a number of seconds above 0")
-seconds_or_none = _number(float, lambda value: 0 <= value < 1e6, "a number of seconds from 0 on")
+seconds = _number(float, lambda value: 0 <= value < 1e6, "a number of seconds from 0 on")
 
 
 # A flag with what it takes; its type, `list` if it can be repeated; the default; the help
 FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
     ("--host HOST", str, "127.0.0.1", "address to listen on (default 127.0.0.1)"),
     ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default 6500)"),
-    ("--interval SECONDS", seconds, 1.0, "time between two ticks of the clock (default 1)"),
+    ("--interval SECONDS", seconds, 1.0,
+     "time between two ticks of the clock; 0: no clock (default 1)"),
     ("--stdin", bool, False, "each line of standard input is an event, in place of the clock; "
      "after the last one, everyone served, the server stops"),
     ("--redis URL", str, None, "redis://HOST:PORT/DB: events come from a Redis stream, and what is "
      "published goes to it, so that many servers serve the same"),
     ("--stream KEY", str, "sse", "key of that stream (default sse)"),
-    ("--patience SECONDS", seconds_or_none, 5.0,
+    ("--history-file FILE", str, None, "an SQLite file that keeps what is published: it is there "
+     "after a restart, and servers on this machine can share it"),
+    ("--sync", bool, False, "what is in that file survives a power failure, too; slower"),
+    ("--reuse-port", bool, False, "let other servers that say so listen on the same port"),
+    ("--patience SECONDS", seconds, 5.0,
      "how long --stdin waits for a slow client that makes no progress (default 5; 0: not at all)"),
     ("--token TOKEN", list, [],
      "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
@@ -66,9 +70,9 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
     ("--key FILE", str, None, "its key, if that is not in the same file"),
     ("--history FRAMES", whole_number, 1024, "events kept for clients that come back; "
      "0: no ids, the wire of the original (default 1024)"),
-    ("--heartbeat SECONDS", seconds_or_none, 15.0,
+    ("--heartbeat SECONDS", seconds, 15.0,
      "silence after which a client is sent a comment; 0: never (default 15)"),
-    ("--retry SECONDS", seconds_or_none, 3.0,
+    ("--retry SECONDS", seconds, 3.0,
      "pause of a client before it reconnects, +-50 %% at random (default 3)"),
     ("--max-clients N", whole_number, 10000, "clients at a time (default 10000)"),
 )

@@ -200,21 +200,34 @@ class Handshake:
     # Run by the accept loop
 
     def run_at_once(self) -> bool:
-        """Register the client if its request for a stream is all there. False: call `run`."""
+        """Register the client, or refuse it, if its request is all there. False: call `run`."""
         if self._others.context:
             return False
         self._sock.setblocking(False)
+        request = None
         try:
             self._received = self._sock.recv(http1.MAX_HEAD)
-            parsed = http1.parse(self._received)
-            if not parsed or parsed[0].method != "GET" or self._answers.is_slow(parsed[0]):
+            request, _ = self._parse()
+            if not request or request.method != "GET" or self._answers.is_slow(request):
                 return False
-            answer = self._answers.respond(parsed[0])
+            answer = self._answers.respond(request)
             return isinstance(answer, Opening) and self._hand_over(answer)
-        except Exception:       # a refusal, a reset, a fault of ours: `run` meets it again
+        except Refusal as refusal:
+            if self._is_whole:
+                self._refuse(refusal, request)      # some hundred bytes: they fit into its buffer
+                self.close()
+            return self._is_whole
+        except Exception:       # a reset, or a fault of ours: `run` meets it again
             return False
 
     # Run by either
+
+    def _parse(self, seen: int = 0) -> tuple[Request | None, int]:
+        """Return the request if its head is there, and its length. Raises Refusal."""
+        self._is_whole = self._received.endswith(b"\r\n\r\n")
+        request, length = http1.parse(self._received, seen) or (None, 0)
+        self._is_whole = request is not None and request.method != "POST"
+        return request, length
 
     def _hand_over(self, opening: Opening) -> bool:
         """Register the client. Returns False, and keeps the socket, if there is no room for it."""
@@ -273,7 +286,6 @@ class Handshake:
             request = self._read_head()
             return request is not None and self._answer(request)
         except Refusal as refusal:
-            logger.debug("%s refused: %d %s", self._peer, refusal.status, refusal.text)
             self._refuse(refusal, request)
         except OSError:
             raise
@@ -302,12 +314,10 @@ class Handshake:
         """Return the request, None if the peer closes before it is whole. Raises Refusal."""
         seen = 0
         while True:
-            self._is_whole = self._received.endswith(b"\r\n\r\n")
-            parsed = http1.parse(self._received, seen)
-            if parsed:
-                self._received = self._received[parsed[1]:]
-                self._is_whole = parsed[0].method != "POST"
-                return parsed[0]
+            request, length = self._parse(seen)
+            if request:
+                self._received = self._received[length:]
+                return request
             seen = len(self._received)
             if not self._receive():
                 return None
@@ -359,6 +369,7 @@ class Handshake:
 
         To close while input is under way would reset the connection, and lose the answer.
         """
+        logger.debug("%s refused: %d %s", self._peer, refusal.status, refusal.text)
         self._others.refused(refusal.status)
         self.goes_first = True
         try:

@@ -114,7 +114,8 @@ def test_post_and_channel(shell):
     serve, post, watch = commands("--publish-token SECRET", "curl -d 'hello' 'http", "'http://127.0.0.1:6500/?channel=news'")
     shell.serve(serve)
     watching = shell.start(watch)
-    wait_until(lambda: requests.get(f"http://127.0.0.1:{shell.ports['6500']}/-/status", timeout=PATIENCE).json()["list"])
+    status = f"http://127.0.0.1:{shell.ports['6500']}/-/status"
+    wait_until(lambda: requests.get(status, timeout=PATIENCE).json()["clients"])
     assert '{"id": "' in shell.output(post)
     line = watching.stdout.readline()
     while line and "hello" not in line:
