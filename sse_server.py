@@ -26,15 +26,16 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
-from sse_core import command_line, sources
+from sse_core import command_line, frames, sources
 from sse_core.access import Access, Authorize
 from sse_core.answers import Answers
 from sse_core.broadcast import Broadcast, NotRunning
+from sse_core.command_line import count_of
 from sse_core.file_stream import FileStream
 from sse_core.handshake import Handshakes
 from sse_core.redis_stream import RedisStream
@@ -55,7 +56,9 @@ ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descrip
 RECOVERED = 10.0            # seconds without a failure after which the next is worth a warning
 SELF_CONNECT_TIME = 1.0     # seconds
 FOLLOWER_TIME = 2.0         # seconds for the thread that follows a shared log to end
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}    # and how to connect to it
+WAIT_CHECK = 0.05           # seconds between two looks whether --wait-clients are there
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}    # and how to connect to it
 _DATA_FOLDERS = (sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))
 _PAGES = (Path(__file__).with_name("index.html"),       # in a checkout; else where it is installed
           *(Path(data, "share", "sse-server", "index.html") for data in _DATA_FOLDERS))
@@ -414,12 +417,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     wakee, waker = command_line.catch_signals()
     if not options.stdin:
-        print("Press enter to terminate")
-    print(f"Listening on {server.url}", flush=True)
+        command_line.ask_about_input()
+    command_line.say(*_first_lines(server, options))
     stopping = threading.Event()
     source = server._thread("source", lambda: _run_source(server, options, stopping, waker))
     server.on_fault = partial(waker.send, b"\0")
-    has_status = sys.stderr.isatty() and not options.quiet
+    has_status = command_line.has_terminal() and not options.quiet
     status = command_line.status_lines(server.figures) if has_status else None
     try:
         with server:
@@ -445,13 +448,36 @@ def _make_server(options: argparse.Namespace) -> SSEServer:
                          f"{error.strerror}") from None
 
 
+def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str]:
+    """Yield what a person needs to know at the start; the original's two lines come first."""
+    if not options.stdin:
+        yield "Press enter to terminate"
+    yield f"Listening on {server.url}"
+    if options.quiet:
+        return
+    path = "TOKEN" if options.tokens else "token"
+    yield f"Watch: curl -N {server.url}/{path}, or a browser at {server.url}/"
+    who = ("who has a token" if options.tokens else
+           "everybody on this machine" if options.host in LOOPBACK else
+           "everybody who reaches this address")
+    pages = "" if options.tokens or options.origins else ", and every web page that is open there"
+    publishers = "who has a publish token" if options.publish_tokens else "nobody"
+    yield f"May watch: {who}{pages}. May publish: {publishers}"
+
+
 def _run_source(server: SSEServer, options: argparse.Namespace, stopping: threading.Event,
                 waker: socket.socket) -> None:
     """Publish what the source gives until its end; then, everyone served, end the process."""
     try:
         if options.stdin:
-            sources.lines(server._broadcast.publish_all, stopping, sys.stdin.fileno())
+            while server.clients < options.wait_clients and not stopping.wait(WAIT_CHECK):
+                pass
+            number = sources.lines(server._broadcast.publish_all, stopping, sys.stdin.fileno(),
+                                   frames.parse_draft if options.json else frames.Draft)
+            clients = server.clients
             server.drain()
+            logger.log(logging.INFO if clients else logging.WARNING, "%s, delivered to %s",
+                       count_of(number, "event"), count_of(clients, "client"))
         elif options.redis or not options.interval:
             stopping.wait()
         else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Callable
 
 from sse_core import frames, http1
@@ -19,6 +20,8 @@ HTML = "text/html; charset=utf-8"
 TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 JSON = "application/json"
+NDJSON = "application/x-ndjson"
+WATCHING = {"channel", "since", "lastEventId", "last_event_id"}     # parameters of a stream
 COME_BACK = 10              # times the usual pause, for a client that finds the server full
 
 FAMILIES = (                # of metrics: name, kind, what it is, and its key among the figures
@@ -115,11 +118,10 @@ class Answers:
 
     def post(self, request: Request, body: bytes) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer. Raises Refusal."""
+        is_list = request.fields.get("content-type", "").split(";")[0].strip().lower() == NDJSON
+        drafts = _drafts(request, body) if is_list else [_draft(request, body)]
         try:
-            names = request.parameter("event"), request.parameter("channel")
-            event_id, = self._publish_all([Draft(body.decode(), *names)])
-        except UnicodeDecodeError:
-            raise Refusal(400, "The body is not UTF-8.") from None
+            ids = self._publish_all(drafts)
         except ValueError as error:
             raise Refusal(400, f"This is no event: {error}.") from None
         except Unavailable as error:
@@ -127,7 +129,7 @@ class Answers:
                           ["Retry-After: 5"]) from None
         except NotRunning:
             raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
-        return _whole(request, _json({"id": event_id}), JSON,
+        return _whole(request, _json({"ids": ids} if is_list else {"id": ids[0]}), JSON,
                       self._access.cross_origin(request), keep_alive=request.keeps_alive)
 
     def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
@@ -167,12 +169,49 @@ def _whole(request: Request, body: bytes, content_type: str, fields: Sequence[st
                         head_only=request.method == "HEAD")
 
 
+def _draft(request: Request, body: bytes) -> Draft:
+    """Return the event that a POST makes of its body. Raises Refusal."""
+    for name, values in request.query.items():
+        if name not in ("event", "channel"):
+            raise Refusal(400, f"The parameter {name!r} is not known: there are event and channel.")
+        if len(values) > 1:
+            raise Refusal(400, f"An event has one {name}; send a list as {NDJSON}.")
+    return Draft(_text(body), request.parameter("event"), request.parameter("channel"))
+
+
+def _drafts(request: Request, body: bytes) -> list[Draft]:
+    """Return the events that the lines of a body describe. Raises Refusal, which names the line."""
+    if request.query:
+        raise Refusal(400, f"With {NDJSON}, event and channel are in the lines, not in the query.")
+    drafts = []
+    for number, line in enumerate(_text(body).split("\n"), 1):
+        if line.strip():
+            try:
+                drafts.append(frames.parse_draft(line))
+            except ValueError as error:
+                raise Refusal(400, f"Line {number} is no event, and none was published: {error}."
+                              ) from None
+    return drafts
+
+
+def _text(body: bytes) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        raise Refusal(400, "The body is not UTF-8.") from None
+
+
 def _json(value: Figures) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
 def _channels(request: Request) -> frozenset[str]:
     """Return the channels that a client asks for. Raises Refusal."""
+    unknown = [name for name in request.query if name not in WATCHING and len(name) < 20]
+    for name in unknown[:3]:        # a comparison takes some 20 us
+        meant = get_close_matches(name, WATCHING, 1)
+        if meant:
+            raise Refusal(400, f"The parameter {name!r} is not known: was {meant[0]!r} meant?")
     channels = request.query.get("channel", [])
     try:
         for channel in channels:

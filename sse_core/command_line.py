@@ -11,11 +11,14 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NoReturn
+
+from sse_core import __version__
 
 CLEAR_LINE = "\r\x1b[K"     # of a terminal
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
@@ -43,6 +46,9 @@ whole_number = _number(int, lambda value: 0 <= value < 1 << 31, "a whole number 
 seconds = _number(float, lambda value: 0 <= value < 1e6, "a number of seconds from 0 on")
 
 
+NEEDS = {"json": "stdin", "wait_clients": "stdin", "stream": "redis", "sync": "history_file",
+         "key": "cert"}     # flags that mean nothing without another one
+
 # A flag with what it takes; its type, `list` if it can be repeated; the default; the help
 FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
     ("--host HOST", str, "127.0.0.1", "address to listen on (default 127.0.0.1)"),
@@ -51,9 +57,12 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
      "time between two ticks of the clock; 0: no clock (default 1)"),
     ("--stdin", bool, False, "each line of standard input is an event, in place of the clock; "
      "after the last one, everyone served, the server stops"),
+    ("--json", bool, False,
+     'with --stdin: each line is {"data": ..., "event": ..., "channel": ...}'),
+    ("--wait-clients N", whole_number, 0, "with --stdin: begin when so many clients are there"),
     ("--redis URL", str, None, "redis://HOST:PORT/DB: events come from a Redis stream, and what is "
      "published goes to it, so that many servers serve the same"),
-    ("--stream KEY", str, "sse", "key of that stream (default sse)"),
+    ("--stream KEY", str, None, "key of that stream (default sse)"),
     ("--history-file FILE", str, None, "an SQLite file that keeps what is published: it is there "
      "after a restart, and servers on this machine can share it"),
     ("--sync", bool, False, "what is in that file survives a power failure, too; slower"),
@@ -97,13 +106,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
     loudness.add_argument("--quiet", action="store_true", help="log warnings only")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(arguments)
     options.tokens += os.environ.get("SSE_TOKEN", "").split()
     options.publish_tokens += os.environ.get("SSE_PUBLISH_TOKEN", "").split()
-    if options.key and not options.cert:
-        parser.error("--key needs --cert")
+    for name, needed in NEEDS.items():
+        if getattr(options, name) and not getattr(options, needed):
+            parser.error(f"--{name} needs --{needed}".replace("_", "-"))
     if options.stdin and sys.stdin is None:
         parser.error("--stdin needs a standard input")
+    options.stream = options.stream or "sse"
     return options
 
 
@@ -116,10 +128,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def set_up_logging(options: argparse.Namespace) -> None:
-    """Log to standard error; on a terminal, over the status line."""
-    logging.basicConfig(format=(CLEAR_LINE if sys.stderr.isatty() else "") + "%(message)s")
+    """Log to standard error, as far as that takes it; on a terminal, over the status line."""
+    logging.raiseExceptions = False         # it may be full: that is not to be told there
+    logging.basicConfig(format=(CLEAR_LINE if has_terminal() else "") + "%(message)s")
     quiet = logging.WARNING if options.quiet else logging.INFO
     logger.setLevel(logging.DEBUG if options.verbose else quiet)
+
+
+def has_terminal() -> bool:
+    """Say whether standard error is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def say(*lines: str) -> None:
+    """Print lines on standard output, as far as that takes them."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError:         # it is full, or nobody reads it: then nothing is to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return the number with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
@@ -129,44 +160,69 @@ def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
         now, shown = time.monotonic(), figures()
         rate = (shown["deliveries"] - deliveries) / max(0.001, now - before)
         deliveries, before = shown["deliveries"], now
-        yield f"{shown['clients']} clients, {shown['events']} events, {rate:.0f} deliveries/s"
+        line = (f"{count_of(shown['clients'], 'client')}, {count_of(shown['events'], 'event')}, "
+                f"{rate:.0f} deliveries/s")
+        yield line[:os.get_terminal_size(sys.stderr.fileno()).columns - 1]
 
 
 def catch_signals() -> tuple[socket.socket, socket.socket]:
-    """Turn SIGINT and SIGTERM into a byte: return the socket it is read from, and the other end.
+    """Turn SIGINT, SIGTERM and SIGHUP into a byte: return where it is read, and the other end.
 
     Call it in the main thread. Any thread may send a byte of its own into the other end.
     """
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: None)      # that it came is read from the socket
+    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)
+    for signum in (signal.SIGINT, signal.SIGTERM, hang_up):
+        if signum != hang_up or signal.getsignal(signum) != signal.SIG_IGN:     # as nohup has it
+            signal.signal(signum, lambda *_: None)      # that it came is read from the socket
     return wakee, waker
+
+
+def has_foreground() -> bool:
+    """Say whether standard input is a terminal whose Enter is meant for this process."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, AttributeError, ValueError):       # no terminal, none any more, or no input
+        return False
+
+
+def ask_about_input() -> None:
+    """Ask whether --stdin was meant, if what could be events is piped in without it."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, AttributeError, ValueError):       # no standard input
+        return
+    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+        logger.warning("standard input is not read: was --stdin meant?")
 
 
 def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Iterator[str] | None) -> None:
     """Return on Enter or when `wakee` can be read.
 
-    The end of standard input is no Enter: services have none.
+    Enter counts from a terminal in whose foreground this process is, as long as it is: so a job
+    that was begun with `&` goes on. The end of standard input is no Enter: services have none.
     """
-    watched = [wakee.fileno()]
-    if watch_input and sys.stdin is not None:
-        watched.append(sys.stdin.fileno())
+    rests = False       # a terminal at its end says so at once, again and again
     while True:
-        ready = select.select(watched, [], [], STATUS_EVERY if status else None)[0]
-        if status:
+        is_ours = has_foreground()
+        watches = watch_input and is_ours and not rests
+        watched = [wakee.fileno()] + [sys.stdin.fileno()] * watches
+        ready = select.select(watched, [], [], STATUS_EVERY if watch_input or status else None)[0]
+        if status and is_ours:
             sys.stderr.write(CLEAR_LINE + ("" if ready else next(status)))
             sys.stderr.flush()
         if wakee.fileno() in ready:
             return
-        if not ready:
-            continue
-        try:
-            typed = os.read(ready[0], 4096)
-        except OSError:     # not open for reading, as nohup leaves it, or a terminal was hung up
-            typed = b""
+        typed = _typed() if ready else b""
         if b"\n" in typed:
             return
-        if not typed:
-            watched.remove(ready[0])
+        rests = bool(ready) and not typed
+
+
+def _typed() -> bytes:
+    try:
+        return os.read(sys.stdin.fileno(), 4096)
+    except OSError:         # the terminal was hung up, or given to another process just now
+        return b""

@@ -1,1 +1,3 @@
-class FileStream: pass
+class FileStream:
+    def __init__(self, path, history, sync):
+        pass

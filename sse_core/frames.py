@@ -56,6 +56,28 @@ class Draft(NamedTuple):
         return encode(self.data, self.event)
 
 
+def parse_draft(line: str) -> Draft:
+    """Return the event that `{"data": ..., "event": ..., "channel": ...}` describes.
+
+    Data that is not a string is sent as JSON. Raises ValueError, which says what is wrong.
+    """
+    try:
+        members = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(members, dict) or "data" not in members:
+        raise ValueError('it is not an object with "data"')
+    unknown = members.keys() - set(Draft._fields)
+    if unknown:
+        raise ValueError(f"nothing is known of {min(unknown)!r}")
+    data, event, channel = (members.get(name) for name in Draft._fields)
+    if not isinstance(event, (str, type(None))) or not isinstance(channel, (str, type(None))):
+        raise ValueError("event and channel are strings")
+    draft = Draft(data if isinstance(data, str) else json.dumps(data), event, channel)
+    draft.encoded()
+    return draft
+
+
 def encode(data: str, event: str | None = None) -> bytes:
     """Return data, at most 1 MiB of UTF-8, and a name that was checked as fields of a stream."""
     may_be_long = len(data) > MAX_EVENT // 4        # a character has 4 bytes at most

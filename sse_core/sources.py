@@ -32,12 +32,15 @@ def clock(publish: Callable[..., object], stopping: threading.Event, interval: f
         publish(time.strftime("%m/%d/%Y %H:%M:%S"), event)
 
 
-def lines(publish_all: Callable[..., object], stopping: threading.Event, descriptor: int) -> None:
-    """Publish each line that comes from a file descriptor, without its end, until there is none.
+def lines(publish_all: Callable[..., object], stopping: threading.Event, descriptor: int,
+          parse: Callable[[str], Draft] = Draft) -> int:
+    """Publish each line that comes from a file descriptor until there is none; return how many.
 
-    Bytes that are not UTF-8 become U+FFFD, a line over 1 MiB is left out: each with one warning.
-    Slow clients that keep the pace hold the lines back, see `Broadcast.publish`.
+    parse: makes an event of a line, or raises ValueError. Such a line, or one over 1 MiB, is left
+    out, and bytes that are not UTF-8 become U+FFFD: each with one warning. Slow clients that keep
+    the pace hold the lines back, see `Broadcast.publish_all`.
     """
+    published = 0
     splitter = LineSplitter()
     while not stopping.is_set():
         if not select.select([descriptor], [], [], STOP_CHECK)[0]:
@@ -47,10 +50,13 @@ def lines(publish_all: Callable[..., object], stopping: threading.Event, descrip
         except OSError as error:        # not open for reading, or a terminal that was hung up
             logger.warning("standard input: %s; taken for its end", error.strerror)
             data = b""
-        lines = splitter.feed(data) if data else splitter.end()
-        publish_all([Draft(line) for line in lines], wait=True)
+        drafts = splitter.parsed(splitter.feed(data) if data else splitter.end(), parse)
+        publish_all(drafts, wait=True)
+        published += len(drafts)
         if not data:
-            return
+            break
+    splitter.tell_left_out()
+    return published
 
 
 class LineSplitter:
@@ -60,6 +66,7 @@ class LineSplitter:
         self._held: list[bytes] = []    # pieces of a line whose end is still to come
         self._length = 0                # bytes of that line so far, held or too many to be
         self._warned: set[str] = set()
+        self._left_out = 0              # lines
 
     def feed(self, data: bytes) -> Iterator[str]:
         """Yield the lines that end in `data`."""
@@ -73,6 +80,22 @@ class LineSplitter:
         """Yield the last line, if it had no line end."""
         if self._length:
             yield from self._finish()
+
+    def parsed(self, lines: Iterator[str], parse: Callable[[str], Draft]) -> list[Draft]:
+        """Return the lines that are events."""
+        drafts = []
+        for line in lines:
+            try:
+                drafts.append(parse(line))
+            except ValueError as error:
+                self._left_out += 1
+                self._warn("lines that are no events are left out", f"; the first: {error}")
+        return drafts
+
+    def tell_left_out(self) -> None:
+        """Say how many lines were left out, if any were."""
+        if self._left_out:
+            logger.warning("standard input: %d lines were left out", self._left_out)
 
     def _hold(self, piece: bytes) -> None:
         self._length += len(piece)
@@ -89,11 +112,12 @@ class LineSplitter:
             self._warn("bytes that are not UTF-8 are published as U+FFFD")
             text = decoded.encode()
         if skipping or len(text) > MAX_EVENT:
+            self._left_out += 1
             self._warn(f"lines over {MAX_EVENT} bytes are left out")
         else:
             yield decoded
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, what: str, more: str = "") -> None:
         if what not in self._warned:
-            logger.warning("standard input: %s", what)
+            logger.warning("standard input: %s%s", what, more)
         self._warned.add(what)

@@ -1,0 +1,195 @@
+"""What a person at a terminal meets: every test is a real process, most on a terminal of its own."""
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import PATIENCE, TOP, Client, wait_until
+
+SERVER = [sys.executable, str(TOP / "sse_server.py"), "--port", "0"]
+
+
+class Terminal:
+    """A process that leads a session on a terminal, and what it has written there."""
+
+    def __init__(self, *command: str) -> None:
+        self.pid, self.screen = pty.fork()
+        if self.pid == 0:
+            os.execvp(command[0], command)
+        self.text = ""
+
+    def look(self, seconds: float = 0.05) -> str:
+        while select.select([self.screen], [], [], seconds)[0]:
+            try:
+                self.text += os.read(self.screen, 65536).decode(errors="replace")
+            except OSError:         # the process has ended
+                break
+        return self.text
+
+    def until(self, pattern: str) -> re.Match:
+        wait_until(lambda: re.search(pattern, self.look()))
+        return re.search(pattern, self.text)
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def status(self) -> int:
+        """Wait until it ends, and return its exit status."""
+        def ended() -> bool:
+            self.look()
+            pid, self._status = os.waitpid(self.pid, os.WNOHANG)
+            return pid != 0
+        wait_until(ended)
+        return os.waitstatus_to_exitcode(self._status)
+
+    def close(self) -> None:
+        os.close(self.screen)
+
+
+@pytest.fixture
+def terminal():
+    terminals = []
+
+    def make(*command: str) -> Terminal:
+        terminals.append(Terminal(*command))
+        return terminals[-1]
+    yield make
+    for each in terminals:
+        try:
+            os.killpg(each.pid, signal.SIGKILL)
+            os.waitpid(each.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        each.close()
+
+
+def test_enter_stops_it_and_clients_get_their_end(terminal):
+    screen = terminal(*SERVER, "--interval", "0.05")
+    port = int(screen.until(r"Listening on http://127.0.0.1:(\d+)")[1])
+    with Client(port) as client:
+        client.read_events(1)
+        screen.type("\n")
+        assert client.read_to_end().ended
+    assert screen.status() == 0 and "Traceback" not in screen.text
+
+
+def test_the_start_says_where_to_look_and_who_may(terminal):
+    screen = terminal(*SERVER)
+    text = screen.until(r"May publish: nobody")[0] and screen.text
+    assert "Press enter to terminate" in text and "Watch: curl -N http://127.0.0.1:" in text
+    assert "May watch: everybody on this machine, and every web page that is open there" in text
+    assert screen.until("0 clients, 0 events")
+    port = int(screen.until(r"Listening on http://127.0.0.1:(\d+)")[1])
+    with Client(port) as client:
+        client.open()
+        assert screen.until(r"1 client, \d+ events?")
+
+
+def test_enter_after_the_end_of_input_still_stops_it(terminal):
+    screen = terminal(*SERVER, "--quiet")
+    screen.until("Listening")
+    screen.type("\x04")
+    time.sleep(0.2)         # there is nothing to see: that it runs on is what is tested
+    assert os.waitpid(screen.pid, os.WNOHANG)[0] == 0
+    deadline = time.monotonic() + PATIENCE
+    while os.waitpid(screen.pid, os.WNOHANG) == (0, 0):
+        assert time.monotonic() < deadline
+        screen.type("\n")   # the first may come while it rests
+        screen.look(0.2)
+
+
+def test_a_job_in_the_background_runs_on_and_leaves_enter_to_the_shell(terminal):
+    shell = terminal("bash", "--norc", "-i")
+    shell.type(f"PS1=; stty -echo; {' '.join(SERVER)} --interval 0.05 2>/dev/null & echo job is $!\n")
+    pid = int(shell.until(r"job is (\d+)")[1])
+    port = int(shell.until(r"Listening on http://127.0.0.1:(\d+)")[1])
+    with Client(port) as client:
+        for number in range(3):
+            shell.type(f"echo typed $(({number} + 70))\n")
+            shell.until(f"typed {number + 70}")
+        count = len(client.read_events(3))
+        client.read_events(count + 5)
+        with open(f"/proc/{pid}/stat") as file:
+            assert file.read().rpartition(")")[2].split()[0] != "T"
+        os.kill(pid, signal.SIGTERM)
+        assert client.read_to_end().ended
+
+
+def test_stopped_and_continued_in_the_background_it_serves_on(terminal):
+    shell = terminal("bash", "--norc", "-i")
+    shell.type(f"PS1=; stty -echo; {' '.join(SERVER)} --interval 0.05 --quiet\n")
+    port = int(shell.until(r"Listening on http://127.0.0.1:(\d+)")[1])
+    with Client(port) as client:
+        client.read_events(1)
+        shell.type("\x1a")
+        shell.until("Stopped")
+        shell.type("bg\n")
+        shell.type("echo still $((6 * 7))\n")
+        shell.until("still 42")
+        client.read_events(len(client.stream.events) + 10)
+        shell.type("fg\n")
+        wait_until(lambda: shell.look() and ended(client, shell))
+        assert client.stream.ended
+
+
+def ended(client: Client, shell: Terminal) -> bool:
+    """Type Enter, and say whether the stream has ended: `fg` takes its time to give it."""
+    shell.type("\n")
+    client.receive()
+    return client.stream.ended
+
+
+def test_a_terminal_that_is_closed_ends_the_streams_in_order(terminal):
+    screen = terminal(*SERVER, "--interval", "0.05", "--quiet")
+    port = int(screen.until(r"Listening on http://127.0.0.1:(\d+)")[1])
+    with Client(port) as client:
+        client.read_events(1)
+        os.kill(screen.pid, signal.SIGHUP)
+        assert client.read_to_end().ended
+    assert screen.status() == 0
+
+
+def run(shell: str) -> subprocess.CompletedProcess:
+    command = f'timeout -s INT 2 "{sys.executable}" "{TOP}/sse_server.py" --port 0 {shell}'
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("streams", [
+    "</dev/null >/dev/full", "</dev/null 2>/dev/full", "</dev/zero", "</dev/null | head -0",
+    "</dev/null >&-", "</dev/null 2>&-", "<&- >&- 2>&-", "</dev/null >/dev/full 2>&1"])
+def test_closed_and_full_streams_are_no_traceback_and_no_busy_loop(streams):
+    before = os.times()
+    done = run(streams)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 1.5 and done.returncode in (0, 124)
+
+
+def test_a_pipe_without_its_flag_runs_on_and_asks():
+    with subprocess.Popen([*SERVER, "--interval", "0.05"], stdin=subprocess.PIPE, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        lines = [process.stdout.readline() for _ in range(2)]
+        port = int(re.search(r":(\d+)\n", lines[1])[1])
+        process.stdin.write("1\n2\n")
+        process.stdin.close()
+        process.stdin = None
+        with Client(port) as client:
+            client.read_events(3)
+            process.send_signal(signal.SIGTERM)
+            assert client.read_to_end().ended
+        assert "was --stdin meant?" in process.communicate(timeout=PATIENCE)[1]
+        assert process.returncode == 0
+
+
+def test_the_version_is_told():
+    done = subprocess.run([*SERVER, "--version"], capture_output=True, text=True, timeout=PATIENCE)
+    assert re.fullmatch(r"sse_server.py \d+\.\d+\.\d+\n", done.stdout) and done.returncode == 0
+
+
