@@ -17,6 +17,7 @@ from typing import Callable
 
 from sse_core import http1
 from sse_core.answers import Answers, Opening
+from sse_core.body import Body
 from sse_core.http1 import Refusal, Request
 
 HEAD_TIME = 10.0            # seconds for one request to arrive, however it dribbles
@@ -272,20 +273,17 @@ class Handshake:
 
         Raises Refusal for one that cannot be, ConnectionAbortedError for one that is cut short.
         """
-        length = request.body_length
-        if request.chunked and len(self._received) < length and \
-                request.fields.get("expect", "").lower() == "100-continue":
+        body = Body(request.body_length)
+        rest = body.feed(self._received)
+        if rest is None and request.chunked and "expect" in request.known:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        parts, missing = [self._received], length - len(self._received)
-        while missing > 0:
+        while rest is None:
             self._received = b""
             if not self._receive():
                 raise ConnectionAbortedError("the body was cut short")
-            parts.append(self._received)
-            missing -= len(self._received)
-        whole = b"".join(parts)
-        self._received = whole[length:]
-        return whole[:length]
+            rest = body.feed(self._received)
+        self._received = rest
+        return bytes(body.data)
 
     def _receive(self) -> bool:
         """Add more of the request to `_received`. Returns False at the end of the stream.

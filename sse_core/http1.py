@@ -13,8 +13,6 @@ from http import HTTPStatus
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote_to_bytes
 
-from sse_core import frames
-
 MAX_LINE = 8000             # bytes of the request line: what RFC 9112 section 3 wants supported
 MAX_HEAD = 16 << 10         # bytes of request line and fields
 MAX_FIELDS = 100            # as http.client has it
@@ -90,15 +88,13 @@ class Request(NamedTuple):
         return any([hmac.compare_digest(token, each) for token in tokens for each in given])
 
     @property
-    def body_length(self) -> int:
-        """The length of a POST's body in bytes. Raises Refusal if it is not given, or too long."""
+    def body_length(self) -> int | None:
+        """The bytes of a POST's body; None: it comes in chunks. Raises Refusal if it has no end."""
+        if "transfer-encoding" in self.known:
+            return None
         if "content-length" not in self.known:
-            raise Refusal(411, "Send a Content-Length: a chunked body is not taken.")
-        length = int(self.known["content-length"])
-        if length > frames.MAX_EVENT:
-            raise Refusal(413, f"The body is longer than {frames.MAX_EVENT} bytes, the most that "
-                               "an event holds.")
-        return length
+            raise Refusal(411, "Send a Content-Length, or Transfer-Encoding: chunked.")
+        return int(self.known["content-length"])
 
     @property
     def keeps_alive(self) -> bool:

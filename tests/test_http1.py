@@ -199,6 +199,7 @@ TAKEN = [
     (get(fields=H + b"Content-Length: 0\r\n"), {"method": "GET"}),
     (post(b"Content-Length: 007\r\n"), {"body_length": 7, "keeps_alive": True}),
     (post(b""), {"keeps_alive": True}),
+    (post(b"Transfer-Encoding: \t Chunked \r\n"), {"body_length": None}),
     (post(b"Content-Length: 1\r\nExpect: 100-Continue\r\n"), {"body_length": 1}),
     (post(b"Connection: Close\r\n"), {"keeps_alive": False}),
     (post(b"Connection: keep-alive ,\tCLOSE\r\n"), {"keeps_alive": False}),
