@@ -5,7 +5,10 @@ No socket and no thread in here: bytes go back to the caller, and so does what i
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from email.utils import formatdate
+from functools import lru_cache
 from typing import Any, Callable, NamedTuple
 
 from sse_core import frames, http1
@@ -93,7 +96,7 @@ class Answers:
         framing = "Transfer-Encoding: chunked" if request.chunked else "Connection: close"
         lines = ["HTTP/1.1 200 OK", "Content-Type: text/event-stream", framing,
                  *self._access.cross_origin(request),
-                 "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", "", ""]
+                 "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", _date(), "", ""]
         return "\r\n".join(lines).encode()
 
     def turn_away(self, request: Request, opening: Opening) -> bytes:
@@ -131,7 +134,7 @@ class Answers:
 
     def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
         """Return the answer that says what was wrong; the request is None if it is unreadable."""
-        fields = [*refusal.fields, *self._access.cross_origin(request)]
+        fields = [*refusal.fields, *self._access.cross_origin(request), _date()]
         head_only = request is not None and request.method == "HEAD"
         return http1.answer(refusal.status, f"{refusal.text}\n".encode(), fields,
                             head_only=head_only)
@@ -147,14 +150,23 @@ class Answers:
         return [*self._access.cross_origin(request),
                 f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
                 "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, "
-                "Last-Event-ID", "Access-Control-Max-Age: 86400"]
+                "Last-Event-ID", "Access-Control-Max-Age: 86400", _date()]
 
 
 def _whole(request: Request, body: bytes, content_type: str, fields: Sequence[str] = (), *,
            keep_alive: bool = False) -> bytes:
     """Return a good answer with a body; to a HEAD request, its head."""
-    return http1.answer(200, body, fields, content_type=content_type, keep_alive=keep_alive,
-                        head_only=request.method == "HEAD")
+    return http1.answer(200, body, [*fields, _date()], content_type=content_type,
+                        keep_alive=keep_alive, head_only=request.method == "HEAD")
+
+
+def _date() -> str:
+    return _date_at(int(time.time()))
+
+
+@lru_cache(maxsize=1)
+def _date_at(second: int) -> str:
+    return f"Date: {formatdate(second, usegmt=True)}"
 
 
 def _channels(request: Request) -> list[str]:
