@@ -75,8 +75,8 @@ class Access:
 
     def _may_post_from(self, request: Request) -> bool:
         """Say whether pages of the request's origin may publish; what is no page has none."""
-        origin = request.fields.get("origin")
-        own = f"{self._scheme}://{request.fields.get('host', '')}"
+        origin = request.known.get("origin")
+        own = f"{self._scheme}://{request.known.get('host', '')}"
         return not self._origins or origin is None or origin == own or origin in self._origins
 
     def cross_origin(self, request: Request | None) -> list[str]:
@@ -86,6 +86,6 @@ class Access:
         """
         if not self._origins:
             return ["Access-Control-Allow-Origin: *"]
-        origin = request.fields.get("origin") if request else None
+        origin = request.known.get("origin") if request else None
         allowed = [f"Access-Control-Allow-Origin: {origin}"] if origin in self._origins else []
         return [*allowed, "Vary: Origin"]       # caches: the answer depends on who asks

@@ -5,8 +5,11 @@ No socket and no thread in here: bytes go back to the caller, and so does what i
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from email.utils import formatdate
+from functools import lru_cache
 from typing import Any, Callable
 
 from sse_core import frames, http1
@@ -97,7 +100,7 @@ class Answers:
         framing = "Transfer-Encoding: chunked" if request.chunked else "Connection: close"
         lines = ["HTTP/1.1 200 OK", "Content-Type: text/event-stream", framing,
                  *self._access.cross_origin(request),
-                 "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", "", ""]
+                 "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", _date(), "", ""]
         return "\r\n".join(lines).encode()
 
     def turn_away(self, request: Request, opening: Opening) -> bytes:
@@ -118,7 +121,7 @@ class Answers:
 
     def post(self, request: Request, body: bytes) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer. Raises Refusal."""
-        is_list = request.fields.get("content-type", "").split(";")[0].strip().lower() == NDJSON
+        is_list = request.known.get("content-type", "").split(";")[0].strip().lower() == NDJSON
         drafts = _drafts(request, body) if is_list else [_draft(request, body)]
         try:
             ids = self._publish_all(drafts)
@@ -134,7 +137,7 @@ class Answers:
 
     def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
         """Return the answer that says what was wrong; the request is None if it is unreadable."""
-        fields = [*refusal.fields, *self._access.cross_origin(request)]
+        fields = [*refusal.fields, *self._access.cross_origin(request), _date()]
         head_only = request is not None and request.method == "HEAD"
         return http1.answer(refusal.status, f"{refusal.text}\n".encode(), fields,
                             head_only=head_only)
@@ -159,14 +162,23 @@ class Answers:
         return [*self._access.cross_origin(request),
                 f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
                 "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, "
-                "Last-Event-ID", "Access-Control-Max-Age: 86400"]
+                "Last-Event-ID", "Access-Control-Max-Age: 86400", _date()]
 
 
 def _whole(request: Request, body: bytes, content_type: str, fields: Sequence[str] = (), *,
            keep_alive: bool = False) -> bytes:
     """Return a good answer with a body; to a HEAD request, its head."""
-    return http1.answer(200, body, fields, content_type=content_type, keep_alive=keep_alive,
-                        head_only=request.method == "HEAD")
+    return http1.answer(200, body, [*fields, _date()], content_type=content_type,
+                        keep_alive=keep_alive, head_only=request.method == "HEAD")
+
+
+def _date() -> str:
+    return _date_at(int(time.time()))
+
+
+@lru_cache(maxsize=1)
+def _date_at(second: int) -> str:
+    return f"Date: {formatdate(second, usegmt=True)}"
 
 
 def _draft(request: Request, body: bytes) -> Draft:

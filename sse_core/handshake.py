@@ -19,6 +19,7 @@ from typing import Callable, TypeVar
 
 from sse_core import http1
 from sse_core.answers import Answers
+from sse_core.body import Body
 from sse_core.clients import Opening
 from sse_core.http1 import Refusal, Request
 
@@ -26,6 +27,7 @@ HEAD_TIME = 10.0            # seconds for one request to arrive, however it drib
 LINGER_TIME = 1.0           # seconds for a peer to take an answer, and to read why it was refused
 MAX_HANDSHAKES = 256        # unfinished requests that have a thread
 MAX_AT_WORK = 192           # of these, in `authorize` or publishing: nothing can cut those
+MAX_BODIES = 16 << 20       # bytes of bodies under way in all: 256 of 1 MiB were 282 MiB
 MAX_QUEUE = 1024            # that wait for a thread, because all are at work or in their GRACE
 GRACE = 1.0                 # seconds that TLS has, once begun, before it can be cut: a round of it
 PIECE = 64 << 10            # bytes received at once
@@ -44,10 +46,11 @@ class Handshakes:
 
     def __init__(self, answers: Answers, register: Register,
                  context: ssl.SSLContext | None) -> None:
-        self._lock = threading.Lock()           # guards the next four
+        self._lock = threading.Lock()           # guards the next five
         self._unfinished: dict[Handshake, threading.Thread] = {}    # the oldest first
         self._queue: deque[Handshake] = deque()
         self._at_work = 0
+        self._held = 0                          # bytes of bodies under way
         self._refused: dict[int, int] = {}      # requests by the status of their refusal
         self._numbers = count(1)                # for names of threads; the accept loop's own
         self.answers = answers
@@ -122,6 +125,16 @@ class Handshakes:
         finally:
             with self._lock:
                 self._at_work -= 1
+
+    def hold(self, length: int, held: int) -> int:
+        """Count so many bytes of a body under way in place of those `held`. Raises Refusal."""
+        with self._lock:
+            self._held += length - held
+            if length and self._held > MAX_BODIES:
+                self._held -= length - held
+                raise Refusal(503, "This server holds too many bodies of requests. Try again "
+                                   "later.", ["Retry-After: 1"])
+        return length
 
     def refused(self, status: int) -> None:
         """Count a request that was refused with this status."""
@@ -327,20 +340,22 @@ class Handshake:
 
         Raises Refusal for one that cannot be, ConnectionAbortedError for one that is cut short.
         """
-        length = request.body_length
-        if request.chunked and len(self._received) < length and \
-                request.fields.get("expect", "").lower() == "100-continue":
+        body = Body(request.body_length)
+        rest = body.feed(self._received)
+        if rest is None and request.chunked and "expect" in request.known:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        parts, missing = [self._received], length - len(self._received)
-        while missing > 0:
-            self._received = b""
-            if not self._receive():
-                raise ConnectionAbortedError("the body was cut short")
-            parts.append(self._received)
-            missing -= len(self._received)
-        whole = b"".join(parts)
-        self._received, self._is_whole = whole[length:], True
-        return whole[:length]
+        held = 0
+        try:
+            while rest is None:
+                held = self._others.hold(len(body.data), held)
+                self._received = b""
+                if not self._receive():
+                    raise ConnectionAbortedError("the body was cut short")
+                rest = body.feed(self._received)
+        finally:
+            self._others.hold(0, held)
+        self._received, self._is_whole = rest, True
+        return bytes(body.data)
 
     def _receive(self) -> bool:
         """Add more of the request to `_received`. Returns False at the end of the stream.

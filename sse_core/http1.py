@@ -1,8 +1,8 @@
 """Turn bytes into a request or a refusal, and an answer into bytes: what is spoken of HTTP/1.1.
 
 No socket, no thread and no clock in here. `parse` is strict, because requests are smuggled through
-what two parsers read differently (RFC 9112 section 11.2). It is small: a head is lines, and a line
-is one regular expression.
+what two parsers read differently (RFC 9112 section 11.2). It is small and fast: one regular
+expression tells whether a head is one, and of its fields only what is used is taken apart.
 """
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from http import HTTPStatus
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote_to_bytes
 
-from sse_core import frames
-
 MAX_LINE = 8000             # bytes of the request line: what RFC 9112 section 3 wants supported
 MAX_HEAD = 16 << 10         # bytes of request line and fields
 MAX_FIELDS = 100            # as http.client has it
+MAX_LAST_ID = 64            # characters: no id is longer
 METHODS = ("GET", "HEAD", "OPTIONS", "POST")
 KNOWN_METHODS = (*METHODS, "PUT", "DELETE", "PATCH", "TRACE", "CONNECT")
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):(.*)")
+# These take linear time: what a star takes, nothing that follows it could take
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+VALUE = rb"[\t -~\x80-\xff]*"
+_HEAD = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r(\n(?:%b:%b\r\n){0,%d})"
+                   % (TOKEN, TOKEN, VALUE, MAX_FIELDS))
 _BAD_BYTE = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 _BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _ABSOLUTE = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
-_SINGLE = {"host", "content-length", "transfer-encoding", "authorization", "origin",
-           "last-event-id", "expect"}
+_NAME = r"[\w.~!$&'()*+,;=-]*"          # RFC 3986 section 3.2.2
+_HOST = re.compile(rf"(?!:)({_NAME}(%[0-9A-Fa-f]{{2}}{_NAME})*|\[([0-9A-Fa-f]{{0,4}}:){{2,8}}"
+                   r"[0-9A-Fa-f.]*\])(:[0-9]*)?", re.ASCII)
+_ZERO = re.compile(r"q=0(\.0*)?")
+_SINGLE = "host|content-length|transfer-encoding|authorization|origin|last-event-id|expect"
+_KNOWN = re.compile(rf"\n({_SINGLE}|accept|connection|content-type|cookie):([^\r]*)",
+                    re.ASCII | re.IGNORECASE)
+_ANY = re.compile(r"\n([^:]+):([^\r]*)")
 
 
 class Refusal(Exception):
@@ -42,15 +49,18 @@ class Refusal(Exception):
 
 
 class Request(NamedTuple):
-    """The head of one request.
-
-    Names of fields are lower-case. Their values are text, each byte one character (latin-1).
-    """
+    """The head of one request. Names of fields are lower-case, values each byte a character."""
     method: str
     path: str                       # percent-decoded, UTF-8
     query: dict[str, list[str]]     # percent-decoded, in order
     version: tuple[int, int]
-    fields: dict[str, str]
+    known: dict[str, str]           # the fields that this server reads
+    lines: str                      # all fields, as they came
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """All fields, taken apart anew each time: for programs."""
+        return _take_apart(_ANY, self.lines)
 
     def parameter(self, name: str) -> str | None:
         """Return the last value that the query gives to `name`, or None."""
@@ -64,8 +74,8 @@ class Request(NamedTuple):
     @property
     def bearer(self) -> str | None:
         """The token of `Authorization: Bearer TOKEN` (RFC 6750), or None."""
-        scheme, _, token = self.fields.get("authorization", "").partition(" ")
-        return token.strip() if scheme.lower() == "bearer" else None
+        scheme, _, token = self.known.get("authorization", "").partition(" ")
+        return token.strip(" \t") if scheme.lower() == "bearer" else None
 
     def has_token(self, tokens: Iterable[bytes]) -> bool:
         """Say whether path or bearer token is one of these.
@@ -78,32 +88,40 @@ class Request(NamedTuple):
         return any([hmac.compare_digest(token, each) for token in tokens for each in given])
 
     @property
-    def body_length(self) -> int:
-        """The length of a POST's body in bytes. Raises Refusal if it is not given, or too long."""
-        if "content-length" not in self.fields:
-            raise Refusal(411, "Send a Content-Length: a chunked body is not taken.")
-        length = int(self.fields["content-length"])
-        if length > frames.MAX_EVENT:
-            raise Refusal(413, f"The body is longer than {frames.MAX_EVENT} bytes, the most that "
-                               "an event holds.")
-        return length
+    def body_length(self) -> int | None:
+        """The bytes of a POST's body; None: it comes in chunks. Raises Refusal if it has no end."""
+        if "transfer-encoding" in self.known:
+            return None
+        if "content-length" not in self.known:
+            raise Refusal(411, "Send a Content-Length, or Transfer-Encoding: chunked.")
+        return int(self.known["content-length"])
 
     @property
     def keeps_alive(self) -> bool:
         """Whether the client may send another request here (RFC 9112 section 9.3)."""
-        return self.chunked and "close" not in self.fields.get("connection", "").lower()
+        return self.chunked and "close" not in _items(self.known.get("connection", ""))
 
     @property
     def last_id(self) -> str | None:
-        """The id after which the client goes on: Last-Event-ID, else ?lastEventId= of polyfills."""
-        header = self.fields.get("last-event-id")
-        if header is None:
-            return self.parameter("lastEventId")
-        return header.encode("latin-1").decode(errors="replace")
+        """The id after which the client goes on: Last-Event-ID, else ?lastEventId= of polyfills.
+
+        What is too long for an id is "", an unknown one as well, but cheap to keep and to tell.
+        """
+        header = self.known.get("last-event-id")
+        given = self.parameter("lastEventId") if header is None else \
+            header.encode("latin-1").decode(errors="replace")
+        return "" if given and len(given) > MAX_LAST_ID else given
 
     def accepts(self, media_type: str) -> bool:
-        """Say whether Accept names this media type."""
-        return media_type in self.fields.get("accept", "").lower()
+        """Say whether Accept names this media type, and not with a weight of 0."""
+        named = [_items(each, ";") for each in _items(self.known.get("accept", ""))
+                 if each.startswith(media_type)]
+        return any(name == media_type and not any(map(_ZERO.fullmatch, parameters))
+                   for name, *parameters in named)
+
+
+def _items(text: str, separator: str = ",") -> list[str]:
+    return [item.strip(" \t") for item in text.lower().split(separator)]
 
 
 def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
@@ -119,11 +137,16 @@ def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     line_end = buffer.find(b"\r\n", start, start + MAX_LINE + 2)
     limit = start + (MAX_LINE + 2 if line_end < 0 else MAX_HEAD)
     end = buffer.find(b"\r\n\r\n", max(line_end, seen - 3), limit) if line_end >= 0 else -1
-    if _BAD_BYTE.search(buffer, max(start, seen - 1), end + 4 if end >= 0 else limit):
+    if end >= 0:
+        head = _HEAD.match(buffer, start, end + 2)
+        if head and head.end() == end + 2:
+            return _parse_head(head), end + 4
+        limit = end + 4
+    if _BAD_BYTE.search(buffer, max(start, seen - 1), limit):
         raise Refusal(400, "The request head has a control character, or a line that does not "
                            "end in CRLF.")
     if end >= 0:
-        return _parse_head(buffer[start:end]), end + 4
+        raise _not_a_head(head, buffer[start:limit].count(b"\n") - 2)
     if len(buffer) < limit:
         return None
     if line_end < 0:
@@ -131,40 +154,47 @@ def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     raise Refusal(431, f"The request head is longer than {MAX_HEAD} bytes.")
 
 
-def _parse_head(head: bytes) -> Request:
-    request_line, *lines = head.split(b"\r\n")
-    match = _REQUEST_LINE.fullmatch(request_line)
-    if not match:
-        raise Refusal(400, "The request line is not `METHOD TARGET HTTP/1.1`.")
-    version = int(match[3]), int(match[4])
-    if version[0] != 1:
-        raise Refusal(505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
-    method = match[1].decode()
-    path, query = _parse_target(match[2].decode(), method)
-    request = Request(method, path, query, version, _parse_fields(lines))
+def _not_a_head(begun: re.Match[bytes] | None, fields: int) -> Refusal:
+    """Return what is wrong: with the request line, else with one of so many fields."""
+    if begun is None:
+        return Refusal(400, "The request line is not `METHOD TARGET HTTP/1.1`.")
+    _parse_request_line(begun)
+    if fields > MAX_FIELDS:
+        return Refusal(431, f"The request has more than {MAX_FIELDS} header fields.")
+    return Refusal(400, "A header field is not `Name: value` (no space before the colon, "
+                        "no folded lines).")
+
+
+def _parse_head(head: re.Match[bytes]) -> Request:
+    lines = head[5].decode("latin-1")
+    request = Request(*_parse_request_line(head), _take_apart(_KNOWN, lines), lines)
     _check(request)
     return request
 
 
-def _parse_fields(lines: list[bytes]) -> dict[str, str]:
-    if len(lines) > MAX_FIELDS:
-        raise Refusal(431, f"The request has more than {MAX_FIELDS} header fields.")
+def _parse_request_line(head: re.Match[bytes]
+                        ) -> tuple[str, str, dict[str, list[str]], tuple[int, int]]:
+    method, target, major, minor, _ = head.groups()
+    if major != b"1":
+        raise Refusal(505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
+    path, query = _parse_target(target.decode("latin-1"), method.decode())
+    return method.decode(), path, query, (1, int(minor))
+
+
+def _take_apart(pattern: re.Pattern[str], lines: str) -> dict[str, str]:
     fields: dict[str, str] = {}
-    for line in lines:
-        match = _FIELD.fullmatch(line)
-        if not match:
-            raise Refusal(400, "A header field is not `Name: value` (no space before the colon, "
-                               "no folded lines).")
-        name = match[1].decode().lower()
-        if name in fields and name in _SINGLE:
+    for name, value in pattern.findall(lines):
+        name, value = name.lower(), value.strip(" \t")
+        if name in fields and name in _SINGLE.split("|"):
             raise Refusal(400, f"The header field {name} is given more than once.")
-        value = match[2].strip(b" \t").decode("latin-1")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
 
 
 def _parse_target(target: str, method: str) -> tuple[str, dict[str, list[str]]]:
     """Split and decode a target: a path, a URL, or `*` for OPTIONS (RFC 9112 section 3.2)."""
+    if not target.isascii():
+        raise Refusal(400, "The request target is not ASCII: percent-encode it.")
     absolute = _ABSOLUTE.match(target)
     if absolute:
         target = target[absolute.end():]
@@ -194,16 +224,29 @@ def _check(request: Request) -> None:
             raise Refusal(405, "Use GET for events, POST to publish.",
                           [f"Allow: {', '.join(METHODS)}"])
         raise Refusal(501, f"This server knows the methods {', '.join(METHODS)}.")
-    if "host" not in request.fields and request.version >= (1, 1):
+    if "host" not in request.known and request.version >= (1, 1):
         raise Refusal(400, "HTTP/1.1 needs the header field Host.")
-    length = request.fields.get("content-length", "0")
+    if not _HOST.fullmatch(request.known.get("host", "")):
+        raise Refusal(400, "The header field Host is not a name or address, and perhaps a port.")
+    _check_framing(request)
+    if request.known.get("expect", "100-continue").lower() != "100-continue":
+        raise Refusal(417, "The only thing to Expect here is 100-continue.")
+
+
+def _check_framing(request: Request) -> None:
+    """Refuse a body that another reader of this head could see end elsewhere."""
+    length = request.known.get("content-length", "0")
     if not (length.isascii() and length.isdigit() and len(length) < 16):
         raise Refusal(400, "Content-Length is not a number.")
-    has_coding = "transfer-encoding" in request.fields
-    if has_coding and "content-length" in request.fields:
+    coding = request.known.get("transfer-encoding")
+    if coding is not None and "content-length" in request.known:
         raise Refusal(400, "Content-Length and Transfer-Encoding exclude each other.")
-    if request.method != "POST" and (has_coding or length.strip("0")):
+    if request.method != "POST" and (coding is not None or length.strip("0")):
         raise Refusal(400, f"A {request.method} request has no body here.")
+    if coding is not None and not request.chunked:
+        raise Refusal(400, "HTTP/1.0 has no Transfer-Encoding.")
+    if coding is not None and coding.lower() != "chunked":
+        raise Refusal(501, "The only Transfer-Encoding taken here is chunked.")
 
 
 def answer(status: int, body: bytes = b"", fields: Iterable[str] = (), *,

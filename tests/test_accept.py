@@ -1,11 +1,14 @@
 """What comes in at the door: silent, garbled and broken connections cost nobody else anything."""
 import random
+import re
 import threading
+import time
+from email.utils import parsedate_to_datetime
 
 import pytest
 
 import sse_server
-from helpers import GET, Client, ask, connect, get, handshakes, reset, wait_until
+from helpers import GET, PUBLISH_TOKEN, Client, ask, connect, get, handshakes, reset, wait_until
 from sse_core import handshake
 from sse_server import SSEServer
 from test_http1 import mutated
@@ -126,8 +129,20 @@ def test_head_gets_the_head_and_registers_nobody(server):
     with Client(server.port) as client:
         head = client.open().stream.head
         answer = ask(server.port, GET.replace(b"GET", b"HEAD"))
-        assert answer.decode().split("\r\n") == [*head, "", ""]
+        *same, date, _, _ = answer.decode().split("\r\n")
+        assert same == head[:-1] and date.startswith("Date: ") and answer.endswith(b"\r\n\r\n")
         assert server.clients == 1
+
+
+def test_every_answer_has_a_date(open_server):
+    before = int(time.time())
+    for request in (get("/-/status"), get("/", "Accept: text/html"), get("/", method="HEAD"),
+                    get("/", method="OPTIONS"), get("/favicon.ico"), get("/", method="BREW"),
+                    get(f"/{PUBLISH_TOKEN}", "Content-Length: 0", "Connection: close",
+                        method="POST"), b"hello\r\n\r\n"):
+        date, = re.findall("\r\nDate: (.*)\r\n", ask(open_server.port, request).decode())
+        assert before <= parsedate_to_datetime(date).timestamp() <= time.time()
+        assert re.fullmatch("[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9:]{8} GMT", date)
 
 
 def test_there_is_no_icon_and_a_preflight_is_answered(server):

@@ -2,6 +2,7 @@
 import json
 import random
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -79,9 +80,61 @@ def test_refused_posts_say_why(open_server, path, body, fields, status, said):
 
 
 def test_a_post_without_a_length_is_a_411(open_server):
-    for field in ("Transfer-Encoding: chunked", "X: y"):
-        request = f"POST /{PUBLISH_TOKEN} HTTP/1.1\r\nHost: x\r\n{field}\r\n\r\n".encode()
-        assert ask(open_server.port, request).startswith(b"HTTP/1.1 411 ")
+    request = f"POST /{PUBLISH_TOKEN} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    assert ask(open_server.port, request).startswith(b"HTTP/1.1 411 ")
+
+
+CHUNKED = get(f"/{PUBLISH_TOKEN}", "Transfer-Encoding: chunked", method="POST")
+
+
+def test_chunked_posts_in_a_row_may_arrive_in_any_pieces(open_server):
+    one = CHUNKED + b"3\r\nhel\r\n2;a=b\r\nlo\r\n0\r\nA: b\r\n\r\n"
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    with Client(open_server.port) as client, connect(open_server.port) as sock:
+        client.open()
+        data = one * 50
+        while data:
+            size = draw.choice((1, 2, 10, len(one), 300))
+            sock.sendall(data[:size])
+            data = data[size:]
+        assert [event.data for event in client.read_events(50)] == ["hello"] * 50, f"seed {seed}"
+
+
+def test_clients_that_do_not_know_the_length_may_post(open_server):
+    curl = shutil.which("curl") or pytest.skip("curl is not installed")
+    big = "é" * 200_000
+    with Client(open_server.port) as client:
+        client.open()
+        for fields in ([], ["-H", "Expect: 100-continue"]):
+            subprocess.run([curl, "-sSf", "-T", "-", "-X", "POST", *fields,
+                            f"{open_server.url}/{PUBLISH_TOKEN}"],
+                           input=big.encode(), check=True, timeout=PATIENCE)
+        requests.post(f"{open_server.url}/{PUBLISH_TOKEN}", timeout=PATIENCE,
+                      data=(piece.encode() for piece in ("from ", "a ", "generator"))
+                      ).raise_for_status()
+        assert [event.data for event in client.read_events(3)] == [big, big, "from a generator"]
+
+
+@pytest.mark.parametrize("body, status", [
+    (b"hello", 400), (b"5\nhello\r\n0\r\n\r\n", 400), (b"4\r\nhello\r\n0\r\n\r\n", 400),
+    (b"1\r\n\xff\r\n0\r\n\r\n", 400), (b"100001\r\n", 413)])
+def test_chunks_that_cannot_be_are_refused_and_publish_nothing(open_server, body, status):
+    with Client(open_server.port) as client:
+        client.open()
+        assert ask(open_server.port, CHUNKED + body).startswith(b"HTTP/1.1 %d " % status)
+        open_server.publish("the first")
+        assert client.read_events(1)[0].data == "the first"
+
+
+def test_a_chunked_body_that_is_cut_short_is_not_published(open_server):
+    with Client(open_server.port) as client, connect(open_server.port) as sock:
+        client.open()
+        sock.sendall(CHUNKED + b"5\r\nhello\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(100) == b""
+        open_server.publish("the first")
+        assert client.read_events(1)[0].data == "the first"
 
 
 def test_posting_is_off_unless_there_is_a_token(server):

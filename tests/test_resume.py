@@ -92,7 +92,8 @@ def test_an_id_that_is_not_ours_gives_one_gap_and_all_there_is(server, last_id, 
     events = first_events(server.port, 6, last_id, version=version)
     assert [event.name for event in events] == ["gap"] + ["message"] * 5
     text = last_id.decode(errors="replace") if isinstance(last_id, bytes) else last_id
-    assert json.loads(events[0].data) == {"after": text.strip(" "), "resumed": ids[0], "reason": "unknown"}
+    told = text.strip(" ") if len(text) <= 64 else ""      # a long one is not repeated
+    assert json.loads(events[0].data) == {"after": told, "resumed": ids[0], "reason": "unknown"}
     assert [event.data for event in events[1:]] == list("01234")
 
 
