@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -173,12 +174,8 @@ class Server:
         self.port = int(re.search(rb":([0-9]+)\n", self.output)[1])
 
     def stop(self, by: Optional[int] = None) -> int:
-        """Stop it, by Enter or by a signal, and return its exit status."""
-        if by is None:
-            self.process.stdin.write(b"\n")
-            self.process.stdin.flush()
-        else:
-            self.process.send_signal(by)
+        """Stop it by a signal, and return its exit status."""
+        self.process.send_signal(by or signal.SIGINT)
         return self.process.wait(PATIENCE)
 
     def peer_lines(self) -> list:

@@ -189,11 +189,12 @@ def test_the_sdist_holds_what_a_build_needs(packages):
     assert set(names_of_modules()) <= names
 
 
-def test_the_installed_command_serves_the_page_and_the_clock_and_enter_stops_it(command, tmp_path):
+def test_the_installed_command_serves_the_page_and_the_clock(command, tmp_path):
     with running(command, tmp_path) as (process, port), Client(port) as client:
         assert page(port) == (TOP / "index.html").read_bytes()
         assert len(client.read_events(2)) >= 2
-        errors = process.communicate(b"\n", timeout=PATIENCE)[1]
+        process.terminate()
+        errors = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 0
         assert b"Traceback" not in errors
         client.read_to_end()
