@@ -53,7 +53,8 @@ def test_runs_without_any_standard_input():
 def test_runs_on_with_a_standard_input_that_cannot_be_read():
     """As nohup leaves it: a write-only /dev/null."""
     command = f'exec "{sys.executable}" "{TOP}/sse_server.py" --port 0 --quiet 0>/dev/null'
-    with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
         assert process.stdout.readline()
         port = int(re.search(rb":([0-9]+)\n", process.stdout.readline())[1])
         with Client(port) as client:
@@ -65,7 +66,8 @@ def test_runs_on_with_a_standard_input_that_cannot_be_read():
 def test_curl_ticks_and_ends_with_status_0():
     curl = shutil.which("curl") or pytest.skip("curl is not installed")
     with serving(*FAST) as server:
-        process = subprocess.Popen([curl, "-sN", f"http://127.0.0.1:{server.port}/token"], stdout=subprocess.PIPE)
+        process = subprocess.Popen([curl, "-sN", f"http://127.0.0.1:{server.port}/token"],
+                                   stdout=subprocess.PIPE)
         with process:
             line = process.stdout.readline()
             while line and not line.startswith(b"data: "):
@@ -78,7 +80,8 @@ def test_curl_ticks_and_ends_with_status_0():
 
 def test_requests_iterates_and_ends_without_an_exception():
     with serving(*FAST) as server:
-        with requests.get(f"http://127.0.0.1:{server.port}/token", stream=True, timeout=PATIENCE) as response:
+        with requests.get(f"http://127.0.0.1:{server.port}/token", stream=True,
+                          timeout=PATIENCE) as response:
             lines = response.iter_lines()
             assert next(line for line in lines if line.startswith(b"data: "))
             server.stop()
@@ -96,8 +99,8 @@ def test_requests_iterates_and_ends_without_an_exception():
     (["--host", "192.0.2.1", "--port", "0"], "cannot listen on 192.0.2.1 port 0"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_bad_flag_is_one_line_and_status_2(arguments, said):
-    done = subprocess.run([sys.executable, TOP / "sse_server.py", *arguments], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=PATIENCE)
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", *arguments], text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
     assert done.returncode == 2 and done.stdout == ""
     assert said in done.stderr and done.stderr.count("\n") == 1
 
@@ -105,10 +108,11 @@ def test_a_bad_flag_is_one_line_and_status_2(arguments, said):
 def test_a_busy_port_is_one_line_and_status_2():
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = str(busy.getsockname()[1])
-        done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", port], capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL, timeout=PATIENCE)
+        done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", port], text=True,
+                              capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"sse_server.py: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    assert done.stderr == (f"sse_server.py: cannot listen on 127.0.0.1 port {port}: "
+                           "Address already in use\n")
 
 
 def test_works_from_any_folder_with_nothing_installed(tmp_path):
@@ -137,8 +141,8 @@ def test_a_port_can_be_used_again_at_once():
     with serving(*FAST) as server, Client(server.port) as client:
         client.read_events(1)
         assert server.stop() == 0
-        again = subprocess.Popen([sys.executable, TOP / "sse_server.py", "--port", str(server.port)],
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, TOP / "sse_server.py", "--port", str(server.port)]
+        again = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with again:
             assert again.stdout.readline() and again.stdout.readline()
             again.terminate()
@@ -169,11 +173,13 @@ def test_without_a_flag_only_the_edges_are_logged_and_quiet_logs_nothing():
 def test_a_terminal_gets_a_status_line_that_renews_itself():
     controller, terminal = os.openpty()
     command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", "--interval", "0.05"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=terminal)
     os.close(terminal)
     with process:
         seen = b""
-        while not re.search(rb"\r\x1b\[K0 clients, [0-9]+ events, 0 deliveries/s\r\x1b\[K0 clients", seen):
+        line = rb"\r\x1b\[K0 clients, [0-9]+ events, 0 deliveries/s"
+        while not re.search(line + line, seen):
             seen += os.read(controller, 1000)
         process.terminate()
         process.communicate(timeout=PATIENCE)
@@ -182,7 +188,8 @@ def test_a_terminal_gets_a_status_line_that_renews_itself():
 
 
 def test_stop_is_bounded_even_with_a_client_that_does_not_read():
-    with serving("--interval", "0.0005") as server, Client(server.port, receive_buffer=4096) as deaf:
+    with serving("--interval", "0.0005") as server, \
+            Client(server.port, receive_buffer=4096) as deaf:
         with Client(server.port) as client:
             client.read_events(3000)
             began = time.monotonic()
