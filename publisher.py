@@ -20,8 +20,8 @@ import selectors
 import socket
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 from sse_core import frames
@@ -32,7 +32,6 @@ from sse_core.log import Batch, Bytes, Frame
 
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
 SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
-BATCHES_KEPT = 64       # of one turn: clients that lag and are at the same place share them
 
 CLOSED, RESET, STALLED, UNWATCHED = "closed", "reset", "stalled", "unwatched"   # reasons of drops
 READ, BOTH = selectors.EVENT_READ, selectors.EVENT_READ | selectors.EVENT_WRITE
@@ -44,18 +43,6 @@ _yield = getattr(os, "sched_yield", lambda: None)
 logger = logging.getLogger("sse_server")
 
 
-class Counters:
-    """What the publisher has done since it began. Any thread may read them."""
-
-    def __init__(self) -> None:
-        self.deliveries = 0                 # frames begun, over all clients
-        self.bytes = 0
-        self.gaps = 0                       # each told to one client
-        self.turns = 0
-        self.turn_seconds = 0.0             # in all, without waiting
-        self.drops: dict[str, int] = {CLOSED: 0, RESET: 0, STALLED: 0, UNWATCHED: 0}
-
-
 class Publisher:
     """Fan one log out to all registered clients. heartbeat: see SSEServer; ValueError as there."""
 
@@ -65,11 +52,12 @@ class Publisher:
         self._broadcast = broadcast
         self._clients = broadcast.clients
         self._clock = broadcast.clock
-        self.counters = Counters()
+        # Any thread may read these. Deliveries: frames begun, and gaps: told, over all clients
+        self.counters = SimpleNamespace(deliveries=0, bytes=0, gaps=0, turns=0, turn_seconds=0.0,
+                                        drops=dict.fromkeys((CLOSED, RESET, STALLED, UNWATCHED), 0))
         self._heartbeat = heartbeat
         self._groups = Groups()
         self._ahead: dict[Client, None] = {}
-        self._batch_at = lru_cache(BATCHES_KEPT)(self._join_from)
         self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
         self._sweep_at = self._clock() + self._sweep_every
         self._selector = selectors.DefaultSelector()
@@ -132,7 +120,6 @@ class Publisher:
         if run:
             self._fan_out(run)
         self._broadcast.moved(run)
-        self._batch_at.cache_clear()
         for client in joining:
             self._greet(client)
         if joining:
@@ -220,7 +207,7 @@ class Publisher:
     def _advance(self, client: Client) -> None:
         """Send a client that is not current what it is due: its rest, a gap, one batch."""
         rest = client.rest
-        told, batch, end, start = self._broadcast.due(client, self._batch_at)
+        told, batch, end, start = self._broadcast.due(client)
         parts = [part for part in (rest, told, batch.data) if part]
         sent = self._send(client, parts[0] if len(parts) == 1 else b"".join(parts))
         if sent < 0:
@@ -247,11 +234,6 @@ class Publisher:
         if client.ahead:
             self._ahead[client] = None
         self._clients.caught_up(client, self._clock())
-
-    def _join_from(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:
-        """Return the batch from this cursor on, and the cursor after it."""
-        run, end = self._broadcast.collect(cursor, asked.wants)
-        return Batch(run, asked.chunked), end
 
     def _send(self, client: Client, data: Bytes) -> int:
         """Send what the socket takes, and return how much that was; -1 if the client is gone."""

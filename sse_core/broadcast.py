@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Callable
 
@@ -26,6 +27,7 @@ LUMP = 128 << 10        # bytes more that it may owe: a kernel says what its rea
                         # large as its buffer. With the defaults of Linux, one that read 17 kB a
                         # second was silent for 8 s, and then for 5.6 s each time
 WAITERS_SHARE = 0.75    # of the log, for those who wait for clients; the rest is for who does not
+BATCHES_KEPT = 64       # clients that lag and are at the same place share them
 ID_LENGTH = 64          # bytes that an id adds to a frame, at most
 
 
@@ -60,6 +62,7 @@ class Broadcast:
         self._floor = 0                         # below, nobody who is waited for is due a frame
         self._stop_by: float | None = None      # None while events and clients are taken
         self._published = 0
+        self._batch_at = lru_cache(BATCHES_KEPT)(self._join_from)
         self.fault: BaseException | None = None         # that ended one of the server's threads
         self._ids = history > 0
         self._retry = retry
@@ -246,6 +249,11 @@ class Broadcast:
         client.cursor, reason = self._log.locate(client.after, client.asked.channels)
         client.gap = (client.last_id, reason) if reason else None
 
+    def _join_from(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:
+        """Return a batch of what is fanned out from a cursor on, and the cursor after it."""
+        run, end = self._log.collect(cursor, max(cursor, self.fanned_out), asked.wants)
+        return Batch(run, asked.chunked), end
+
     # Called by the publisher thread
 
     def has_work(self) -> bool:
@@ -266,14 +274,11 @@ class Broadcast:
         with self._mutex:
             if run:
                 self.fanned_out, self.newest = run[-1].number + 1, run[-1].newest
+            self._batch_at.cache_clear()
             self._moved.notify_all()
 
-    def due(self, client: Client, batch_at: Callable[[int, Subscription], tuple[Batch, int]]
-            ) -> tuple[bytes, Batch, int, int]:
-        """Return what follows the rest of a client: a gap, a batch, the cursors after and before.
-
-        batch_at: returns the batch from a cursor on, and the cursor after it.
-        """
+    def due(self, client: Client) -> tuple[bytes, Batch, int, int]:
+        """Return what follows a client's rest: a gap, a batch, the cursors after and before."""
         log, lagging = self._log, self.clients.lagging
         with self._mutex:
             if client in lagging:       # all others that lag are served before it is again
@@ -288,12 +293,7 @@ class Broadcast:
                 resumed = frames.format_id(log.first_id(start))
                 payload = frames.gap_payload(gap[0], resumed, gap[1])
                 told = client.asked.framed(frames.chunk(payload))
-            return (told, *batch_at(start, client.asked), start)
-
-    def collect(self, cursor: int, wants: Callable[[Frame], bool]) -> tuple[list[Frame], int]:
-        """Return the frames from a cursor on that are fanned out, and the cursor after them."""
-        with self._mutex:
-            return self._log.collect(cursor, max(cursor, self.fanned_out), wants)
+            return (told, *self._batch_at(start, client.asked), start)
 
     def place_arrived(self, ahead: Iterable[Client]) -> list[Client]:
         """Return those of the clients whose place is known now, AT_ONCE at most."""
