@@ -21,6 +21,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 from sse_core import frames
@@ -31,7 +32,6 @@ from sse_core.log import Batch, Bytes, Frame
 
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
 SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
-BATCHES_KEPT = 64       # of one turn, for clients that lag: those at the same place share them
 
 CLOSED, RESET, STALLED, UNWATCHED = "closed", "reset", "stalled", "unwatched"   # reasons of drops
 READ, BOTH = selectors.EVENT_READ, selectors.EVENT_READ | selectors.EVENT_WRITE
@@ -43,23 +43,8 @@ _yield = getattr(os, "sched_yield", lambda: None)
 logger = logging.getLogger("sse_server")
 
 
-class Counters:
-    """What the publisher has done since it began. Any thread may read them."""
-
-    def __init__(self) -> None:
-        self.deliveries = 0                 # frames begun, over all clients
-        self.bytes = 0
-        self.gaps = 0                       # each told to one client
-        self.turns = 0
-        self.turn_seconds = 0.0             # in all, without waiting
-        self.drops: dict[str, int] = {CLOSED: 0, RESET: 0, STALLED: 0, UNWATCHED: 0}
-
-
 class Publisher:
-    """Fan one log out to all registered clients.
-
-    heartbeat: seconds of silence until a client is sent a comment; 0: never. Negative: ValueError.
-    """
+    """Fan one log out to all registered clients. heartbeat: see SSEServer; ValueError as there."""
 
     def __init__(self, broadcast: Broadcast, heartbeat: float = 15.0) -> None:
         if not 0 <= heartbeat < 1 << 31:
@@ -67,11 +52,12 @@ class Publisher:
         self._broadcast = broadcast
         self._clients = broadcast.clients
         self._clock = broadcast.clock
-        self.counters = Counters()
+        # Any thread may read these. Deliveries: frames begun, and gaps: told, over all clients
+        self.counters = SimpleNamespace(deliveries=0, bytes=0, gaps=0, turns=0, turn_seconds=0.0,
+                                        drops=dict.fromkeys((CLOSED, RESET, STALLED, UNWATCHED), 0))
         self._heartbeat = heartbeat
         self._groups = Groups()
         self._ahead: dict[Client, None] = {}
-        self._batches: dict[tuple[int, Subscription], tuple[Batch, int]] = {}   # see _batch_at
         self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
         self._sweep_at = self._clock() + self._sweep_every
         self._selector = selectors.DefaultSelector()
@@ -86,14 +72,14 @@ class Publisher:
     def figures(self) -> dict[str, Any]:
         """Return all that is counted, for `/-/metrics`, `/-/status` and the status line."""
         counters = self.counters
-        return {**self._broadcast.figures(), "deliveries": counters.deliveries,
-                "bytes": counters.bytes, "gaps": counters.gaps, "drops": dict(counters.drops),
-                "turns": counters.turns, "turn_seconds": round(counters.turn_seconds, 6)}
+        return {**self._broadcast.figures(), **vars(counters), "drops": dict(counters.drops),
+                "turn_seconds": round(counters.turn_seconds, 6)}
 
     def abandon(self) -> None:
-        """In a forked child, where the thread does not run: close what belongs to it."""
+        """In a forked child, where the thread does not run: close all, and end no stream."""
         self._broadcast.abandon()
-        self._close_own()
+        self._groups, self._ahead = Groups(), {}
+        self.close()
 
     def _wake(self) -> None:
         try:
@@ -121,10 +107,10 @@ class Publisher:
         return min(longest, max(0.0, self._sweep_at - self._clock()))
 
     def turn(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds for work, then do one round of it.
+        """Wait at most `timeout` seconds for work, then do one round of it. Public for tests.
 
         That is one batch of frames and some hundreds of clients, so a backlog delays neither joins
-        nor drops, and clients that lag delay no event. Public for tests, where no thread runs.
+        nor drops, and clients that lag delay no event.
         """
         _yield()
         ready = self._selector.select(0 if self._broadcast.has_work() else timeout)
@@ -134,7 +120,6 @@ class Publisher:
         if run:
             self._fan_out(run)
         self._broadcast.moved(run)
-        self._batches.clear()
         for client in joining:
             self._greet(client)
         if joining:
@@ -222,8 +207,7 @@ class Publisher:
     def _advance(self, client: Client) -> None:
         """Send a client that is not current what it is due: its rest, a gap, one batch."""
         rest = client.rest
-        told, batch, start, end = self._broadcast.due(
-            client, lambda cursor: self._batch_at(cursor, client.asked))
+        told, batch, end, start = self._broadcast.due(client)
         parts = [part for part in (rest, told, batch.data) if part]
         sent = self._send(client, parts[0] if len(parts) == 1 else b"".join(parts))
         if sent < 0:
@@ -248,20 +232,8 @@ class Publisher:
         if lags:
             self._selector.modify(client.sock, READ, client)
         if client.ahead:
-            self._clients.set_aside(client)
             self._ahead[client] = None
-        else:
-            self._clients.set_current(client, self._clock())
-
-    def _batch_at(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:
-        """Return the batch from this cursor on, and the cursor after it."""
-        found = self._batches.get((cursor, asked))
-        if found is None:
-            if len(self._batches) >= BATCHES_KEPT:
-                self._batches.clear()
-            run, end = self._broadcast.collect(cursor, asked.wants)
-            found = self._batches[cursor, asked] = Batch(run, asked.chunked), end
-        return found
+        self._clients.caught_up(client, self._clock())
 
     def _send(self, client: Client, data: Bytes) -> int:
         """Send what the socket takes, and return how much that was; -1 if the client is gone."""
@@ -299,7 +271,10 @@ class Publisher:
         self._sweep_at = now + self._sweep_every
         for client in list(islice(self._clients.lagging, AT_ONCE)):
             if now - client.sent_at >= STALL:
-                self._drop_if_stalled(client)
+                # A socket is reported when a third of its buffer is free: of a slow reader, later
+                self._advance(client)
+                if now - client.sent_at >= STALL and client in self._clients.lagging:
+                    self._drop(client, STALLED)
         if self._heartbeat:
             since = now - self._heartbeat
             groups = [group for group in self._groups if group.sent_at <= since]
@@ -307,15 +282,6 @@ class Publisher:
             for client in [*silent, *self._ahead]:
                 if client.sent_at <= since:
                     self._beat(client)
-
-    def _drop_if_stalled(self, client: Client) -> None:
-        """Drop a client unless its socket takes a byte.
-
-        It would be reported only when a third of its buffer is free; a slow reader takes longer.
-        """
-        self._advance(client)
-        if self._clock() - client.sent_at >= STALL and client in self._clients.lagging:
-            self._drop(client, STALLED)
 
     def _beat(self, client: Client) -> None:
         heartbeat = client.asked.framed(frames.HEARTBEAT)
@@ -346,9 +312,6 @@ class Publisher:
                 self._send(client, frames.END)
         for client in self._broadcast.close():
             client.sock.close()
-        self._close_own()
-
-    def _close_own(self) -> None:
         self._selector.close()
         self._waker.close()
         self._wakee.close()

@@ -11,11 +11,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Callable
 
 from sse_core import frames
-from sse_core.clients import AT_ONCE, Client, Clients, Opening
+from sse_core.clients import AT_ONCE, Client, Clients, Opening, Subscription
 from sse_core.frames import Draft, Id
 from sse_core.log import Batch, Frame, Log
 
@@ -26,8 +27,8 @@ LUMP = 128 << 10        # bytes more that it may owe: a kernel says what its rea
                         # large as its buffer. With the defaults of Linux, one that read 17 kB a
                         # second was silent for 8 s, and then for 5.6 s each time
 WAITERS_SHARE = 0.75    # of the log, for those who wait for clients; the rest is for who does not
+BATCHES_KEPT = 64       # clients that lag and are at the same place share them
 ID_LENGTH = 64          # bytes that an id adds to a frame, at most
-NOTHING = Batch((), True)
 
 
 class NotRunning(RuntimeError):
@@ -39,20 +40,13 @@ class Unavailable(Exception):
 
 
 class Broadcast:
-    """Take events and clients, and say what there is to be sent.
+    """Take events and clients, and say what there is to be sent. Options as of SSEServer.
 
-    history: frames kept for clients that come back; 0: events have no id, as in the original.
-    retry: seconds a client should wait before it reconnects, told with +-50 % jitter.
-    max_clients: how many clients can be registered at a time.
-    patience: seconds without progress after which a slow client is not waited for any more.
     clock: monotonic seconds; wall: seconds since the epoch. Both are there for tests.
-
-    Raises ValueError for a negative number.
     """
 
     def __init__(self, *, history: int = 1024, retry: float = 3.0, max_clients: int = 10000,
-                 patience: float = 5.0,
-                 clock: Callable[[], float] = time.monotonic,
+                 patience: float = 5.0, clock: Callable[[], float] = time.monotonic,
                  wall: Callable[[], float] = time.time) -> None:
         if not all(0 <= option < 1 << 31 for option in (history, retry, max_clients, patience)):
             raise ValueError("history, retry, max_clients and patience must be numbers from 0 on")
@@ -68,8 +62,8 @@ class Broadcast:
         self._floor = 0                         # below, nobody who is waited for is due a frame
         self._stop_by: float | None = None      # None while events and clients are taken
         self._published = 0
+        self._batch_at = lru_cache(BATCHES_KEPT)(self._join_from)
         self.fault: BaseException | None = None         # that ended one of the server's threads
-
         self._ids = history > 0
         self._retry = retry
         self._max_clients = max_clients
@@ -88,10 +82,8 @@ class Broadcast:
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
         """Append events to the log in order, and return their ids.
 
-        wait: when the log is full, wait for every slow client that keeps the pace, so that it
-        loses nothing. Else no client is waited for, and the publisher only when most of the log
-        has not been fanned out.
-
+        wait: when the log is full, wait for every slow client that keeps the pace. Else no client
+        is waited for, and the publisher only when most of the log has not been fanned out.
         Raises ValueError, and appends none, if one is no event; NotRunning after `stop`;
         RuntimeError in a signal handler that interrupts a `publish` of its thread; Unavailable in
         the publisher's own thread (a logging handler, say) if it would have to wait for itself.
@@ -104,8 +96,16 @@ class Broadcast:
     def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False
                  ) -> str | None:
         """Append an encoded event, and see to it that the publisher looks. Returns its id."""
+        length = len(payload) + ID_LENGTH
         with self._mutex:
-            new, wake = self._append(payload, channel, given, wait)
+            self.check_running()
+            while wait and not self._fits_without_loss(length):
+                self._wait()
+            self._make_room(length)
+            new = (given or self._log.next_id(int(self._wall() * 1000))) if self._ids else None
+            self._log.append(payload, new, channel, self.clock())
+            self._published += 1
+            wake, self._woken = not self._woken, True
         if wake:
             self.wake()
         return frames.format_id(new)
@@ -131,9 +131,9 @@ class Broadcast:
     def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
         """Hand over a non-blocking socket: its head and every frame after its id are sent to it.
 
-        Returns False if there are `max_clients` already or the server is stopping: the socket is
-        still the caller's then. Whether it is taken and where its stream begins are decided in
-        one hold of the mutex, so no frame is missed or sent twice.
+        Returns False, and leaves it to the caller, at `max_clients` or when the server is stopping.
+        That, and where the stream begins, is decided in one hold of the mutex, so no frame is
+        missed or sent twice.
         """
         client = Client(sock, peer, opening)
         client.since, client.registered_at = self._wall(), self.clock()
@@ -197,29 +197,13 @@ class Broadcast:
         self.wake()
 
     def abandon(self) -> None:
-        """In a forked child, which has no thread of the server: close all, and take nothing."""
+        """In a forked child, which has no thread of the server: take nothing."""
         self._mutex = threading.RLock()     # a thread that is not here may hold the old one
         self._moved = threading.Condition(self._mutex)
         self._stop_by = -math.inf
         self.wake = lambda: None
-        for client in self.clients.take_all():
-            client.sock.close()
 
     # Requires holding the mutex
-
-    def _append(self, payload: bytes, channel: str | None, given: Id | None, wait: bool
-                ) -> tuple[Id | None, bool]:
-        """Append an event. Returns its id, and whether the publisher has to be woken for it."""
-        length = len(payload) + ID_LENGTH
-        self.check_running()
-        while wait and not self._fits_without_loss(length):
-            self._wait()
-        self._make_room(length)
-        new = (given or self._log.next_id(int(self._wall() * 1000))) if self._ids else None
-        self._log.append(payload, new, channel, self.clock())
-        self._published += 1
-        wake, self._woken = not self._woken, True
-        return new, wake
 
     def _wait(self) -> None:
         """Wait until something has changed. Raises NotRunning; Unavailable in the publisher."""
@@ -265,6 +249,11 @@ class Broadcast:
         client.cursor, reason = self._log.locate(client.after, client.asked.channels)
         client.gap = (client.last_id, reason) if reason else None
 
+    def _join_from(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:
+        """Return a batch of what is fanned out from a cursor on, and the cursor after it."""
+        run, end = self._log.collect(cursor, max(cursor, self.fanned_out), asked.wants)
+        return Batch(run, asked.chunked), end
+
     # Called by the publisher thread
 
     def has_work(self) -> bool:
@@ -285,20 +274,17 @@ class Broadcast:
         with self._mutex:
             if run:
                 self.fanned_out, self.newest = run[-1].number + 1, run[-1].newest
+            self._batch_at.cache_clear()
             self._moved.notify_all()
 
-    def due(self, client: Client, batch_at: Callable[[int], tuple[Batch, int]]
-            ) -> tuple[bytes, Batch, int, int]:
-        """Return what follows the rest of a client: a gap, a batch, the cursors around that.
-
-        batch_at: returns the batch from a cursor on, and the cursor after it. All others that lag
-        are served before the client is again.
-        """
+    def due(self, client: Client) -> tuple[bytes, Batch, int, int]:
+        """Return what follows a client's rest: a gap, a batch, the cursors after and before."""
+        log, lagging = self._log, self.clients.lagging
         with self._mutex:
-            self.clients.served(client)
+            if client in lagging:       # all others that lag are served before it is again
+                lagging[client] = lagging.pop(client)
             if client.ahead or len(client.rest) >= frames.BATCH:
-                return b"", NOTHING, client.cursor, client.cursor
-            log = self._log
+                return b"", Batch((), True), client.cursor, client.cursor
             start, gap = max(client.cursor, log.first), client.gap
             if start > client.cursor and not gap and log.lost(client.cursor, client.asked.channels):
                 gap = frames.format_id(client.after) if self._ids else None, "lagging"
@@ -307,13 +293,7 @@ class Broadcast:
                 resumed = frames.format_id(log.first_id(start))
                 payload = frames.gap_payload(gap[0], resumed, gap[1])
                 told = client.asked.framed(frames.chunk(payload))
-            batch, end = batch_at(start)
-            return told, batch, start, end
-
-    def collect(self, cursor: int, wants: Callable[[Frame], bool]) -> tuple[list[Frame], int]:
-        """Return the frames from a cursor on that are fanned out, and the cursor after them."""
-        with self._mutex:
-            return self._log.collect(cursor, max(cursor, self.fanned_out), wants)
+            return (told, *self._batch_at(start, client.asked), start)
 
     def place_arrived(self, ahead: Iterable[Client]) -> list[Client]:
         """Return those of the clients whose place is known now, AT_ONCE at most."""
@@ -330,13 +310,12 @@ class Broadcast:
         with self._mutex:
             if self._stop_by is None:
                 return False
-            clients, fanned_out = self.clients, self.fanned_out >= self._log.next
-            idle = fanned_out and not clients.joining and not clients.lagging
-            return idle or self.clock() >= self._stop_by
+            behind = self.fanned_out < self._log.next
+            busy = behind or self.clients.joining or self.clients.lagging
+            return not busy or self.clock() >= self._stop_by
 
     def close(self) -> list[Client]:
         """Take nothing any more, and return all clients, whose sockets are to be closed."""
+        self.stop(0.0)
         with self._mutex:
-            self._stop_by = self.clock() if self._stop_by is None else self._stop_by
-            self._moved.notify_all()
             return self.clients.take_all()

@@ -64,10 +64,7 @@ class Client:
         self.group: Any = None              # the publisher's
 
     def begin(self, batch: Batch, sent: int) -> int:
-        """Move over the frames of which `sent` bytes of a batch are; return how many these are.
-
-        What is left of the last of these is to be sent next.
-        """
+        """Move over the frames that `sent` bytes of a batch begin, and return how many that is."""
         begun, self.rest = batch.cut(sent)
         if begun:
             last = batch.frames[begun - 1]
@@ -113,11 +110,6 @@ class Clients:
         client.index = len(self._all)
         self._all.append(client)
         self.joining.append(client)
-
-    def served(self, client: Client) -> None:
-        """Put a client that lags behind all others that do."""
-        if client in self.lagging:
-            self.lagging[client] = self.lagging.pop(client)
 
     def take_all(self) -> list[Client]:
         """Return all clients, and forget them."""
@@ -165,22 +157,18 @@ class Clients:
             self.lagging[client] = None
             client.group.current.pop(client, None)
 
-    def set_aside(self, client: Client) -> None:
-        """Take a client that is ahead out of those that lag."""
-        with self._mutex:
-            self.lagging.pop(client, None)
+    def caught_up(self, client: Client, now: float) -> None:
+        """Sort a client that is due nothing: it is current, unless it is ahead.
 
-    def set_current(self, client: Client, now: float) -> None:
-        """Sort a client among those that have had every frame.
-
-        While it is, the credit it has left grows by a second each second, from this time on: one
-        that falls behind again at once is not waited for anew.
+        While it lags no more, the credit it has left grows by a second each second, from this time
+        on: one that falls behind again at once is not waited for anew.
         """
         with self._mutex:
             if client in self.lagging:
                 del self.lagging[client]
                 client.awaited_until = now - max(0.0, client.awaited_until - now)
-            client.group.current[client] = None
+            if not client.ahead:
+                client.group.current[client] = None
 
     def remove(self, client: Client) -> None:
         """Forget a client. The last of the list takes its place."""

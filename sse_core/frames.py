@@ -105,20 +105,14 @@ def unchunk(frame: bytes) -> memoryview:
     return memoryview(frame)[10:-2]
 
 
-def retry(seconds: float) -> bytes:
-    """Return the field that tells a client how many milliseconds to wait before it reconnects.
-
-    +-50 % at random, so that clients that left together do not come back together.
-    """
-    return b"retry: %d\r\n" % round(seconds * 1000 * random.uniform(0.5, 1.5))
-
-
 def greeting(seconds: float, newest: Id | None) -> bytes:
     """Return the chunk that begins a stream: how long to wait, and the newest id if that is told.
 
     The block has no data, so it sets a client's last id and dispatches no event (WHATWG 9.2.6).
     """
-    return chunk((b"id: %d-%d\n" % newest if newest else b"") + retry(seconds) + b"\r\n")
+    # +-50 %, so that clients that left together do not come back together
+    retry = b"retry: %d\r\n\r\n" % round(seconds * 1000 * random.uniform(0.5, 1.5))
+    return chunk(b"id: %d-%d\n%b" % (*newest, retry) if newest else retry)
 
 
 def gap_payload(after: str | None, resumed: str | None, reason: str) -> bytes:

@@ -32,30 +32,26 @@ MAX_QUEUE = 1024            # that wait for a thread, because all are at work or
 GRACE = 1.0                 # seconds that TLS has, once begun, before it can be cut: a round of it
 PIECE = 64 << 10            # bytes received at once
 
-Register = Callable[[socket.socket, Opening, str], bool]    # see Broadcast.register
 T = TypeVar("T")
 
 logger = logging.getLogger("sse_server")
 
 
 class Handshakes:
-    """The handshakes that have a thread: MAX_HANDSHAKES at most, so a crowd costs no more.
+    """The handshakes that have a thread: MAX_HANDSHAKES at most, so a crowd costs no more."""
 
-    answers: to their requests. context: for TLS, or None.
-    """
-
-    def __init__(self, answers: Answers, register: Register,
+    def __init__(self, answers: Answers, register: Callable[[socket.socket, Opening, str], bool],
                  context: ssl.SSLContext | None) -> None:
-        self._lock = threading.Lock()           # guards the next five
+        self._lock = threading.Lock()           # guards the next four
         self._unfinished: dict[Handshake, threading.Thread] = {}    # the oldest first
         self._queue: deque[Handshake] = deque()
-        self._at_work = 0
         self._held = 0                          # bytes of bodies under way
         self._refused: dict[int, int] = {}      # requests by the status of their refusal
         self._numbers = count(1)                # for names of threads; the accept loop's own
+        self.at_work = threading.Semaphore(MAX_AT_WORK)
         self.answers = answers
-        self.register = register
-        self.context = context
+        self.register = register                # see Broadcast.register
+        self.context = context                  # for TLS, or None
 
     # Called by the accept loop
 
@@ -87,7 +83,7 @@ class Handshakes:
     def _cut_one(self) -> None:
         """Cut who was refused or has sent nothing, else the oldest; its thread takes the next."""
         now = time.monotonic()
-        waiting = [each for each in self._unfinished if each.can_be_cut(now)]
+        waiting = [each for each in self._unfinished if each.safe_until <= now]
         if waiting:
             min(waiting, key=lambda each: not each.goes_first).cut()
 
@@ -112,19 +108,6 @@ class Handshakes:
         """Count it as the youngest: a request is done, and its connection kept for the next."""
         with self._lock:
             self._unfinished[handshake] = self._unfinished.pop(handshake)
-
-    def work(self, work: Callable[[], T]) -> T:
-        """Do what may take its time and waits for no peer. Raises Refusal if too much is done."""
-        with self._lock:
-            if self._at_work >= MAX_AT_WORK:
-                raise Refusal(503, "This server has too many requests to think about. Try again "
-                                   "later.", ["Retry-After: 5"])
-            self._at_work += 1
-        try:
-            return work()
-        finally:
-            with self._lock:
-                self._at_work -= 1
 
     def hold(self, length: int, held: int) -> int:
         """Count so many bytes of a body under way in place of those `held`. Raises Refusal."""
@@ -180,7 +163,7 @@ class Handshake:
         self._lock = threading.Lock()   # guards the next three: `cut` never meets a client's socket
         self._sock = sock
         self._is_ours = True            # False once it is registered, or closed
-        self._safe_until = 0.0          # on the monotonic clock: when it can be cut
+        self.safe_until = 0.0           # on the monotonic clock: when it can be cut
         self.goes_first = True          # if one is to be cut: it sent nothing yet, or was refused
         self._peer = peer
         self._others = others           # among which it is when it has a thread
@@ -192,14 +175,10 @@ class Handshake:
 
     # Called from any thread
 
-    def can_be_cut(self, now: float) -> bool:
-        """Say whether it waits for its peer, and was not cut yet."""
-        return self._safe_until <= now
-
     def cut(self) -> None:
         """End the connection, unless it is a client's: `run` returns soon."""
         with self._lock:
-            self._safe_until = math.inf
+            self.safe_until = math.inf
             if self._is_ours:
                 _shut(self._sock, socket.SHUT_RDWR)
 
@@ -272,10 +251,9 @@ class Handshake:
             raise ConnectionAbortedError("it sent nothing")
         self.goes_first = False
         with self._lock:
-            sock = context.wrap_socket(
-                self._sock, server_side=True, do_handshake_on_connect=False)
+            sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
             self._sock = sock
-            self._safe_until = max(self._safe_until, time.monotonic() + GRACE)
+            self.safe_until = max(self.safe_until, time.monotonic() + GRACE)
         self._wait(sock)
         sock.do_handshake()
 
@@ -284,13 +262,20 @@ class Handshake:
         sock.settimeout(max(0.001, self._deadline - time.monotonic()))
 
     def _work(self, work: Callable[[], T]) -> T:
-        """Do what waits for no peer, so that a cut would not end it. Raises Refusal."""
+        """Do what may take its time and waits for no peer, so that a cut would not end it.
+
+        Raises Refusal if too many are at it.
+        """
+        if not self._others.at_work.acquire(blocking=False):
+            raise Refusal(503, "This server has too many requests to think about. Try again "
+                               "later.", ["Retry-After: 5"])
         with self._lock:
-            before, self._safe_until = self._safe_until, math.inf
+            before, self.safe_until = self.safe_until, math.inf
         try:
-            return self._others.work(work)
+            return work()
         finally:
-            self._safe_until = before
+            self.safe_until = before
+            self._others.at_work.release()
 
     def _serve(self) -> bool:
         """Deal with one request. Returns whether the connection is kept for the next one."""
@@ -336,10 +321,7 @@ class Handshake:
                 return None
 
     def _read_body(self, request: Request) -> bytes:
-        """Return the body of a POST.
-
-        Raises Refusal for one that cannot be, ConnectionAbortedError for one that is cut short.
-        """
+        """Return the body of a POST. Raises Refusal; ConnectionAbortedError if it is cut short."""
         body = Body(request.body_length)
         rest = body.feed(self._received)
         if rest is None and request.chunked and "expect" in request.known:
@@ -358,10 +340,7 @@ class Handshake:
         return bytes(body.data)
 
     def _receive(self) -> bool:
-        """Add more of the request to `_received`. Returns False at the end of the stream.
-
-        Raises Refusal when the time of the request is up.
-        """
+        """Add to `_received`; False at the end of the stream. Raises Refusal when time is up."""
         try:
             if self._deadline <= time.monotonic():
                 raise socket.timeout
@@ -389,15 +368,12 @@ class Handshake:
         self.goes_first = True
         try:
             self._send(self._answers.refuse(refusal, request))
+            until = time.monotonic() + LINGER_TIME
             if not self._is_whole:
-                self._linger()
+                _shut(self._sock, socket.SHUT_WR)
+                while self._sock.recv(http1.MAX_HEAD) and time.monotonic() < until:
+                    pass
         except OSError:         # it does not wait to be told why
-            pass
-
-    def _linger(self) -> None:
-        _shut(self._sock, socket.SHUT_WR)
-        until = time.monotonic() + LINGER_TIME
-        while self._sock.recv(http1.MAX_HEAD) and time.monotonic() < until:
             pass
 
 

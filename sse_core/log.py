@@ -1,7 +1,6 @@
 """Keep the newest frames, bounded in number and bytes; find the place of a client in them.
 
-No socket, no thread and no clock in here. Nothing is locked: use it while holding the mutex that
-guards it.
+No socket, no thread, no clock and no lock in here: hold the mutex that guards it.
 """
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients 
 MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
 SCAN = 1024                 # frames looked at in one go: who wants none of them holds up nobody
 Bytes = Union[bytes, memoryview]
+Evicted = tuple[int, tuple[int, ...]]   # of a frame that is gone: number; id, or one between two
 
 
 class Frame(NamedTuple):
@@ -31,15 +31,6 @@ class Frame(NamedTuple):
     chunk: bytes
 
 
-class Evicted(NamedTuple):
-    """What is remembered of the last frame of a channel that left the log."""
-    number: int
-    newest: tuple[int, ...]     # its id, or just above the newest one if it has none
-
-
-NEVER = Evicted(-1 << 63, (0, 0))
-
-
 class Log:
     """Hold the newest frames: at most `history` of them (64 at least) and at most `size` bytes.
 
@@ -50,21 +41,18 @@ class Log:
     a client that has one gets all that is kept of the new epoch.
 
     began_with: the id of an event that never was, before the first: who has it has missed nothing.
-
-    is_loaded: it has what was in a log that is shared with other servers, from before this one.
-    complete_at: it had all that was in there at that time. Both are the caller's to set.
     """
 
     def __init__(self, history: int, began_with: Id = (0, 0), size: int = MAX_LOG) -> None:
-        self.is_loaded = True
-        self.complete_at = math.inf             # not shared: it is all there is
-        self.first = 0
-        self.next = 0
+        # Of a log that is shared with other servers, the caller says what has come from there:
+        self.is_loaded = True                   # all from before this server
+        self.complete_at = math.inf             # all that there was at this time
+        self.first = self.next = 0
         self.last_id = began_with               # of the newest event that has one
         self._began_with = began_with           # the first id of this epoch, or one before it
         self._epoch = 0                         # number of the frame with which it began
-        self._evicted: OrderedDict[str | None, Evicted] = OrderedDict()  # by channel
-        self._forgotten = NEVER                 # for every channel that is not in there
+        self._evicted: OrderedDict[str | None, Evicted] = OrderedDict()  # the last, by channel
+        self._forgotten: Evicted = -1 << 63, (0, 0)     # for every channel that is not in there
         self._count = max(MIN_HISTORY, history)
         self._size = size
         self._bytes = 0
@@ -82,8 +70,7 @@ class Log:
         self._bytes -= len(frame.chunk)
         self.first += 1
         # A frame without an id came after the newest one: (ms, n) < (ms, n, 1) < (ms, n + 1)
-        newest = frame.newest if frame.id else (*frame.newest, 1)
-        self._evicted[frame.channel] = Evicted(frame.number, newest)
+        self._evicted[frame.channel] = frame.number, frame.id or (*frame.newest, 1)
         self._evicted.move_to_end(frame.channel)
         if len(self._evicted) > MAX_CHANNELS:
             self._forgotten = self._evicted.popitem(last=False)[1]
@@ -126,8 +113,8 @@ class Log:
     def can_locate(self, event_id: Id | None, since: float) -> bool:
         """Say whether it is known what this id is, which a client brought at that time.
 
-        If the log is shared, other servers can be further than this one. So an id that is ahead
-        may come yet, until the log has all that there was when the client brought it.
+        Of a shared log, other servers can have had more: an id that is ahead may come yet, until
+        there is all that there was when the client brought it.
         """
         return self.is_loaded and (event_id is None or event_id <= self.last_id
                                    or self.complete_at > since)
@@ -136,9 +123,8 @@ class Log:
                ) -> tuple[int, str | None]:
         """Return the number of the frame that follows an id, and why there may be a gap, if so.
 
-        The reason is "evicted" for an id of ours after which frames on these channels, or on none,
-        are gone; else "unknown": the id is of another epoch, of the future, or not ours at all.
-        What is kept beyond it, or all of it, is then the best there is.
+        "evicted": the id is ours, and frames after it on these channels, or on none, are gone.
+        "unknown": it is of another epoch, of the future, or not ours at all.
         """
         oldest = max(self.first, self._epoch)
         if event_id is None or event_id > self.last_id:
@@ -148,12 +134,12 @@ class Log:
             return number + 1, None
         if number > oldest or event_id < self._began_with:
             return number, "unknown"
-        last = self._last_evicted(channels)
-        return number, "evicted" if last.number >= self._epoch and last.newest > event_id else None
+        gone, newest = self._last_evicted(channels)
+        return number, "evicted" if gone >= self._epoch and newest > event_id else None
 
     def lost(self, cursor: int, channels: Iterable[str]) -> bool:
         """Say whether a frame on these channels, or on none, has left the log from `cursor` on."""
-        return self._last_evicted(channels).number >= cursor
+        return self._last_evicted(channels)[0] >= cursor
 
     def _last_evicted(self, channels: Iterable[str]) -> Evicted:
         return max(self._evicted.get(channel, self._forgotten) for channel in (None, *channels))

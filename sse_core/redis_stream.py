@@ -58,12 +58,11 @@ class RedisStream:
             self._redis.connection_pool.make_connection()       # it connects to nothing yet
         except (TypeError, AttributeError, redis.RedisError) as error:
             raise ValueError(f"the URL of Redis has an option that cannot be: {error}") from None
-        self._error = redis.RedisError
-        self._refused = redis.ResponseError
+        self._error, self._refused = redis.RedisError, redis.ResponseError
         self._key = key
         self._history = max(READ_COUNT, history)
         # What follows belongs to the thread that follows, and to `load` before there is one
-        self._last: Entry | None = None      # the newest one read; None: the stream was empty
+        self._last: Entry | None = None         # the newest one read; None: the stream was empty
         self._gone = 0                          # entries that were gone from it then
         self._known: OrderedDict[bytes, int] = OrderedDict()  # read last: id, hash of the fields
         self._loaded = False                    # the log has the entries from before this server
@@ -74,8 +73,8 @@ class RedisStream:
     def publish(self, drafts: Sequence[Draft]) -> list[str]:
         """Add events to the stream in one transaction, and return their ids.
 
-        Raises Unavailable if Redis does not take them. It may have taken them all the same, and
-        the answer been lost: whoever tries again then publishes twice.
+        Raises Unavailable if Redis does not say that it took them. Whoever tries again may publish
+        them twice.
         """
         pipe = self._redis.pipeline(transaction=len(drafts) > 1)
         for draft in drafts:
@@ -90,37 +89,32 @@ class RedisStream:
     def load(self, shared: Shared, now: float) -> None:
         """Fill the log with the newest entries, if Redis answers. now: seconds since the epoch."""
         self._since = now
-        try:
-            self._load(shared)
-        except self._error as error:
-            self._note_fault(error)
+        self._step(shared)
 
     def follow(self, shared: Shared, stopping: threading.Event) -> None:
         """Add what comes to the log, until the flag is set, whatever happens to Redis."""
+        pause = FIRST_PAUSE
         try:
-            self._follow(shared, stopping)
+            while not stopping.is_set():
+                self._step(shared)
+                if self.trouble:
+                    stopping.wait(pause * random.uniform(0.5, 1.5))
+                pause = min(2 * pause, LONGEST_PAUSE) if self.trouble else FIRST_PAUSE
         finally:
             self._redis.connection_pool.disconnect(inuse_connections=False)
 
-    def _follow(self, shared: Shared, stopping: threading.Event) -> None:
-        pause = FIRST_PAUSE
-        while not stopping.is_set():
-            try:
-                self._read_on(shared) if self._loaded else self._load(shared)
-            except self._error as error:
-                self._note_fault(error)
-                stopping.wait(pause * random.uniform(0.5, 1.5))
-                pause = min(2 * pause, LONGEST_PAUSE)
-                continue
-            if self.trouble:
-                logger.warning("Redis is back")
-            pause, self.trouble = FIRST_PAUSE, None
-
-    def _note_fault(self, error: Exception) -> None:
-        if not self.trouble:
-            logger.warning("Redis is away (%s); trying again until it is back",
-                           type(error).__name__)
-        self.trouble = f"Redis is away ({type(error).__name__})"
+    def _step(self, shared: Shared) -> None:
+        """Load or read on, and note whether Redis answers."""
+        before = self.trouble
+        try:
+            self._read_on(shared) if self._loaded else self._load(shared)
+            self.trouble = None
+        except self._error as error:
+            self.trouble = f"Redis is away ({type(error).__name__})"
+        if self.trouble and not before:
+            logger.warning("%s; trying again until it is back", self.trouble)
+        if before and not self.trouble:
+            logger.warning("Redis is back")
 
     def _load(self, shared: Shared) -> None:
         """Load what is older than this server, and add what is not: clients may wait for that."""
@@ -194,22 +188,21 @@ class RedisStream:
         getattr(pipe, command)(self._key, count=READ_COUNT)
         pipe.xinfo_stream(self._key)
         entries, info = pipe.execute(raise_on_error=False)
-        if isinstance(entries, Exception):
-            raise entries
-        if isinstance(info, self._refused):         # there is no such key
-            return entries, 0, 0
-        if isinstance(info, Exception):
-            raise info
+        if entries == [] and isinstance(info, self._refused):       # there is no such key
+            return [], 0, 0
+        for answer in (entries, info):
+            if isinstance(answer, Exception):
+                raise answer
         return entries, info["length"], info.get("entries-added", info["length"]) - info["length"]
 
     def _new(self, entries: list[Entry]) -> list[Entry]:
         """Return the entries that are new: a stream restored or renamed has old ones, too."""
         new = []
         for entry in entries:
-            key, fields = entry[0], hash(frozenset(entry[1].items()))
-            if self._known.get(key) != fields:
-                self._known.pop(key, None)
-                self._known[key] = fields
+            fields = hash(frozenset(entry[1].items()))
+            if self._known.get(entry[0]) != fields:
+                self._known.pop(entry[0], None)
+                self._known[entry[0]] = fields
                 new.append(entry)
         while len(self._known) > 2 * self._history:
             self._known.popitem(last=False)
