@@ -173,6 +173,8 @@ def catch_signals() -> tuple[socket.socket, socket.socket]:
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
+    if hasattr(signal, "SIGTTIN"):      # a read just after the terminal was given to another job
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)       # fails then, and does not stop us
     hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)
     for signum in (signal.SIGINT, signal.SIGTERM, hang_up):
         if signum != hang_up or signal.getsignal(signum) != signal.SIG_IGN:     # as nohup has it

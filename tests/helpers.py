@@ -159,7 +159,9 @@ def make_certificate(folder: Path) -> Tuple[str, str]:
 class Server:
     """`python sse_server.py` as a process, on a free port."""
 
-    def __init__(self, *arguments: str, stdin=subprocess.PIPE, env: Optional[dict] = None) -> None:
+    def __init__(self, *arguments: str, stdin=None, env: Optional[dict] = None) -> None:
+        if stdin is None:
+            stdin = subprocess.PIPE if "--stdin" in arguments else subprocess.DEVNULL
         loudness = () if {"--verbose", "--loud"} & set(arguments) else ("--quiet",)
         arguments = [argument for argument in arguments if argument != "--loud"]
         command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", *loudness, *arguments]
