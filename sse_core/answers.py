@@ -5,6 +5,7 @@ No socket and no thread in here: bytes go back to the caller, and so does what i
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable
 
@@ -67,6 +68,7 @@ class Answers:
 
         Raises Refusal, and whatever a program's `authorize` raises.
         """
+        self._access.check_host(request)
         if request.method == "OPTIONS":
             return http1.answer(204, fields=self._preflight(request))
         if request.path == "/favicon.ico":
@@ -78,7 +80,7 @@ class Answers:
         if request.path == "/-/status" and "list" in request.query:
             self._access.admit_list(request)
             return _whole(request, _json(self._status()), JSON, ["Cache-Control: no-store"])
-        self._access.admit(request)
+        self._access.admit(request, time.time())
         if request.path.startswith("/-/"):
             return self._report(request)
         return self._open(request)
@@ -111,7 +113,8 @@ class Answers:
 
     def admit_post(self, request: Request) -> None:
         """Raise Refusal for a POST that may not publish: ask before its body is read."""
-        self._access.admit_post(request)
+        self._access.check_host(request)
+        self._access.admit_post(request, time.time())
 
     def post(self, request: Request, body: bytes) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer. Raises Refusal."""
