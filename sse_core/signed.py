@@ -5,6 +5,7 @@ No socket, no thread and no clock in here. What grants nothing is a Refusal.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from sse_core.http1 import Refusal, Request
@@ -14,6 +15,7 @@ MAX_TOKEN = 4096            # characters, as of a cookie: more would take PyJWT 
 MIN_SECRET = 32             # bytes of a secret for HS256; RFC 7518 section 3.2
 MIN_RSA = 2048              # bits of a key for RS256; RFC 7518 section 3.3
 LAST_TIME = 10 ** 11        # seconds since 1970; more was meant as milliseconds
+_FORM = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)      # RFC 7515 section 7.1
 _PUBLIC = ("MII", "MFkwEwYH", "ssh-", "ecdsa-", "{")    # how keys begin that others may know
 
 
@@ -54,7 +56,7 @@ class Signed:
         """Return the claims of a token, which the key's own algorithm must have signed."""
         claims = None
         try:
-            if len(token) <= MAX_TOKEN:
+            if len(token) <= MAX_TOKEN and _FORM.fullmatch(token):
                 claims = json.loads(self._decode(token, self._key, [self._algorithm]))
         except self._bad:       # its text may quote the token
             pass
