@@ -4,14 +4,16 @@ import hashlib
 import hmac
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from helpers import get
+from helpers import Client, connect, get, post
 from sse_core import http1, signed
 from sse_core.access import EVERYTHING, Access, Grant
 from sse_core.http1 import Refusal
+from sse_server import SSEServer
 
 NOW = 1_700_000_000.5
 SECRET = "the-secret-of-this-server-is-long"
@@ -372,3 +374,26 @@ def test_cookies_count_for_pages_of_named_origins_only(keys, options, origin, cr
     fields = rules.cross_origin(request("/", f"Origin: {origin}"))
     assert ("Access-Control-Allow-Credentials: true" in fields) is credentials
     assert access(**options).cross_origin(request("/")) == ["Access-Control-Allow-Origin: *"]
+
+
+def test_a_server_asks_these_rules_with_the_time_of_day(keys):
+    token = forge({"exp": time.time() + 60, "subscribe": ["a"], "publish": ["a"]})
+    old = forge({"exp": time.time() - 1, "subscribe": ["*"]})
+    with SSEServer(port=0, jwt_key=SECRET, allowed_hosts=["x"]) as server, \
+            Client(server.port, get("/?channel=a", f"Cookie: sse_token={token}")) as client:
+        client.open()
+        assert post(server.port, f"/{token}?channel=a", b"hi").startswith(b"HTTP/1.1 200 ")
+        assert client.read_events(1)[0].data == "hi"
+        for target, status in ((f"/{token}?channel=b", 403), (f"/{old}", 401), ("/", 401)):
+            assert status_of(server.port, get(target)) == status
+            assert status_of(server.port, get(target, "Content-Length: 0", method="POST")) == status
+        for method in ("GET", "HEAD", "OPTIONS", "POST"):
+            head = get(f"/{token}?channel=a", "Content-Length: 0", method=method)
+            assert status_of(server.port, head.replace(b"Host: x", b"Host: evil.test")) == 421
+
+
+def status_of(port, head):
+    """Send a request, and return the status that comes first, also of a stream."""
+    with connect(port) as sock:
+        sock.sendall(head)
+        return int(sock.recv(100).split()[1])
