@@ -65,7 +65,7 @@ class Request(NamedTuple):
     def bearer(self) -> str | None:
         """The token of `Authorization: Bearer TOKEN` (RFC 6750), or None."""
         scheme, _, token = self.fields.get("authorization", "").partition(" ")
-        return token.strip() if scheme.lower() == "bearer" else None
+        return token.strip(" ") if scheme.lower() == "bearer" else None
 
     def has_token(self, tokens: Iterable[bytes]) -> bool:
         """Say whether path or bearer token is one of these.

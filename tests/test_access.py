@@ -257,6 +257,15 @@ def test_a_plain_token_is_for_everything_and_has_no_end(keys):
         assert refused(outcome(nobody.admit_list, request("/", "Authorization: Bearer one")), 401)
 
 
+def test_a_bearer_token_loses_outer_spaces_only():
+    for token in ("voil\u00e0", "\u00c5"):         # in UTF-8 they end in bytes that latin-1 strips
+        padded = request("/", f"Authorization: Bearer  {token} ")
+        assert access(tokens=[token]).admit(padded, NOW) == EVERYTHING
+    for byte in (b"\xa0", b"\x85"):
+        head = get("/", "Authorization: Bearer one")[:-4] + byte + b"\r\n\r\n"
+        assert refused(outcome(access(tokens=["one"]).admit, http1.parse(head)[0], NOW), 401)
+
+
 def test_a_refused_token_is_told_apart_from_none_in_the_header_field(keys):
     for path, challenge in (("/", "Bearer"), ("/a.b.c", 'Bearer error="invalid_token"')):
         with pytest.raises(Refusal) as caught:
