@@ -73,6 +73,7 @@ class Answers:
 
         Raises Refusal, and whatever a program's `authorize` raises.
         """
+        self._access.check_host(request)
         if request.method == "OPTIONS":
             return http1.answer(204, fields=self._preflight(request))
         if request.path == "/favicon.ico":
@@ -84,7 +85,7 @@ class Answers:
         if request.path == "/-/status" and "list" in request.query:
             self._access.admit_list(request)
             return _whole(request, _json(self._status()), JSON, ["Cache-Control: no-store"])
-        self._access.admit(request)
+        self._access.admit(request, time.time())
         if request.path.startswith("/-/"):
             return self._report(request)
         return self._open(request)
@@ -117,7 +118,8 @@ class Answers:
 
     def admit_post(self, request: Request) -> None:
         """Raise Refusal for a POST that may not publish: ask before its body is read."""
-        self._access.admit_post(request)
+        self._access.check_host(request)
+        self._access.admit_post(request, time.time())
 
     def post(self, request: Request, body: bytes) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer. Raises Refusal."""

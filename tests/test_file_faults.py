@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 
 import pytest
@@ -256,6 +257,52 @@ def test_a_file_that_goes_is_made_anew(path, endings, way):
                 assert len(gaps(client)) >= round + 1
             if way == "renamed":
                 assert rows(f"{path}.{round}")[-3:] == [(id, f"before {round}") for id in before]
+
+
+def test_a_newcomer_makes_a_file_anew_while_others_still_have_the_old_one(path):
+    with watched(path) as ((server,), (client,)):
+        before = post(server, "before").json()["id"]
+        read_to(client, "before")
+        for round in range(3):
+            query(path, "pragma user_version = 1")      # page 1 is in the -wal, too
+            server.process.send_signal(signal.SIGSTOP)
+            path.unlink()
+            with publishing(path) as stream:
+                ids = [stream.publish([Draft(f"new {round}")] * 50) for _ in range(3)]
+                server.process.send_signal(signal.SIGCONT)
+                read_to_id(client, ids[-1][-1])
+                stream.publish([Draft(f"newest {round}")])
+            read_to(client, f"newest {round}")
+            assert len(gaps(client)) == round + 1 and len(rows(path)) == 151
+        assert gaps(client)[0]["after"] == before
+
+
+def test_what_came_and_went_while_the_file_seemed_empty_is_a_gap(path):
+    with watched(path) as ((server,), (client,)):
+        server.process.send_signal(signal.SIGSTOP)
+        with publishing(path) as stream:
+            stream.publish([Draft("never seen")])
+            path.unlink()
+            stream.publish([Draft("seen")])
+            server.process.send_signal(signal.SIGCONT)
+            read_to(client, "seen")
+        assert [event.name for event in client.stream.events] == ["gap", "message"]
+
+
+def test_what_is_committed_to_a_file_that_was_just_removed_is_not_acknowledged(path):
+    with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
+        stream.publish([Draft("one")])
+        other.execute("begin immediate")
+        with ThreadPoolExecutor(1) as pool:
+            publish = pool.submit(stream.publish, [Draft("two")])
+            wait_until(lambda: stream._committing)
+            time.sleep(0.1)     # it has seen that the file is in place, and waits for the lock
+            path.unlink()
+            other.rollback()
+            with pytest.raises(Unavailable, match="removed or replaced"):
+                publish.result()
+        stream.publish([Draft("three")])
+        assert [data for _, data in rows(path)] == ["three"]
 
 
 def test_ids_go_on_above_the_highest_seen_in_a_new_file(path):
