@@ -88,10 +88,17 @@ class Bench:
         self.now = 1000.0
         self.peers = []
         self.thread = None
+        self.watched = None                     # a thread of which it is told when it looks
+        self.looked = threading.Event()         # at the clock, as who waits does at each turn
         make = partial(Shared, None) if options.pop("shared", False) else Broadcast
-        self.broadcast = make(clock=lambda: self.now, wall=lambda: self.now, **options)
+        self.broadcast = make(clock=self.clock, wall=lambda: self.now, **options)
         self.publisher = Publisher(self.broadcast, heartbeat)
         self.publish = self.broadcast.publish
+
+    def clock(self) -> float:
+        if threading.current_thread() is self.watched:
+            self.looked.set()
+        return self.now
 
     def peer(self, **options) -> Peer:
         self.peers.append(Peer(self.broadcast, **options))
@@ -100,6 +107,20 @@ class Bench:
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
             self.publisher.turn(0)
+
+    def turn_until_it_waits(self) -> None:
+        """Turn until the thread that is watched has done all it may before time goes on.
+
+        It has if it looked twice after a turn, and neither published nor ended.
+        """
+        idle = 0
+        while idle < 2 and self.watched.is_alive():
+            before = self.broadcast.figures()["events"]
+            self.looked.clear()
+            self.turn()
+            idle += self.looked.wait(0.02)
+            if self.broadcast.figures()["events"] != before or self.broadcast.has_work():
+                idle = 0
 
     def start(self) -> None:
         """Let a thread turn the publisher from now on."""
@@ -659,15 +680,13 @@ def piped(b, texts: list, read, step: float = 0.25, seconds: float = 1000.0) -> 
             b.publish(text, wait=True)
         b.broadcast.drain()
         done.set()
-    thread = in_a_thread(pipe)
+    b.watched = in_a_thread(pipe)
     while not done.is_set() and b.now - began < seconds:
         read()
-        for _ in range(50):     # so that the pipe can do all that it may before time goes on
-            b.turn()
-            time.sleep(0.0001)
+        b.turn_until_it_waits()
         b.now += step
     b.broadcast.stop()
-    thread.join()
+    b.watched.join()
     assert done.is_set()
     return b.now - began
 
