@@ -34,6 +34,11 @@ def parsed(text: str) -> Optional[Id]:
     return match and (int(match[1]), int(match[2]))
 
 
+def with_one_end(data: str) -> str:
+    """Return data as a client sees it, whose lines all end in LF."""
+    return data.replace("\r\n", "\n").replace("\r", "\n")
+
+
 class Entry(NamedTuple):
     """One place in the log: an event, or the gap that a source tells."""
     number: int
@@ -73,7 +78,7 @@ class Story:
             self.last = id
         size = payload + 12 + (len(f"id: {spelled(id)}\n") if id else 0)
         self.entries.append(Entry(len(self.entries), id, channel, name,
-                                  "\n".join(re.split("\r\n|\n|\r", data)), size))
+                                  with_one_end(data), size))
         self.kept_bytes += size
 
     def next_wanted(self, start: int, channels: Iterable[str],
@@ -255,7 +260,7 @@ class Driver:
         filling = self.draw.choice(("x", "\n", "é\r\n", "y\r")) if size < 500 else "x"
         data = (f"{self.texts} " + filling * size)[:size]
         name = self.draw.choice(("", "", "custom", "n\u00e4me"))
-        lines = "\r\ndata: ".join(re.split("\r\n|\n|\r", data))
+        lines = with_one_end(data).replace("\n", "\r\ndata: ")
         payload = f"event: {name}\n" * bool(name) + f"data: {lines}\r\n\r\n"
         return data, name, self.draw.choice((None, None, "a", "b", "c")), len(payload.encode())
 

@@ -62,7 +62,7 @@ class Peer:
         self.sock.setblocking(False)
         self.server_end = Narrow(ours) if narrow else ours
         self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "")
-        self.raw = b""
+        self.raw = bytearray()
         assert broadcast.register(self.server_end, opening(**options), peer)
 
     def take(self) -> Decoder:
