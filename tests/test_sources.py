@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from helpers import PATIENCE, Client, serving
+from helpers import PATIENCE, Client, ask, get, serving, wait_until
 from sse_core import frames, sources
 
 
@@ -92,6 +92,10 @@ def drain(clients: list, counts: dict) -> None:
     selector.close()
 
 
+def lagging(port: int) -> int:
+    return json.loads(ask(port, get("/-/status")).partition(b"\r\n\r\n")[2])["lagging"]
+
+
 def memory(process: subprocess.Popen) -> int:
     """Return the KiB of memory that a process has."""
     done = subprocess.run(["ps", "-o", "rss=", "-p", str(process.pid)], capture_output=True)
@@ -108,7 +112,11 @@ def flood(number: int, readers: int, slow: bool) -> None:
         clients = [Client(server.port).open() for _ in range(readers)]
         sluggish = Client(server.port, receive_buffer=4096).open() if slow else None
         counts = {}
-        reader = threading.Thread(target=drain, args=(clients, counts))
+
+        def read():
+            wait_until(lambda: lagging(server.port) == readers + slow)      # so the pipe must wait
+            drain(clients, counts)
+        reader = threading.Thread(target=read)
         reader.start()
         lines = [b"%d\n" % line for line in range(1, number + 1)]
         server.process.stdin.write(b"".join(lines[:number // 2]))
