@@ -125,7 +125,7 @@ def test_works_from_any_folder_with_nothing_installed(tmp_path):
         assert process.returncode == 0
 
 
-def test_ipv6():
+def test_an_ipv6_address_is_listened_on_and_told_in_brackets():
     if not socket.has_ipv6:
         pytest.skip("this Python has no IPv6")
     try:

@@ -527,7 +527,7 @@ def run(seed: int, operations: int = 400) -> None:
         driver.close()
 
 
-def test_fuzz_the_engine_against_the_model(request):
+def test_fuzz_every_client_is_sent_what_the_model_says(request):
     for _ in range(request.config.getoption("fuzz") * 6):
         run(random.randrange(1 << 32))
 
@@ -546,7 +546,7 @@ def check_whole(events: List[Event], texts: List[str], seed: int) -> None:
     assert at == len(texts) and not gap, f"seed {seed}: ends at {at} of {len(texts)}"
 
 
-def test_fuzz_patience(request):
+def test_fuzz_a_pipe_waits_for_who_keeps_the_pace_and_tells_the_others(request):
     for _ in range(request.config.getoption("fuzz") * 3):
         patience(random.randrange(1 << 32))
 
@@ -602,7 +602,7 @@ def patience(seed: int) -> None:
         close(bench)
 
 
-def test_fuzz_many_threads_and_a_publisher_that_sleeps(request):
+def test_fuzz_a_publisher_that_sleeps_is_woken_by_any_thread(request):
     """It has no sweep, and looks of itself twice a second: a forgotten wake-up costs that much."""
     for _ in range(request.config.getoption("fuzz") * 2):
         threads(random.randrange(1 << 32))

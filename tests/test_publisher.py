@@ -175,7 +175,7 @@ def test_a_client_gets_what_is_published_from_its_registration_on(bench):
 
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("history", [0, 100])
-def test_a_send_cut_at_every_byte(bench, chunked, history):
+def test_a_send_that_is_cut_at_any_byte_is_finished_before_the_next_frame(bench, chunked, history):
     """Every cut of three frames, and the frames that follow while the client lags."""
     length = 3 * 60
     for cut in range(length):
@@ -234,7 +234,7 @@ def test_a_lagging_client_finishes_its_frame_and_is_told_the_gap(bench):
     assert [event.id for event in events[before + 2:]] == ids[200:]
 
 
-def test_a_gap_before_the_first_frame_and_between_frames(bench):
+def test_a_gap_is_told_before_the_first_frame_and_between_frames(bench):
     b = bench(history=64)
     narrow = b.peer(narrow=True)
     narrow.server_end.room = 1 << 20
@@ -407,7 +407,7 @@ def test_a_stalled_client_is_dropped_after_30_seconds_and_logged_once(bench, cap
     assert other.data() == ["x", "y"]
 
 
-def test_heartbeats_only_to_those_who_were_sent_nothing(bench):
+def test_heartbeats_go_only_to_those_who_were_sent_nothing(bench):
     b = bench(heartbeat=10.0)
     early = b.peer()
     b.turn()
@@ -425,7 +425,7 @@ def test_heartbeats_only_to_those_who_were_sent_nothing(bench):
     assert early.stream.last_id == ""
 
 
-def test_heartbeats_to_http_1_0(bench):
+def test_heartbeats_to_http_1_0_are_comments_without_a_chunk(bench):
     b = bench(heartbeat=10.0)
     plain = b.peer(chunked=False)
     b.turn()
@@ -494,7 +494,7 @@ def test_a_reset_during_the_fan_out_harms_nobody_else(bench):
     assert all(peer.data() == ["x"] for index, peer in enumerate(peers) if index % 3)
 
 
-def test_no_more_than_max_clients(bench):
+def test_no_more_than_max_clients_are_taken_until_one_leaves(bench):
     b = bench(max_clients=3)
     first = b.peer()
     b.peer(), b.peer()
