@@ -16,7 +16,8 @@ from sse_server import SSEServer   # noqa: E402
 
 def main() -> None:
     if "--help" in sys.argv:
-        return print(__doc__)
+        print(__doc__)
+        return
     options = {name: int(value) if value.isdigit() else value
                for name, value in (argument.split("=") for argument in sys.argv[1:])}
     if options.pop("slow", 0):      # requests for /slow sit in `authorize`

@@ -168,14 +168,17 @@ def run_for_2_seconds(streams: str) -> subprocess.Popen:
 
 
 def test_closed_and_full_streams_are_no_traceback_and_no_busy_loop():
+    used = []
     for streams, process in [(streams, run_for_2_seconds(streams)) for streams in STREAMS]:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         with process:
             errors = process.stderr.read()
         assert "Traceback" not in errors and "Exception" not in errors, (streams, errors)
-        assert usage.ru_utime + usage.ru_stime < 0.9, streams
         assert process.returncode in (0, 124), streams
+        used.append(usage.ru_utime + usage.ru_stime)
+    # If many were busy, they would share the cores: all that these have is 2 s each
+    assert max(used) < 0.9 and sum(used) < 1.5 * os.cpu_count(), used
 
 
 def test_a_pipe_without_its_flag_runs_on_and_asks():
