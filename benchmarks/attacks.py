@@ -65,7 +65,8 @@ def main(name: str, port: int) -> None:
                     key.fileobj.send(more)
                 except OSError:         # it is told so by the selector, too
                     pass
-        if not told and (len(selector.get_map()) > number - PER_LOOK or time.monotonic() > began + 3):
+        if not told and (len(selector.get_map()) > number - PER_LOOK
+                         or time.monotonic() > began + 3):
             told = print("there", flush=True) is None
 
 

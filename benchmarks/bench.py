@@ -1,9 +1,9 @@
-"""Measure the server, and in the same run a bare C loop of send(): ratios first. `make bench` runs it all.
+"""Measure the server, and in the same run a bare C loop of send(): ratios first.
 
-The server is pinned to core 0, this process, which is all of its clients, to core 1. Costs are the CPU time of the
-server's process. A ratio is that of the minima of several alternating runs, because noise only ever adds.
+The server is pinned to core 0, this process, which is all of its clients, to core 1. Costs are the
+CPU time of the server's process. A ratio is that of the minima of several alternating runs, because
+noise only ever adds. `make bench` runs it all.
 """
-import argparse
 import os
 import shutil
 import socket
@@ -13,10 +13,12 @@ import tempfile
 import time
 from typing import Callable, Dict, List, Optional, Tuple
 
-from load import (Clients, Measure, ServerProcess, c_loop, descriptor_limit, our_server, percentile)
+from load import (Clients, Measure, ServerProcess, c_loop, describe, our_server, percentile,
+                  pin_load)
 
 RATE = 20               # events a second in the steady runs
 BURST = 200             # events at once
+PARTS = ["fan-out", "connects", "memory", "resume", "channels", "redis", "stalled"]
 Result = Dict[str, float]
 
 
@@ -24,8 +26,9 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def deliver(server: ServerProcess, clients: Clients, events: int, pause: float, channel: str = "") -> Result:
-    """Publish events and receive them all; return microseconds of server CPU per delivery, and the latencies."""
+def deliver(server: ServerProcess, clients: Clients, events: int, pause: float,
+            channel: str = "") -> Result:
+    """Publish events and receive them all; return us of server CPU per delivery, and latencies."""
     clients.latencies.clear()
     with Measure(server) as measure:
         server.publish(events, pause, channel)
@@ -33,15 +36,18 @@ def deliver(server: ServerProcess, clients: Clients, events: int, pause: float, 
     server.wait()
     ordered = sorted(clients.latencies)
     return {"cpu": measure.cpu / events / len(clients) * 1e6, "load": measure.load,
-            "p50": percentile(ordered, .5) * 1e3, "p99": percentile(ordered, .99) * 1e3, "max": ordered[-1] * 1e3}
+            "p50": percentile(ordered, .5) * 1e3, "p99": percentile(ordered, .99) * 1e3,
+            "max": ordered[-1] * 1e3}
 
 
 def best(results: List[Result]) -> Result:
     """Return the least of each figure; of the load, the most."""
-    return {name: (max if name == "load" else min)(result[name] for result in results) for name in results[0]}
+    return {name: (max if name == "load" else min)(result[name] for result in results)
+            for name in results[0]}
 
 
-def alternate(servers: List[Tuple[ServerProcess, Clients]], runs: int, measure: Callable) -> List[Result]:
+def alternate(servers: List[Tuple[ServerProcess, Clients]], runs: int,
+              measure: Callable) -> List[Result]:
     """Measure all servers in turn, `runs` times over, and return the best of each."""
     results: List[List[Result]] = [[] for _ in servers]
     for _ in range(runs):
@@ -56,16 +62,20 @@ def fan_out(number: int, runs: int, loop: Optional[ServerProcess]) -> None:
     pairs = [(server, Clients(server.port)) for server in (ours, loop) if server]
     for _, clients in pairs:
         clients.connect(number)
-    events, rate = 40, min(RATE, 40000 / number)        # a core can make some 100,000 deliveries a second
-    steady = alternate(pairs, runs, lambda server, clients: deliver(server, clients, events, 1 / rate))
+    events, rate = 40, min(RATE, 40000 / number)    # a core can make some 100,000 deliveries a s
+    steady = alternate(
+        pairs, runs, lambda server, clients: deliver(server, clients, events, 1 / rate))
     burst = alternate(pairs, runs, lambda server, clients: deliver(server, clients, BURST, 0))
     say(f"\n{number} clients")
     if loop:
-        say(f"  CPU per delivery, {rate:.0f} events/s: {steady[0]['cpu'] / steady[1]['cpu']:.3f} of the C loop")
-        say(f"  CPU per delivery, burst of {BURST}:  1/{steady[1]['cpu'] / burst[0]['cpu']:.0f} of the C loop's steady, "
+        say(f"  CPU per delivery, {rate:.0f} events/s: "
+            f"{steady[0]['cpu'] / steady[1]['cpu']:.3f} of the C loop")
+        say(f"  CPU per delivery, burst of {BURST}:  "
+            f"1/{steady[1]['cpu'] / burst[0]['cpu']:.0f} of the C loop's steady, "
             f"1/{burst[1]['cpu'] / burst[0]['cpu']:.0f} of its burst")
     for (server, _), one, many in zip(pairs, steady, burst):
-        say(f"  {server.name:12} steady {one['cpu']:6.2f} us  p50 {one['p50']:6.2f}  p99 {one['p99']:6.2f}  max {one['max']:6.2f} ms"
+        say(f"  {server.name:12} steady {one['cpu']:6.2f} us  "
+            f"p50 {one['p50']:6.2f}  p99 {one['p99']:6.2f}  max {one['max']:6.2f} ms"
             f"  load {one['load']:4.0%} | burst {many['cpu']:6.3f} us  load {many['load']:4.0%}")
     for _, clients in pairs:
         clients.close()
@@ -73,7 +83,7 @@ def fan_out(number: int, runs: int, loop: Optional[ServerProcess]) -> None:
 
 
 def connects(runs: int, folder: str, number: int = 2000) -> None:
-    """Connects per second, and per second of server CPU: the latter whether or not the load keeps up."""
+    """Connects per second, and per second of server CPU: this whether or not the load keeps up."""
     rates: Dict[str, List[float]] = {}
     loads: Dict[str, List[float]] = {}
     for _ in range(runs):
@@ -90,8 +100,9 @@ def connects(runs: int, folder: str, number: int = 2000) -> None:
     say(f"\nconnects, {number} of them")
     for what in ("", " CPU"):
         if "C loop" in highest:
-            say(f"  per second{what and ' of server CPU'}: {highest['this server' + what] / highest['C loop' + what]:.2f} of the C loop "
-                f"({highest['this server' + what]:.0f} and {highest['C loop' + what]:.0f})")
+            ours, theirs = highest["this server" + what], highest["C loop" + what]
+            say(f"  per second{what and ' of server CPU'}: {ours / theirs:.2f} of the C loop "
+                f"({ours:.0f} and {theirs:.0f})")
     say("  load " + ", ".join(f"{name} {min(values):.0%}" for name, values in loads.items())
         + ": at 100 % it is the load that bounds the first ratio; nothing bounds the second")
 
@@ -103,13 +114,14 @@ def idle_memory(number: int) -> None:
     before = server.memory()
     clients.connect(number)
     threads = len(os.listdir(f"/proc/{server.process.pid}/task"))
-    say(f"\n{number} idle clients: {(server.memory() - before) / number / 1024:.2f} KiB of process memory each, {threads} threads in all")
+    each = (server.memory() - before) / number / 1024
+    say(f"\n{number} idle clients: {each:.2f} KiB of process memory each, {threads} threads in all")
     clients.close()
     server.stop()
 
 
 def stalled(runs: int, number: int = 1000, deaf: int = 50) -> None:
-    """Latency of the clients that read, without and with some that never do, and the memory that those cost."""
+    """Latency of clients that read, without and with some that never do, and these's memory."""
     quiet, noisy = our_server(), our_server()
     pairs = []
     for server in (quiet, noisy):
@@ -131,15 +143,17 @@ def stalled(runs: int, number: int = 1000, deaf: int = 50) -> None:
         return result
     without, beside = alternate(pairs, runs, run)
     say(f"\n{deaf} stalled among {number} clients")
-    say(f"  p99 of the others: {beside['p99'] / without['p99']:.2f} of what it is without (p50 {beside['p50'] / without['p50']:.2f})")
-    say(f"  without p99 {without['p99']:.2f} ms, with {beside['p99']:.2f} ms; memory grew by {(noisy.memory() - before) / 1024:.0f} KiB")
+    say(f"  p99 of the others: {beside['p99'] / without['p99']:.2f} of what it is without "
+        f"(p50 {beside['p50'] / without['p50']:.2f})")
+    say(f"  without p99 {without['p99']:.2f} ms, with {beside['p99']:.2f} ms; "
+        f"memory grew by {(noisy.memory() - before) / 1024:.0f} KiB")
     for clients in (pairs[0][1], pairs[1][1], others, extra):
         clients.close()
     quiet.stop(), noisy.stop()
 
 
 def resume(runs: int, number: int = 1000, missed: int = 1000) -> None:
-    """What it costs to resume clients, connects and all, beside sending the same bytes to current clients."""
+    """What it costs to resume clients, connects and all, beside sending the same bytes live."""
     server = our_server(history=missed + 10)
     current = Clients(server.port)
     current.connect(number)
@@ -149,8 +163,8 @@ def resume(runs: int, number: int = 1000, missed: int = 1000) -> None:
         before = current.received
         sent.append(deliver(server, current, missed, 0)["cpu"] * missed * number / 1e6)
         size = current.received - before
-        # every client of this server has this id by now: it is that of the last event before the missed ones
-        after = b"GET / HTTP/1.1\r\nHost: x\r\nLast-Event-ID: %b\r\n\r\n" % current.id_before(missed)
+        last = current.id_before(missed)        # that all have by now
+        after = b"GET / HTTP/1.1\r\nHost: x\r\nLast-Event-ID: %b\r\n\r\n" % last
         back = Clients(server.port)
         with Measure(server) as measure:
             back.connect(number, request=lambda _: after)
@@ -167,22 +181,28 @@ def resume(runs: int, number: int = 1000, missed: int = 1000) -> None:
 
 def channels(runs: int, number: int = 10000) -> None:
     """An event on a channel touches only those who asked for it, however many others there are."""
-    crowd, alone, hundred, one = (our_server(name, max_clients=20000) for name in ("crowd", "alone", "hundred", "one"))
+    crowd, alone, hundred, one = (our_server(name, max_clients=20000)
+                                  for name in ("crowd", "alone", "hundred", "one"))
 
     def connect(server: ServerProcess, count: int, channel: Callable[[int], str]) -> Clients:
         clients = Clients(server.port)
-        clients.connect(count, request=lambda index: f"GET /?channel={channel(index)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        request = "GET /?channel={} HTTP/1.1\r\nHost: x\r\n\r\n"
+        clients.connect(count, request=lambda index: request.format(channel(index)).encode())
         return clients
     rest = connect(crowd, number - 1, lambda index: f"c{index}")
-    first = [(crowd, connect(crowd, 1, lambda _: "mine")), (alone, connect(alone, 1, lambda _: "mine"))]
-    many, single = alternate(first, runs, lambda server, clients: deliver(server, clients, 40, .02, "mine"))
-    say(f"\none event to one of {number} clients, each on a channel of its own: {many['cpu'] / single['cpu']:.2f} times one client "
+    first = [(crowd, connect(crowd, 1, lambda _: "mine")),
+             (alone, connect(alone, 1, lambda _: "mine"))]
+    many, single = alternate(
+        first, runs, lambda server, clients: deliver(server, clients, 40, .02, "mine"))
+    say(f"\none event to one of {number} clients, each on a channel of its own: "
+        f"{many['cpu'] / single['cpu']:.2f} times one client "
         f"alone ({many['cpu']:.0f} and {single['cpu']:.0f} us)")
     tens = connect(hundred, 1000, lambda index: f"c{index % 100}")
     second = [(hundred, tens), (one, connect(one, 1000, lambda _: "c0"))]
-    parted, whole = alternate(second, runs, lambda server, clients: spread(server, clients, 100 if server is hundred else 1))
-    say(f"100 channels of 10 clients: {parted['cpu'] / whole['cpu']:.2f} per delivery of one channel of 1000 "
-        f"({parted['cpu']:.2f} and {whole['cpu']:.2f} us)")
+    parted, whole = alternate(second, runs, lambda server, clients: spread(
+        server, clients, 100 if server is hundred else 1))
+    say(f"100 channels of 10 clients: {parted['cpu'] / whole['cpu']:.2f} per delivery of one "
+        f"channel of 1000 ({parted['cpu']:.2f} and {whole['cpu']:.2f} us)")
     for clients in (rest, *(clients for _, clients in first + second)):
         clients.close()
     for server in (crowd, alone, hundred, one):
@@ -202,12 +222,13 @@ def spread(server: ServerProcess, clients: Clients, channels: int, rounds: int =
 
 
 def redis_stream(runs: int, folder: str, number: int = 1000) -> None:
-    """What it costs to follow a Redis stream, and how much later the clients of another server have an event."""
+    """What it costs to follow a Redis stream; how much later another's clients have an event."""
     if not shutil.which("redis-server"):
         return say("\nRedis: left out, there is no redis-server")
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    store = subprocess.Popen(["redis-server", "--port", str(port), "--dir", folder, "--save", ""], stdout=subprocess.DEVNULL)
+    store = subprocess.Popen(["redis-server", "--port", str(port), "--dir", folder, "--save", ""],
+                             stdout=subprocess.DEVNULL)
     time.sleep(1)
     try:
         url = {"redis": f"redis://127.0.0.1:{port}/0"}
@@ -215,8 +236,10 @@ def redis_stream(runs: int, folder: str, number: int = 1000) -> None:
         for server in (our_server(), our_server("following", **url)):
             pairs.append((server, Clients(server.port)))
             pairs[-1][1].connect(number)
-        local, following = alternate(pairs, runs, lambda server, clients: deliver(server, clients, 40, 1 / RATE))
-        say(f"\nfollowing a Redis stream, {number} clients: {following['cpu'] / local['cpu']:.2f} of the local log's CPU per "
+        local, following = alternate(
+            pairs, runs, lambda server, clients: deliver(server, clients, 40, 1 / RATE))
+        say(f"\nfollowing a Redis stream, {number} clients: "
+            f"{following['cpu'] / local['cpu']:.2f} of the local log's CPU per "
             f"delivery ({following['cpu']:.2f} and {local['cpu']:.2f} us)")
         for server, clients in pairs:
             clients.close()
@@ -228,9 +251,10 @@ def redis_stream(runs: int, folder: str, number: int = 1000) -> None:
             one.publish(1)
             same.read_until(one.published), other.read_until(one.published)
             one.wait()
-        # read in turn, so what the other has beyond this includes the time that it waited to be read
+        # Read in turn, so what the other has beyond this includes its wait to be read
         median = [percentile(clients.latencies, .5) * 1e3 for clients in (same, other)]
-        say(f"an event posted on one server: median {median[0]:.2f} ms to its own clients, {median[1] - median[0]:+.2f} ms to the other's")
+        say(f"an event posted on one server: median {median[0]:.2f} ms to its own clients, "
+            f"{median[1] - median[0]:+.2f} ms to the other's")
         for clients in (same, other):
             clients.close()
         one.stop(), two.stop()
@@ -240,18 +264,20 @@ def redis_stream(runs: int, folder: str, number: int = 1000) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="*", help="fan-out, connects, memory, resume, channels, redis, stalled (default: all)")
-    parser.add_argument("--runs", type=int, default=9, help="alternating runs of each measurement (default 9)")
+    parser = describe(__doc__)
+    parser.add_argument("only", nargs="*", metavar="PART",
+                        help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--runs", type=int, default=9,
+                        help="alternating runs of each measurement (default 9)")
     options = parser.parse_args()
-    limit = descriptor_limit()
-    if (os.cpu_count() or 1) < 2:
-        sys.exit("two cores are needed: one for the server, one for the load")
-    os.sched_setaffinity(0, {1})
-    chosen = options.only or ["fan-out", "connects", "memory", "resume", "channels", "redis", "stalled"]
+    chosen = options.only or PARTS
+    if not set(chosen) <= set(PARTS):
+        parser.error(f"the parts are {', '.join(PARTS)}")
+    limit = pin_load()
     with tempfile.TemporaryDirectory() as folder:
-        say(f"Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}, descriptor limit {limit}. `load` is the share of "
-            "its core that the load took:\nbelow 100 % it was not the bottleneck.")
+        say(f"Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}, descriptor limit "
+            f"{limit}. `load` is the share of its core that the load took:\n"
+            "below 100 % it was not the bottleneck.")
         if "fan-out" in chosen:
             for number in filter(lambda number: number * 2 + 100 < limit, (100, 1000, 9500)):
                 loop = c_loop(folder) or say("no C compiler: the C loop is left out")

@@ -1,7 +1,9 @@
-"""The load: servers as processes pinned to one core, and this process, on another, as all of their clients.
+"""The load: servers as processes on one core, and this process, on another, as all their clients.
 
-CPU time is read from outside, from each process's own clock in the kernel, so no server reports on itself.
+CPU time is read from outside, from each process's own clock in the kernel, so no server reports on
+itself.
 """
+import argparse
 import os
 import re
 import resource
@@ -20,7 +22,7 @@ TIMEOUT = 60.0          # seconds that anything may take before the run is given
 
 
 def cpu_clock(pid: int) -> float:
-    """Return the CPU seconds of a process, all threads: the clock that clock_getcpuclockid(3) names."""
+    """Return the CPU seconds of a process, all threads: see clock_getcpuclockid(3)."""
     return time.clock_gettime((~pid << 3) | 2)
 
 
@@ -36,12 +38,14 @@ class ServerProcess:
     def __init__(self, name: str, command: Sequence[str], core: Optional[int] = 0) -> None:
         self.name = name
         pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=pin)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, preexec_fn=pin)
         self.port = int(self.process.stdout.readline())
         self.published = 0
 
-    def publish(self, events: int, pause: float = 0.0, channel: str = "", channels: int = 0) -> None:
-        """Have it publish so many events, `pause` seconds apart. Returns at once; `wait` waits for its answer.
+    def publish(self, events: int, pause: float = 0.0, channel: str = "",
+                channels: int = 0) -> None:
+        """Have it publish so many events, `pause` seconds apart. Returns at once, see `wait`.
 
         channel: on this one; with `channels`: on as many in turn, so numbered.
         """
@@ -64,7 +68,8 @@ class ServerProcess:
 
 
 def our_server(name: str = "this server", **options) -> ServerProcess:
-    return ServerProcess(name, [sys.executable, str(HERE / "serve.py"), *(f"{k}={v}" for k, v in options.items())])
+    arguments = [f"{option}={value}" for option, value in options.items()]
+    return ServerProcess(name, [sys.executable, str(HERE / "serve.py"), *arguments])
 
 
 def c_loop(folder: str) -> Optional[ServerProcess]:
@@ -78,7 +83,7 @@ def c_loop(folder: str) -> Optional[ServerProcess]:
 
 
 class Clients:
-    """Connections to one server, all read by this process. `latencies` are seconds from publish to receipt."""
+    """Connections to one server. `latencies` are seconds from publish to receipt."""
 
     def __init__(self, port: int, request: bytes = GET) -> None:
         self.port = port
@@ -95,8 +100,9 @@ class Clients:
     def __len__(self) -> int:
         return len(self._socks)
 
-    def connect(self, number: int, request=None, at_once: int = 100, receive_buffer: int = 0) -> None:
-        """Connect so many clients, some at a time, and wait until each has the head of its stream."""
+    def connect(self, number: int, request=None, at_once: int = 100,
+                receive_buffer: int = 0) -> None:
+        """Connect so many, some at a time, and wait until each has the head of its stream."""
         requests = request or (lambda index: self.request)
         started = done = 0
         waiting: Dict[int, int] = {}
@@ -140,18 +146,18 @@ class Clients:
             self.latencies.append(time.monotonic() - sent / 1e9)
 
     def read_until(self, published: int) -> None:
-        """Receive until every client has the last of so many events; only descriptors that ever get any count."""
+        """Receive until every client has the last of so many events."""
         pending = {fd for fd in self._socks if self._last.get(fd, -1) < published - 1}
         deadline = time.monotonic() + TIMEOUT
         while pending:
-            assert time.monotonic() < deadline, f"{len(pending)} clients still wait for event {published - 1}"
+            assert time.monotonic() < deadline, f"{len(pending)} wait for event {published - 1}"
             for fd, _ in self._epoll.poll(1.0):
                 self._receive(fd)
                 if self._last.get(fd, -1) >= published - 1:
                     pending.discard(fd)
 
     def read_each(self) -> None:
-        """Receive until there are as many latencies as clients: one event each, since these were cleared."""
+        """Receive until there are as many latencies as clients: one event each."""
         deadline = time.monotonic() + TIMEOUT
         while len(self.latencies) < len(self):
             assert time.monotonic() < deadline, f"{len(self.latencies)} of {len(self)} events"
@@ -178,7 +184,7 @@ class Clients:
 
 
 class Measure:
-    """CPU seconds of a server, and the share of its core that this process used, between enter and exit."""
+    """From enter to exit: CPU seconds of a server, and how much of its core this process used."""
 
     def __init__(self, server: ServerProcess) -> None:
         self.server = server
@@ -202,3 +208,25 @@ def descriptor_limit() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def describe(text: str) -> argparse.ArgumentParser:
+    """Return a parser whose --help shows this text as it stands."""
+    return argparse.ArgumentParser(description=text,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def pin_load(descriptors: int = 2000) -> int:
+    """Pin this process to core 1, and return the descriptor limit.
+
+    Ends the process, with a line that says why, where it cannot measure.
+    """
+    if not hasattr(os, "sched_setaffinity") or not os.path.exists("/proc/self/smaps_rollup"):
+        sys.exit("Linux is needed: its /proc, epoll and pinning to a core")
+    if not {0, 1} <= os.sched_getaffinity(0):
+        sys.exit("the cores 0 and 1 are needed: one for the server, one for the load")
+    limit = descriptor_limit()
+    if limit < descriptors:
+        sys.exit(f"{descriptors} descriptors are needed, and the limit is {limit} (ulimit -Hn)")
+    os.sched_setaffinity(0, {1})
+    return limit

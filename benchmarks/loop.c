@@ -1,8 +1,10 @@
-/* The yardstick: the least that a server can do. One thread accepts, reads the request, sends the head; for each event
-   it calls send() once for each client. No log, no resume, no heartbeat, no check of anything.
+/* The yardstick: the least that a server can do. One thread accepts, reads the request, sends the
+   head; for each event it calls send() once for each client. No log, no resume, no heartbeat, no
+   check of anything.
 
-   Prints its port. Then each line `COUNT MICROSECONDS` on standard input publishes COUNT events with that pause
-   between two of them, and is answered by a line. The end of standard input ends it. */
+   Prints its port. Then each line `COUNT MICROSECONDS` on standard input publishes COUNT events
+   with that pause between two of them, and is answered by a line. The end of standard input ends
+   it. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -16,7 +18,8 @@
 
 static const char HEAD[] =
     "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-    "Access-Control-Allow-Origin: *\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no\r\n\r\n";
+    "Access-Control-Allow-Origin: *\r\nCache-Control: no-cache, no-transform\r\n"
+    "X-Accel-Buffering: no\r\n\r\n";
 static int clients[65536], count;
 static long sequence;
 

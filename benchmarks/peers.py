@@ -1,8 +1,9 @@
-"""Measure the server beside others that do the same: `make bench-peers` installs them, and writes docs/peers.md.
+"""Measure the server beside others that do the same, install these, and write docs/peers.md.
 
-Every server gets the load of bench.py's fan-out, in turn and in a fresh process for each run; see load.py. A figure is
-the best of its runs, because noise only ever adds. Peers that need packages get them in the folder PEERS_DIR, or in
-one that is removed at the end. One that cannot be had, or takes too long, is left out with a word why.
+Every server gets the load of bench.py's fan-out, in turn and in a fresh process for each run; see
+load.py. A figure is the best of its runs, because noise only ever adds. Peers that need packages
+get them in the folder PEERS_DIR, or in one that is removed at the end. One that cannot be had, or
+takes too long, is left out with a word why. `make bench-peers` runs it.
 """
 import json
 import math
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from bench import BURST, RATE, Result, deliver
-from load import Clients, Measure, ServerProcess, c_loop, cpu_clock, descriptor_limit, memory, our_server
+from load import (Clients, Measure, ServerProcess, c_loop, cpu_clock, describe, memory, our_server,
+                  pin_load)
 
 CLIENTS = 1000
 RUNS = 3
@@ -27,22 +29,27 @@ EVENTS = 40             # in a steady run
 PATIENCE = 60.0         # seconds that one peer may take in all, without its installation
 PEERS = Path(__file__).resolve().parent / "peers"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-MARK, STAMP = b"\ndata:", 37           # before the data; of what follows, a space or none, what says when and which
+# The mark before the data, and how much after it, with a space or without, says when and which
+MARK, STAMP = b"\ndata:", 37
 PACKAGES = ("sse-starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "aiohttp-sse")
-COLUMNS = (("cpu", "CPU per delivery, steady", "us", 2), ("burst", "CPU per delivery, burst", "us", 3),
+COLUMNS = (("cpu", "CPU per delivery, steady", "us", 2),
+           ("burst", "CPU per delivery, burst", "us", 3),
            ("p99", "p99 latency, steady", "ms", 1), ("wall", "connects per s", "", 0),
-           ("connects", "connects per CPU s", "", 0), ("memory", "memory per idle client", "KiB", 2))
+           ("connects", "connects per CPU s", "", 0),
+           ("memory", "memory per idle client", "KiB", 2))
 LABELS, WIDTH, TOP = 170, 270, 36      # of the chart
 STYLE = """<style>
-text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-weight: 600 } .tick { font-size: 10px; fill: #666 }
+text { font: 12px system-ui, sans-serif; fill: #333 }
+.title { font-weight: 600 } .tick { font-size: 10px; fill: #666 }
 line { stroke: #8884 } .bar { fill: #7d8fa3 } .ours { fill: #d9730d }
 @media (prefers-color-scheme: dark) { text { fill: #ddd } .tick { fill: #aaa } }
 </style>"""
 INTRODUCTION = """# Beside others
 
-The same load for all: {clients} clients, each event 68 bytes of data. The server has core 0, its clients core 1. Steady
-is {events} events at {rate} a second, a burst {burst} events at once. CPU is that of the server's process or processes,
-read from outside. Every figure is the best of its runs, {runs} at most, in turn and each in a fresh process.
+The same load for all: {clients} clients, each event 68 bytes of data. The server has core 0, its
+clients core 1. Steady is {events} events at {rate} a second, a burst {burst} events at once. CPU
+is that of the server's process or processes, read from outside. Every figure is the best of its
+runs, {runs} at most, in turn and each in a fresh process.
 
 {rows}
 
@@ -54,15 +61,16 @@ read from outside. Every figure is the best of its runs, {runs} at most, in turn
 
 What the figures do not say:
 
-- They compare what each costs out of the box, not what each offers: the C loop has no log, no resume and no heartbeat.
-- In a burst, each client of this server and of Node gets what has gathered in one piece; those of the others get it in
-  several or many.
-- nginx + nchan gets its events by HTTP, one POST after the answer to the last, from a process that is not counted. That
-  nginx parses them is counted.
-- Memory is anonymous memory of the process: neither the kernel's sockets, nor what nginx shares, nor what a garbage
-  collector or an allocator has kept for later and gives to the next client.
-- All clients are one process on one core: where a server is faster than that, connects per second are the load's
-  limit; those per second of CPU are not.
+- They compare what each costs out of the box, not what each offers: the C loop has no log, no
+  resume and no heartbeat.
+- In a burst, each client of this server and of Node gets what has gathered in one piece; those of
+  the others get it in several or many.
+- nginx + nchan gets its events by HTTP, one POST after the answer to the last, from a process that
+  is not counted. That nginx parses them is counted.
+- Memory is anonymous memory of the process: neither the kernel's sockets, nor what nginx shares,
+  nor what a garbage collector or an allocator has kept for later and gives to the next client.
+- All clients are one process on one core: where a server is faster than that, connects per second
+  are the load's limit; those per second of CPU are not.
 """
 
 
@@ -77,7 +85,7 @@ class Left(Exception):
 
 
 class TolerantClients(Clients):
-    """Clients of any server: whatever ends its frames, an event is a line of data that starts as ours do."""
+    """Clients of any server, however it ends its frames: a line of data that starts as ours do."""
 
     def _receive(self, fd: int) -> None:
         data = os.read(fd, 262144)
@@ -118,14 +126,16 @@ def descendants(pid: int) -> List[int]:
 
 def output(*command: str) -> str:
     """Return the first line that a command says, in either stream."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=PATIENCE)
     return (done.stdout.splitlines() or [""])[0].strip()
 
 
 def install(*command: str) -> None:
     """Run an installer quietly; what it cannot get leaves the peer out."""
     try:
-        subprocess.run(command, check=True, timeout=2 * PATIENCE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True, timeout=2 * PATIENCE, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         raise Left("unavailable") from None
 
@@ -146,7 +156,8 @@ def python_peer(name: str, file: str) -> Callable[[str], ServerProcess]:
 
 
 def python_version(*packages: str) -> Callable[[str], str]:
-    script = "import sys; from importlib.metadata import version as v; print(', '.join(p + ' ' + v(p) for p in sys.argv[1:]))"
+    script = ("import sys; from importlib.metadata import version as v; "
+              "print(', '.join(p + ' ' + v(p) for p in sys.argv[1:]))")
     return lambda folder: output(venv_python(folder), "-c", script, *packages)
 
 
@@ -167,7 +178,8 @@ def node_peer(folder: str) -> ServerProcess:
 
 def node_version(folder: str) -> str:
     with open(os.path.join(node_modules(folder), "better-sse", "package.json")) as file:
-        return f"better-sse {json.load(file)['version']}, Node {output('node', '--version').lstrip('v')}"
+        version = json.load(file)["version"]
+    return f"better-sse {version}, Node {output('node', '--version').lstrip('v')}"
 
 
 def nchan_peer(folder: str) -> ServerProcess:
@@ -176,9 +188,11 @@ def nchan_peer(folder: str) -> ServerProcess:
 
 def nchan_version(folder: str) -> str:
     """Return the versions of the system's packages."""
-    if not shutil.which("nginx") or not os.path.exists("/usr/lib/nginx/modules/ngx_nchan_module.so"):
+    module = "/usr/lib/nginx/modules/ngx_nchan_module.so"
+    if not shutil.which("nginx") or not os.path.exists(module):
         raise Left("unavailable")
-    nchan = output("dpkg-query", "-W", "-f", "${Version}\n", "libnginx-mod-nchan") if shutil.which("dpkg-query") else ""
+    query = ["dpkg-query", "-W", "-f", "${Version}\n", "libnginx-mod-nchan"]
+    nchan = output(*query) if shutil.which("dpkg-query") else ""
     return f"nchan {nchan.split(':')[-1]}, nginx {output('nginx', '-v').split('/')[-1]}"
 
 
@@ -195,8 +209,10 @@ def all_peers() -> List[Peer]:
         Peer("Node better-sse", node_peer, node_version),
         Peer("sse-starlette, uvicorn", python_peer("sse-starlette", "sse_starlette_uvicorn.py"),
              python_version("sse-starlette", "uvicorn", "uvloop")),
-        Peer("aiohttp-sse", python_peer("aiohttp-sse", "aiohttp_sse_server.py"), python_version("aiohttp-sse", "aiohttp")),
-        Peer("ThreadingHTTPServer", lambda folder: PeerProcess("threads", [sys.executable, str(PEERS / "threads.py")]),
+        Peer("aiohttp-sse", python_peer("aiohttp-sse", "aiohttp_sse_server.py"),
+             python_version("aiohttp-sse", "aiohttp")),
+        Peer("ThreadingHTTPServer",
+             lambda folder: PeerProcess("threads", [sys.executable, str(PEERS / "threads.py")]),
              this_python)]
 
 
@@ -208,13 +224,13 @@ def end(server: ServerProcess) -> None:
 
 
 def connect(server: ServerProcess, clients: Clients) -> Result:
-    """Connect all clients; return connects per second, of wall and of CPU, and the memory that each idle one took."""
+    """Connect all clients; return connects per second, of wall and of CPU, and memory of each."""
     clients.connect(100)                # what a first client costs once is not counted
     before = server.memory()
     number = CLIENTS - len(clients)
     with Measure(server) as measure:
         clients.connect(number)
-        time.sleep(.1)                  # a server may have more to do than to answer, and it is to count
+        time.sleep(.1)          # what a server has to do beside the answer is to count
     return {"wall": number / (measure.wall - .1), "connects": number / measure.cpu,
             "memory": (server.memory() - before) / number / 1024}
 
@@ -253,7 +269,8 @@ def run(peer: Peer, folder: str, patience: float) -> Result:
 
 def better(results: List[Result]) -> Result:
     """Return the best of each figure: the most connects, the least of all else."""
-    return {name: (max if name in ("wall", "connects", "load") else min)(result[name] for result in results)
+    most = ("wall", "connects", "load")
+    return {name: (max if name in most else min)(result[name] for result in results)
             for name in results[0]}
 
 
@@ -266,7 +283,7 @@ def attempt(peer: Peer, folder: str, patience: float) -> Result:
 
 
 def alternate(peers: List[Peer], folder: str, words: Dict[str, str]) -> Dict[str, List[Result]]:
-    """Run all peers in turn, RUNS times; return the results of each, and add the words for those left out."""
+    """Run all peers in turn, RUNS times; return their results, add words for those left out."""
     results: Dict[str, List[Result]] = {}
     spent = dict.fromkeys((peer.name for peer in peers), 0.0)
     for _ in range(RUNS):
@@ -276,16 +293,18 @@ def alternate(peers: List[Peer], folder: str, words: Dict[str, str]) -> Dict[str
                 continue                # one that is slow keeps the runs it has
             began = time.monotonic()
             try:
-                results.setdefault(peer.name, []).append(attempt(peer, folder, PATIENCE - spent[peer.name]))
+                result = attempt(peer, folder, PATIENCE - spent[peer.name])
+                results.setdefault(peer.name, []).append(result)
             except Left as left:
                 words[peer.name] = str(left)
             spent[peer.name] += time.monotonic() - began
-            print(f"{peer.name:24} {time.monotonic() - began:5.1f} s  {words.get(peer.name, '')}", file=sys.stderr, flush=True)
+            print(f"{peer.name:24} {time.monotonic() - began:5.1f} s  {words.get(peer.name, '')}",
+                  file=sys.stderr, flush=True)
     return {name: runs for name, runs in results.items() if runs}
 
 
 def prepare(peers: List[Peer], folder: str) -> Tuple[Dict[str, str], Dict[str, str]]:
-    """Install what is missing, outside the peers' time; return the versions, and the words for those that cannot be had."""
+    """Install what is missing, outside the peers' time; return versions, and words for the rest."""
     versions: Dict[str, str] = {}
     words: Dict[str, str] = {}
     for peer in peers:
@@ -312,10 +331,12 @@ def table(figures: Dict[str, Result], words: Dict[str, str], runs: Dict[str, int
     """Return the Markdown table: ratios to the C loop, then the absolute figures."""
     base = figures.get("C loop")
     heads = [f"{title}{', ' + unit if unit else ''}" for _, title, unit, _ in COLUMNS]
-    ratios = [f"{title}, of the C loop" for key, title, _, _ in COLUMNS if key in ("cpu", "burst", "connects")] if base else []
-    lines = [row("server", ratios + heads + ["runs"]), row("---", ["---:"] * (len(ratios) + len(heads) + 1))]
+    compared = ("cpu", "burst", "connects") if base else ()
+    ratios = [f"{title}, of the C loop" for key, title, _, _ in COLUMNS if key in compared]
+    lines = [row("server", ratios + heads + ["runs"]),
+             row("---", ["---:"] * (len(ratios) + len(heads) + 1))]
     for name, result in figures.items():
-        cells = [ratio(result[key], base[key]) for key in ("cpu", "burst", "connects")] if base else []
+        cells = [ratio(result[key], base[key]) for key in compared]
         cells += [f"{result[key]:.{digits}f}" for key, _, _, digits in COLUMNS]
         lines.append(row(name, cells + [str(runs[name])]))
     lines += [row(name, [f"left out: {word}"] + [""] * (len(ratios) + len(heads)))
@@ -345,10 +366,12 @@ def panel(figures: Dict[str, Result], key: str, title: str, left: int) -> List[s
     for power in range(low, high + 1):
         x = left + (power - low) * step
         parts.append(f'<line x1="{x:.1f}" y1="{TOP - 6}" x2="{x:.1f}" y2="{bottom}"/>'
-                     f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{10.0 ** power:g}</text>')
+                     f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">'
+                     f'{10.0 ** power:g}</text>')
     for place, (name, result) in enumerate(figures.items()):
         width = (math.log10(result[key]) - low) * step
-        parts.append(bar(left, TOP + 24 * place, width, f"{result[key]:.3g}", name == "this server"))
+        parts.append(bar(left, TOP + 24 * place, width, f"{result[key]:.3g}",
+                         name == "this server"))
     return parts
 
 
@@ -357,11 +380,13 @@ def chart(figures: Dict[str, Result]) -> str:
     height = TOP + 24 * len(figures) + 40
     names = [f'<text x="{LABELS - 10}" y="{TOP + 24 * place + 12}" text-anchor="end">{name}</text>'
              for place, name in enumerate(figures)]
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * LABELS + 2 * WIDTH} {height}" role="img" '
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" '
+             f'viewBox="0 0 {2 * LABELS + 2 * WIDTH} {height}" role="img" '
              'aria-label="Server CPU per delivery">', STYLE, *names,
              *panel(figures, "cpu", f"us of CPU per delivery, {RATE} events/s", LABELS),
              *panel(figures, "burst", f"in a burst of {BURST} events", LABELS + WIDTH + 80),
-             f'<text class="tick" x="{LABELS}" y="{height - 6}">logarithmic scales; less is better</text>', "</svg>"]
+             f'<text class="tick" x="{LABELS}" y="{height - 6}">'
+             'logarithmic scales; less is better</text>', "</svg>"]
     return "\n".join(parts) + "\n"
 
 
@@ -369,18 +394,21 @@ def machine() -> str:
     """Return what this runs on."""
     model = ""
     with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")),
+                     platform.machine())
     return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
 def report(rows: str, figures: Dict[str, Result], versions: Dict[str, str]) -> str:
     """Return the page: what was measured, where and when, the table and the chart."""
     listed = "\n".join(f"- {name}: {versions[name]}" for name in figures)
-    return INTRODUCTION.format(clients=CLIENTS, rate=RATE, burst=BURST, events=EVENTS, runs=RUNS, rows=rows, versions=listed,
-                               machine=machine(), python=platform.python_version(), date=time.strftime("%Y-%m-%d"))
+    return INTRODUCTION.format(clients=CLIENTS, rate=RATE, burst=BURST, events=EVENTS, runs=RUNS,
+                               rows=rows, versions=listed, machine=machine(),
+                               python=platform.python_version(), date=time.strftime("%Y-%m-%d"))
 
 
-def write(figures: Dict[str, Result], words: Dict[str, str], runs: Dict[str, int], versions: Dict[str, str]) -> None:
+def write(figures: Dict[str, Result], words: Dict[str, str], runs: Dict[str, int],
+          versions: Dict[str, str]) -> None:
     """Print the table; write the page and its chart."""
     rows = table(figures, words, runs)
     print(rows)
@@ -390,10 +418,8 @@ def write(figures: Dict[str, Result], words: Dict[str, str], runs: Dict[str, int
 
 def main() -> None:
     """Measure everyone, and write down what came of it."""
-    descriptor_limit()
-    if (os.cpu_count() or 1) < 2:
-        sys.exit("two cores are needed: one for the server, one for the load")
-    os.sched_setaffinity(0, {1})
+    describe(__doc__).parse_args()
+    pin_load()
     peers = all_peers()
     with tempfile.TemporaryDirectory() as scratch:
         folder = os.path.abspath(os.environ.get("PEERS_DIR") or scratch)

@@ -1,8 +1,9 @@
 """The server under test, as a process: SSEServer, and events on command.
 
-Prints its port. Then each line `COUNT MICROSECONDS [CHANNEL [CHANNELS]]` on standard input publishes COUNT events with that pause
-between two of them, on that channel or on so many numbered ones in turn, and is answered by a line. The end of standard input
-ends it. Arguments: NAME=VALUE for SSEServer; slow=1 lets requests for /slow wait for 5 s.
+Prints its port. Then each line `COUNT MICROSECONDS [CHANNEL [CHANNELS]]` on standard input
+publishes COUNT events with that pause between two of them, on that channel or on so many numbered
+ones in turn, and is answered by a line. The end of standard input ends it. Arguments: NAME=VALUE
+for SSEServer; slow=1 lets requests for /slow wait for 5 s.
 """
 import sys
 import time
@@ -14,6 +15,9 @@ from sse_server import SSEServer   # noqa: E402
 
 
 def main() -> None:
+    if "--help" in sys.argv:
+        print(__doc__)
+        return
     options = {name: int(value) if value.isdigit() else value
                for name, value in (argument.split("=") for argument in sys.argv[1:])}
     if options.pop("slow", 0):      # requests for /slow sit in `authorize`
@@ -26,7 +30,8 @@ def main() -> None:
             due = time.monotonic()
             for number in range(int(events)):
                 data = f"{time.monotonic_ns():019d} {sequence:09d} ".ljust(68, "x")
-                server.publish(data, None, f"{channel}{number % int(channels)}" if channels else channel)
+                server.publish(data, None,
+                               f"{channel}{number % int(channels)}" if channels else channel)
                 sequence += 1
                 due += int(pause) / 1e6
                 if int(pause):

@@ -18,6 +18,7 @@ from wire import Decoder
 
 TOP = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0         # seconds until a condition that is waited for counts as failed
+MAIN = TOP / "sse_server.py"
 GET = b"GET /token HTTP/1.1\r\nHost: test\r\n\r\n"
 PUBLISH_TOKEN = "SECRET"    # of the fixture `open_server`
 
@@ -157,14 +158,17 @@ def make_certificate(folder: Path) -> Tuple[str, str]:
 
 
 class Server:
-    """`python sse_server.py` as a process, on a free port."""
+    """`python sse_server.py` as a process, on a free port. before: code that it runs first."""
 
-    def __init__(self, *arguments: str, stdin=None, env: Optional[dict] = None) -> None:
+    def __init__(self, *arguments: str, stdin=None, env: Optional[dict] = None,
+                 before: str = "") -> None:
         if stdin is None:
             stdin = subprocess.PIPE if "--stdin" in arguments else subprocess.DEVNULL
         loudness = () if {"--verbose", "--loud"} & set(arguments) else ("--quiet",)
         arguments = [argument for argument in arguments if argument != "--loud"]
-        command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", *loudness, *arguments]
+        code = f"import sys; sys.path.insert(0, {str(TOP)!r})\n{before}\nimport sse_server\n"
+        program = ["-c", f"{code}sys.exit(sse_server.main())"] if before else [str(MAIN)]
+        command = [sys.executable, *program, "--port", "0", *loudness, *arguments]
         self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, env={**os.environ, **(env or {})})
         self.errors = None

@@ -20,9 +20,10 @@ def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
     silent = []
     for number in range(30):
         silent.append(connect(server.port))
-        wait_until(lambda: handshakes() == min(10, number + 1))
-    for sock in silent[:20]:
-        assert sock.recv(1) == b""
+        if number < 10:
+            wait_until(lambda: handshakes() == number + 1)
+        else:
+            assert silent[number - 10].recv(1) == b""       # the oldest, at once
     silent[-1].sendall(GET)
     assert silent[-1].recv(100).startswith(b"HTTP/1.1 200 OK")
     for sock in silent:
@@ -164,8 +165,8 @@ def test_out_of_descriptors_pauses_warns_once_serves_on_and_recovers():
                 sock.sendall(GET)
             before = publish("one")
             assert client.read_events(1)[0].data == "one"
-            time.sleep(1.0)         # the time over which the cost of waiting is measured
-            assert publish("two") - before < 0.1
+            time.sleep(0.5)         # the time over which the cost of waiting is measured
+            assert publish("two") - before < 0.05
             assert client.read_events(2)[1].data == "two"
             for sock in crowd:
                 sock.close()

@@ -11,7 +11,7 @@ import time
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, connect, serving
+from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, connect, post, serving
 
 FAST = ("--interval", "0.02")
 
@@ -52,7 +52,8 @@ def test_runs_without_any_standard_input():
 
 def test_runs_on_with_a_standard_input_that_cannot_be_read():
     """As nohup leaves it: a write-only /dev/null."""
-    command = f'exec "{sys.executable}" "{TOP}/sse_server.py" --port 0 --quiet 0>/dev/null'
+    command = (f'exec "{sys.executable}" "{TOP}/sse_server.py" --port 0 --quiet '
+               "--interval 0.02 0>/dev/null")
     with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
         assert process.stdout.readline()
@@ -125,7 +126,7 @@ def test_works_from_any_folder_with_nothing_installed(tmp_path):
         assert process.returncode == 0
 
 
-def test_ipv6():
+def test_an_ipv6_address_is_listened_on_and_told_in_brackets():
     if not socket.has_ipv6:
         pytest.skip("this Python has no IPv6")
     try:
@@ -188,10 +189,14 @@ def test_a_terminal_gets_a_status_line_that_renews_itself():
 
 
 def test_stop_is_bounded_even_with_a_client_that_does_not_read():
-    with serving("--interval", "0.0005") as server, \
+    with serving("--interval", "100", "--publish-token", PUBLISH_TOKEN) as server, \
             Client(server.port, receive_buffer=4096) as deaf:
+        deaf.open()
         with Client(server.port) as client:
-            client.read_events(3000)
+            client.open()
+            for number in range(10):        # more than a kernel holds for the one that is deaf
+                post(server.port, body=b"x" * 100_000)
+                client.read_events(number + 1)
             began = time.monotonic()
             assert server.stop() == 0
             assert time.monotonic() - began < 3

@@ -34,6 +34,11 @@ def parsed(text: str) -> Optional[Id]:
     return match and (int(match[1]), int(match[2]))
 
 
+def with_one_end(data: str) -> str:
+    """Return data as a client sees it, whose lines all end in LF."""
+    return data.replace("\r\n", "\n").replace("\r", "\n")
+
+
 class Entry(NamedTuple):
     """One place in the log: an event, or the gap that a source tells."""
     number: int
@@ -73,7 +78,7 @@ class Story:
             self.last = id
         size = payload + 12 + (len(f"id: {spelled(id)}\n") if id else 0)
         self.entries.append(Entry(len(self.entries), id, channel, name,
-                                  "\n".join(re.split("\r\n|\n|\r", data)), size))
+                                  with_one_end(data), size))
         self.kept_bytes += size
 
     def next_wanted(self, start: int, channels: Iterable[str],
@@ -255,7 +260,7 @@ class Driver:
         filling = self.draw.choice(("x", "\n", "é\r\n", "y\r")) if size < 500 else "x"
         data = (f"{self.texts} " + filling * size)[:size]
         name = self.draw.choice(("", "", "custom", "n\u00e4me"))
-        lines = "\r\ndata: ".join(re.split("\r\n|\n|\r", data))
+        lines = with_one_end(data).replace("\n", "\r\ndata: ")
         payload = f"event: {name}\n" * bool(name) + f"data: {lines}\r\n\r\n"
         return data, name, self.draw.choice((None, None, "a", "b", "c")), len(payload.encode())
 
@@ -522,7 +527,7 @@ def run(seed: int, operations: int = 400) -> None:
         driver.close()
 
 
-def test_fuzz_the_engine_against_the_model(request):
+def test_fuzz_every_client_is_sent_what_the_model_says(request):
     for _ in range(request.config.getoption("fuzz") * 6):
         run(random.randrange(1 << 32))
 
@@ -541,7 +546,7 @@ def check_whole(events: List[Event], texts: List[str], seed: int) -> None:
     assert at == len(texts) and not gap, f"seed {seed}: ends at {at} of {len(texts)}"
 
 
-def test_fuzz_patience(request):
+def test_fuzz_a_pipe_waits_for_who_keeps_the_pace_and_tells_the_others(request):
     for _ in range(request.config.getoption("fuzz") * 3):
         patience(random.randrange(1 << 32))
 
@@ -597,7 +602,7 @@ def patience(seed: int) -> None:
         close(bench)
 
 
-def test_fuzz_many_threads_and_a_publisher_that_sleeps(request):
+def test_fuzz_a_publisher_that_sleeps_is_woken_by_any_thread(request):
     """It has no sweep, and looks of itself twice a second: a forgotten wake-up costs that much."""
     for _ in range(request.config.getoption("fuzz") * 2):
         threads(random.randrange(1 << 32))

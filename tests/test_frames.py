@@ -31,7 +31,7 @@ def decode(*chunks: bytes, chunked: bool = True) -> Decoder:
     ("data: x\n\nevent: y", None, b"data: data: x\r\ndata: \r\ndata: event: y\r\n\r\n"),
     ("\0\ufeff", None, b"data: \0\xef\xbb\xbf\r\n\r\n"),
 ])
-def test_encode(data, event, payload):
+def test_an_event_is_encoded_as_fields_that_say_just_what_it_was(data, event, payload):
     assert frames.encode(data, event) == payload
     lines = data.replace("\r\n", "\n").replace("\r", "\n")
     assert decode(frames.chunk(payload)).events == [Event(event or "message", lines, "")]
@@ -51,7 +51,7 @@ def test_the_largest_event_fits():
     assert len(frames.encode("\n" * frames.MAX_EVENT)) < MAX_LOG
 
 
-def test_chunk_and_unchunk():
+def test_a_chunk_has_a_length_of_eight_digits_and_gives_its_payload_back():
     for payload in (b"", b"x", b"x" * 70000):
         chunk = frames.chunk(payload)
         assert chunk == b"%08x\r\n" % len(payload) + payload + b"\r\n"
@@ -121,7 +121,7 @@ def test_ids_only_grow_even_if_the_clock_goes_back():
     ("", None), ("1", None), ("-1", None), ("1-", None), ("-1-0", None), ("1--1", None),
     ("01-0", None), ("1-00", None), (" 1-0", None), ("1-0\n", None), ("1-0-0", None),
     ("١-٠", None), ("1e3-0", None), ("1" * 21 + "-0", None), ("*", None)])
-def test_parse_id(text, id):
+def test_an_id_is_parsed_only_in_its_canonical_spelling(text, id):
     assert frames.parse_id(text) == id
     assert id is None or frames.format_id(id) == text
 

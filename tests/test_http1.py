@@ -159,7 +159,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("raw, status", [case[1:] for case in REFUSED],
                          ids=[case[0] for case in REFUSED])
-def test_refused(raw, status):
+def test_what_is_malformed_is_refused_with_its_status_however_it_is_cut(raw, status):
     assert both_ways(raw) == status
 
 
@@ -234,7 +234,7 @@ TAKEN = [
 
 
 @pytest.mark.parametrize("raw, wanted", TAKEN, ids=lambda value: repr(value)[:40])
-def test_taken(raw, wanted):
+def test_what_is_well_formed_is_taken_and_read_alike_however_it_is_cut(raw, wanted):
     request = both_ways(raw)
     assert {name: getattr(request, name) for name in wanted} == wanted
     for cut in range(min(len(raw), 200)):
@@ -297,7 +297,7 @@ def mutated(draw: random.Random) -> bytes:
     return bytes(raw)
 
 
-def test_fuzz_the_parser(request):
+def test_fuzz_whatever_comes_is_a_request_a_refusal_or_unfinished_however_it_is_cut(request):
     """Whatever comes: a request, a refusal, or more bytes wanted; the same however it is cut."""
     seed = random.randrange(1 << 32)
     draw = random.Random(seed)

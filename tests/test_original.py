@@ -28,14 +28,14 @@ def shapes(raw: bytes) -> set:
                           re.sub(TIME, "TIME", body)))
 
 
-def test_capture_is_24_events_at_one_second():
+def test_the_capture_is_24_events_at_one_second():
     events = decoded(CAPTURE).events
     times = [time.mktime(time.strptime(event.data, "%m/%d/%Y %H:%M:%S")) for event in events]
     assert len(events) >= 24 and {event.name for event in events} == {"message", "custom"}
     assert [late - early for early, late in zip(times, times[1:])] == [1] * (len(times) - 1)
 
 
-def test_same_head_and_same_chunks_as_the_capture():
+def test_head_and_chunks_are_those_of_the_capture():
     raw = b""
     with serving("--interval", "0.01", "--history", "0") as server, Client(server.port) as client:
         while len(shapes(raw)) < 2:
@@ -49,7 +49,7 @@ def test_same_head_and_same_chunks_as_the_capture():
     assert not ours.retries and not ours.last_id
 
 
-def test_custom_four_times_in_ten():
+def test_four_events_in_ten_are_custom():
     class Enough(Exception):
         pass
 

@@ -184,7 +184,7 @@ def test_the_wheel_is_for_any_machine_and_holds_the_modules_and_the_page(package
     assert [name for name in names if ".dist-info/" in name and name.endswith("/LICENSE")]
 
 
-def test_the_metadata(packages):
+def test_the_metadata_asks_for_python_3_9_and_for_no_package_by_default(packages):
     fields = metadata(packages[0])
     assert fields["Name"] in ("sse-server", "sse_server")
     assert fields["Requires-Python"] == ">=3.9"

@@ -172,7 +172,7 @@ def type_in(page, field: str, text: str) -> None:
                   f"field.value = {text!r}; field.dispatchEvent(new Event('change')); }})()")
 
 
-def test_publish_from_the_page_and_watch_a_channel(tab):
+def test_the_page_publishes_and_watches_channels(tab):
     with SSEServer(port=0, tokens=["look"], publish_tokens=["say it"]) as server:
         tab.open(server.url + "/")
         wait_until(lambda: tab.lines() == ["Connection failed"])        # without a token
@@ -194,7 +194,7 @@ def test_publish_from_the_page_and_watch_a_channel(tab):
         wait_until(lambda: tab.lines()[-1] == "Data: goal")
 
 
-def test_pause_filter_and_chart(tab, server):
+def test_lines_can_be_held_and_filtered_and_the_chart_counts_them(tab, server):
     tab.open(server.url + "/")
     wait_until(lambda: server.clients == 1)
     server.publish("one")

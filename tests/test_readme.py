@@ -17,7 +17,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
             for line in block.splitlines()]
 
 
-def test_flags_are_those_of_help():
+def test_the_table_of_flags_is_the_one_of_help():
     shown = subprocess.run([sys.executable, TOP / "sse_server.py", "--help"], text=True,
                            capture_output=True, env={**os.environ, "COLUMNS": "200"}).stdout
     helped = dict(re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?)(?:  +|\n +)(.*)$", shown, re.MULTILINE))
@@ -90,7 +90,7 @@ def commands(*starts: str) -> list:
     return [next(command for command in COMMANDS if start in command) for start in starts]
 
 
-def test_run_and_see(shell):
+def test_run_and_see_the_clock_and_its_figures(shell):
     run, see = commands("python sse_server.py --port 6500", "curl -N http://127.0.0.1:6500/token")
     shell.serve(run)
     shell.watch(see, "data: ")
@@ -100,7 +100,7 @@ def test_run_and_see(shell):
     assert '"clients": 1' in shell.output(status)
 
 
-def test_pipe(shell):
+def test_a_pipe_of_a_hundred_thousand_lines_reaches_a_client_to_the_last(shell):
     pipe, = commands("seq 1 100000 |")
     shell.start(pipe)
     port = int(shell.ports["6500"])
@@ -132,7 +132,7 @@ def test_many_posts_at_once(shell):
     assert len(json.loads(shell.output(post))["ids"]) == 2
 
 
-def test_post_and_channel(shell):
+def test_a_post_on_a_channel_reaches_who_watches_it(shell):
     serve, post, watch = commands("--publish-token SECRET", "curl -d 'hello' 'http",
                                   "'http://127.0.0.1:6500/?channel=news'")
     shell.serve(serve)
@@ -146,7 +146,7 @@ def test_post_and_channel(shell):
     assert line
 
 
-def test_program(tmp_path):
+def test_the_program_serves_its_events(tmp_path):
     program, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(program.splitlines()) < 15
     port = free_port()
@@ -162,7 +162,7 @@ def test_program(tmp_path):
         process.wait()
 
 
-def test_tokens_origins_and_tls(shell):
+def test_tokens_let_in_origins_are_taken_and_tls_is_spoken(shell):
     env, origin, tls = commands("SSE_TOKEN=", "--origin", "--cert cert.pem")
     url = f"http://127.0.0.1:{shell.ports['6500']}"
     shell.serve(env)
@@ -181,7 +181,7 @@ def test_tokens_origins_and_tls(shell):
             session.head(url.replace("http:", "https:"), timeout=PATIENCE)
 
 
-def test_redis(shell):
+def test_two_servers_on_one_redis_stream_send_the_same(shell):
     need("redis-server", "redis-server")
     pytest.importorskip("redis")
     shell.start(f"exec redis-server --port {shell.ports['6379']} --save '' --dir {shell.folder}")

@@ -45,7 +45,7 @@ def test_entries_that_are_no_events_are_skipped_with_one_warning(store):
         assert server.close().count("skipped") == 1
 
 
-def test_resume_across_a_restart_and_from_one_server_to_another(store):
+def test_a_client_resumes_across_a_restart_and_on_another_server(store):
     ids = [store.add(data=str(number)) for number in range(50)]
     with following(store) as (first,):
         with resume(first.port, ids[9]) as client:
@@ -60,7 +60,7 @@ def test_resume_across_a_restart_and_from_one_server_to_another(store):
             assert data(client.read_until(lambda stream: stream.events)) == ["new"]
 
 
-def test_redis_away_at_the_start_and_later(store):
+def test_while_redis_is_away_posts_are_503_and_clients_stay(store):
     store.kill()
     with following(store, 1, "--heartbeat", "0.2") as (server,), Client(server.port) as client:
         client.read_until(lambda stream: stream.comments >= 2)      # connected, and kept so
@@ -203,7 +203,7 @@ def test_everyone_sees_the_same_while_moving_between_two_servers(store):
         assert len(wanderers[0].events) == 401
 
 
-def test_the_same_while_redis_and_the_servers_are_killed_and_started_again(store):
+def test_everyone_sees_the_same_while_redis_and_the_servers_are_killed(store):
     seed = random.randrange(1 << 32)
     draw = random.Random(seed)
     done = threading.Event()
@@ -253,7 +253,7 @@ def configured(name: str, ports: list, folder) -> str:
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "haproxy"])
-def test_two_servers_behind_a_proxy_of_the_examples(store, tmp_path, proxy):
+def test_behind_a_proxy_of_the_examples_nothing_is_lost_or_held_back(store, tmp_path, proxy):
     ports = [free_port(), free_port(), free_port()]
     need(proxy, proxy)
     path = configured({"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}[proxy], ports, tmp_path)
@@ -315,7 +315,7 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path):
     ("nonsense", "redis://"), ("redis://:hidden@127.0.0.1:1/0?db=x", "db"),
     ("redis://:hidden@127.0.0.1:1/0?db_=1", "db_"),
     ("redis://:hidden@127.0.0.1:1/0?max_connections=-1", "max_connections")])
-def test_a_bad_url_is_one_line(url, says):
+def test_a_bad_url_is_one_line_without_its_password(url, says):
     done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--redis", url],
                           text=True, capture_output=True, stdin=subprocess.DEVNULL,
                           timeout=PATIENCE)

@@ -82,7 +82,7 @@ def test_an_entry_before_the_newest_is_deleted_without_anybody_noticing(store):
         assert data(client) == ["0", "1", "2"] and not gaps(read_to(client, "3"))
 
 
-def test_a_stream_of_one_entry(store):
+def test_a_stream_of_one_entry_gives_each_event_or_a_gap(store):
     with watched(store, 2) as (_, clients):
         texts = [str(number) for number in range(100)]
         for text in texts:
@@ -92,7 +92,7 @@ def test_a_stream_of_one_entry(store):
 
 
 @pytest.mark.parametrize("before", [[], ["before"]], ids=["empty", "with entries"])
-def test_a_burst_that_is_trimmed_in_its_transaction(store, before):
+def test_a_burst_that_is_trimmed_in_its_transaction_is_told_as_a_gap(store, before):
     with watched(store) as (_, (client,)):
         for text in before:
             store.add(data=text)
@@ -114,7 +114,7 @@ def test_a_burst_on_an_empty_stream_is_no_gap(store):
             read_to_gap(client, round + 1)
 
 
-def test_trimmed_and_deleted_while_the_follower_waits(store):
+def test_what_is_trimmed_while_the_follower_waits_is_told_as_a_gap(store):
     with watched(store) as (_, (client,)):
         store.client.client_pause(400)
         pipe = store.client.pipeline(transaction=True)
@@ -138,7 +138,7 @@ def test_xsetid_alone_loses_nothing(store):
 # Ids that go back
 
 
-def test_flushed_and_begun_anew_with_lower_ids(store):
+def test_a_stream_begun_anew_with_lower_ids_is_told_as_a_gap(store):
     with watched(store) as ((server,), (client,)):
         for number in range(5):
             store.add(f"900-{number}", data=f"old {number}")
@@ -158,7 +158,7 @@ def test_flushed_and_begun_anew_with_lower_ids(store):
             assert gaps(lost.stream.events)[0]["reason"] == "unknown"
 
 
-def test_the_same_id_with_other_data(store):
+def test_the_same_id_with_other_data_is_told_as_a_gap(store):
     with watched(store) as (_, (client,)):
         store.add("5-1", data="old")
         read_to(client, "old")
@@ -167,7 +167,7 @@ def test_the_same_id_with_other_data(store):
         assert names(read_to(client, "new")) == ["message", "gap", "message"]
 
 
-def test_deleted_and_made_anew(store):
+def test_a_stream_that_is_deleted_and_made_anew_is_told_as_a_gap(store):
     with watched(store, 2) as (_, clients):
         texts = [f"{round} {number}" for round in range(4) for number in range(3)]
         for text in texts:
@@ -223,7 +223,7 @@ class Poster:
 
 
 @pytest.mark.parametrize("ahead", [0.15, 0.5, 600])
-def test_redis_comes_back_without_data_and_its_clock_behind(store, ahead):
+def test_redis_without_data_and_its_clock_behind_is_told_as_a_gap(store, ahead):
     with watched(store, 2) as (servers, clients):
         poster = Poster(servers)
         first = f"{int((time.time() + ahead) * 1000)}-0"    # the ids that follow are no less
@@ -244,7 +244,7 @@ def test_redis_comes_back_without_data_and_its_clock_behind(store, ahead):
         poster.close()
 
 
-def test_restored_older_again_and_again(store, tmp_path):
+def test_a_stream_restored_older_again_and_again_is_told_as_a_gap_each_time(store, tmp_path):
     kept, copy = store.folder / "appendonlydir", tmp_path / "copy"
     with watched(store, 2) as (servers, clients):
         poster = Poster(servers)
@@ -289,7 +289,7 @@ def test_a_url_cannot_say_how_redis_is_spoken_to(store, query):
         read_to(client, "two")
 
 
-def test_redis_that_refuses(store):
+def test_while_redis_refuses_posts_are_503_and_then_all_goes_on(store):
     with watched(store) as ((server,), (client,)):
         poster = Poster([server])
         poster.post(3)
@@ -322,7 +322,7 @@ def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
         check_told(client.stream.events, [*texts, "last"])
 
 
-def test_whatever_happens_to_redis(store):
+def test_whatever_happens_to_redis_each_event_comes_once_or_a_gap_is_told(store):
     seed = random.randrange(1 << 32)
     draw = random.Random(seed)
     print(f"seed {seed}")
@@ -367,7 +367,7 @@ def status(server) -> requests.Response:
     return requests.get(f"http://127.0.0.1:{server.port}/-/status", timeout=PATIENCE)
 
 
-def test_a_client_ahead_of_this_server(store):
+def test_a_client_ahead_of_this_server_waits_and_gets_what_follows_its_id(store):
     with cut_off(store) as (near, far, wire), Client(near.port) as client:
         client.open()
         store.add(data="old")
@@ -389,7 +389,7 @@ def test_a_client_ahead_of_this_server(store):
             assert [event.data for event in read_to(middle, "new")] == ["2", "3", "4", "new"]
 
 
-def test_a_thousand_clients_ahead(store):
+def test_a_thousand_clients_ahead_of_a_server_hold_up_no_newcomer(store):
     with cut_off(store) as (near, far, wire), ExitStack() as stack:
         store.add(data="old")
         with resume(far.port, "0-1") as probe:
@@ -423,7 +423,7 @@ def test_an_id_that_is_nowhere_becomes_unknown(store):
             assert names(read_to(client, "two")) == ["gap", "message", "message"]
 
 
-def test_a_server_that_was_there_before_redis(store):
+def test_a_server_that_was_there_before_redis_serves_who_waited(store):
     ids = [store.add(data=str(number)) for number in range(10)]
     store.kill()
     with following(store, 1, "--heartbeat", "0.2") as (server,), ExitStack() as stack:

@@ -98,13 +98,13 @@ def test_an_id_that_is_not_ours_gives_one_gap_and_all_there_is(server, last_id, 
     assert [event.data for event in events[1:]] == list("01234")
 
 
-def test_an_id_of_an_empty_log(server):
+def test_an_id_is_unknown_to_an_empty_log(server):
     event, = first_events(server.port, 1, "5-0")
     assert event.name == "gap" and json.loads(event.data) == {"after": "5-0", "resumed": None,
                                                               "reason": "unknown"}
 
 
-def test_an_evicted_id():
+def test_an_evicted_id_gives_a_gap_and_then_all_that_is_kept():
     with SSEServer(port=0, history=100) as server:
         ids = [server.publish(str(number)) for number in range(300)]
         wait_until(lambda: server._broadcast.fanned_out == 300)
@@ -116,7 +116,7 @@ def test_an_evicted_id():
         assert [event.data for event in first_events(server.port, 1, ids[199])] == ["200"]
 
 
-def test_an_id_of_a_former_run():
+def test_an_id_of_a_former_run_is_unknown_to_the_next():
     with SSEServer(port=0) as server:
         old = server.publish("old")
         port = server.port

@@ -95,7 +95,7 @@ def test_clients_come_and_go_at_random_while_events_flow(switching):
     assert server.clients == 0
 
 
-def test_stop_while_clients_connect_and_threads_publish(switching):
+def test_stop_works_while_clients_connect_and_threads_publish(switching):
     for _ in range(10):
         server = SSEServer(port=0).start()
         stopped = threading.Event()
@@ -127,7 +127,7 @@ def test_stop_while_clients_connect_and_threads_publish(switching):
             assert not thread.is_alive()
 
 
-def test_a_thousand_starts_and_stops():
+def test_a_thousand_starts_and_stops_leave_nothing():
     for number in range(1000):
         with SSEServer(port=0) as server:
             if number % 50 == 0:
@@ -137,7 +137,7 @@ def test_a_thousand_starts_and_stops():
                     client.read_events(1)
 
 
-def test_several_servers_in_one_process():
+def test_several_servers_in_one_process_keep_apart():
     with SSEServer(port=0) as one, SSEServer(port=0) as two, \
             Client(one.port) as a, Client(two.port) as b:
         a.open(), b.open()

@@ -15,7 +15,8 @@ GOOD = [
     ('{"data": "x"}', Draft("x")),
     ('{"data": "", "event": null, "channel": null}', Draft("")),
     ('{"data": {"a": [1, "é"]}, "event": "e"}', Draft('{"a": [1, "\\u00e9"]}', "e")),
-    ('{"data": null}', Draft("null")), ('{"data": 1.5}', Draft("1.5")), ('{"data": true}', Draft("true")),
+    ('{"data": null}', Draft("null")), ('{"data": 1.5}', Draft("1.5")),
+    ('{"data": true}', Draft("true")),
     (' {"channel": "c", "data": "a\\nb"} ', Draft("a\nb", None, "c")),
 ]
 BAD = [

@@ -119,7 +119,7 @@ class Decoder:
             return
         self.payloads.append(payload)
         text = payload.decode("utf-8", errors="strict")
-        lines = re.split("\r\n|\r|\n", text)
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         assert lines[-2:] == ["", ""] and "" not in lines[:-2], f"not one block: {payload!r}"
         name, data = "message", []
         for line in lines[:-2]:

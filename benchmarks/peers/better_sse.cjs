@@ -9,7 +9,8 @@ const serializer = String;      // the default would put the data in JSON's quot
 let sequence = 0;
 
 function payload() {
-  const now = String(process.hrtime.bigint()).padStart(19, "0");    // CLOCK_MONOTONIC, as Python's monotonic_ns
+  // CLOCK_MONOTONIC, as Python's monotonic_ns
+  const now = String(process.hrtime.bigint()).padStart(19, "0");
   return `${now} ${String(sequence).padStart(9, "0")} `.padEnd(68, "x");
 }
 

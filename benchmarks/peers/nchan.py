@@ -1,4 +1,4 @@
-"""nginx with nchan: nginx is the child that is measured; this process only posts the events to it."""
+"""nginx with nchan: nginx is the child that is measured; this process only posts events to it."""
 import http.client
 import os
 import socket
@@ -43,7 +43,8 @@ def start(folder: str, port: int) -> subprocess.Popen:
     path = os.path.join(folder, "nginx.conf")
     with open(path, "w") as file:
         file.write(CONFIG.format(module=MODULE, folder=folder, port=port, user=user))
-    process = subprocess.Popen(["nginx", "-p", folder, "-c", path, "-e", f"{folder}/error.log"], stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(["nginx", "-p", folder, "-c", path, "-e", f"{folder}/error.log"],
+                               stdin=subprocess.DEVNULL)
     for _ in range(100):
         try:
             socket.create_connection(("127.0.0.1", port)).close()

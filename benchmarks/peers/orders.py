@@ -1,4 +1,4 @@
-"""The orders that every peer takes on standard input, as serve.py does: `COUNT MICROSECONDS`, answered by `done`."""
+"""The orders that every peer takes, as serve.py does: `COUNT MICROSECONDS`, answered by `done`."""
 import asyncio
 import os
 import sys

@@ -42,7 +42,8 @@ async def main() -> None:
     """Serve, and publish on command."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
     app = Starlette(routes=[Route("/token", stream)])
-    server = uvicorn.Server(uvicorn.Config(app, http="httptools", log_level="error", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, http="httptools", log_level="error",
+                                           access_log=False))
     print(sock.getsockname()[1], flush=True)
     await asyncio.gather(server.serve(sockets=[sock]), obey_in_loop(publish))
 

@@ -11,7 +11,8 @@ queues: List[SimpleQueue] = []
 
 
 class Server(ThreadingHTTPServer):
-    request_queue_size = 1024       # with the default of 5, a thousand connects would wait for each other's retries
+    # With the default of 5, a thousand connects would wait for each other's retries
+    request_queue_size = 1024
     daemon_threads = True
 
 
