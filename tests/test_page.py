@@ -778,7 +778,7 @@ def test_2_000_events_a_second_for_a_minute(tab):
 def everything_shown(tab, width: int, height: int, dark: bool):
     """Open a page on which there is one of everything."""
     def answer(request):
-        request.reply(200, b'id: 1\ndata: a\n\nevent: custom\ndata: {"a": [1, "b"]}\n\n'
+        request.reply(200, b'retry: 100\nid: 1\ndata: a\n\nevent: custom\ndata: {"a": [1, "b"]}\n\n'
                       b'event: gap\ndata: {"after": "1", "resumed": null, "reason": "evicted"}\n\n'
                       + b"event: d\ndata\n\nevent: e\ndata\n\nevent: f\ndata\n\n"
                       + b"data: " + b"x" * 1000 + b"\n\n", **STREAM)
