@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test quick test-long fuzz check bench bench-peers siege clean interop
+.PHONY: run test quick test-long fuzz check bench bench-peers siege clean interop screenshots
 
 run:
 	$(PYTHON) sse_server.py --port 6500
@@ -47,3 +47,6 @@ interop: $(VENV)/ready
 
 bench-peers: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/peers.py
+
+screenshots: $(VENV)/ready
+	$(VENV)/bin/python docs/screenshots.py

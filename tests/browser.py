@@ -1,9 +1,11 @@
-"""Drive headless Chromium through its DevTools protocol, over a pair of pipes: with no package."""
+"""Drive headless Chromium through its DevTools protocol, over two pipes: no package is needed."""
+import base64
 import json
 import os
 import subprocess
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from select import select
 from typing import Iterator
 
@@ -12,6 +14,8 @@ from helpers import need, wait_until
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-sync", "--disable-background-networking", "--disable-component-update",
          "--disable-dev-shm-usage", "--remote-debugging-pipe", "about:blank"]
+ROWS = """[...document.querySelectorAll('.row')].map(
+    row => row.querySelector('b').textContent + row.querySelector('.text').textContent)"""
 
 
 class Page:
@@ -21,15 +25,17 @@ class Page:
         self._requests, self._answers = requests, answers
         self._numbers = count(1)
         self._received = b""
-        target = next(info for info in self._call("Target.getTargets")["targetInfos"]
-                      if info["type"] == "page")
-        self._session = self._call("Target.attachToTarget", targetId=target["targetId"],
-                                   flatten=True)["sessionId"]
+        targets = self._call("Target.getTargets")["targetInfos"]
+        target = next(info for info in targets if info["type"] == "page")["targetId"]
+        attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        self.resize(1280, 2600)         # so that many rows are in view
 
     def _call(self, method: str, session: str = "", **parameters) -> dict:
         number = next(self._numbers)
-        message = {"id": number, "method": method, "params": parameters,
-                   **({"sessionId": session} if session else {})}
+        message = {"id": number, "method": method, "params": parameters}
+        if session:
+            message["sessionId"] = session
         os.write(self._requests, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next_message()
@@ -49,26 +55,71 @@ class Page:
     def call(self, method: str, **parameters) -> dict:
         return self._call(method, self._session, **parameters)
 
+    def browser_call(self, method: str, **parameters) -> dict:
+        """Call what concerns the whole browser, as permissions and downloads do."""
+        return self._call(method, **parameters)
+
     def open(self, url: str) -> "Page":
+        """Load the page anew, also if only the fragment differs from what is shown."""
+        self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=url)
-        path = url.partition("#")[0].rstrip("/")
-        self.wait_for(f"location.href.startsWith({path!r}) "
-                      "&& document.readyState === 'complete'")
+        path = url.partition("#")[0].partition("?")[0].rstrip("/")
+        wait_until(lambda: self.evaluate(
+            f"location.href.startsWith({path!r}) && document.readyState === 'complete'"))
         return self
 
     def evaluate(self, expression: str):
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True,
-                           awaitPromise=True)
+                           awaitPromise=True, userGesture=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def lines(self) -> list:
-        """The texts of the lines that the page shows."""
-        return self.evaluate("[...document.querySelectorAll('#lines > div')]"
-                             ".map(line => line.textContent)")
+        """The names and texts of the rows that are in view."""
+        return self.evaluate(ROWS)
 
     def wait_for(self, expression: str) -> None:
         wait_until(lambda: self.evaluate(expression))
+
+    def text(self, name: str) -> str:
+        """The text of the element with this id."""
+        return self.evaluate(f"document.getElementById({name!r}).textContent")
+
+    def click(self, name: str) -> None:
+        self.evaluate(f"document.getElementById({name!r}).click()")
+
+    def type_in(self, name: str, text: str) -> None:
+        """Fill in a field as a person does: both events come."""
+        self.evaluate(f"""(() => {{ const field = document.getElementById({name!r});
+            field.value = {json.dumps(text)}; field.dispatchEvent(new Event('input'));
+            field.dispatchEvent(new Event('change')); }})()""")
+
+    def press(self, *keys: str) -> None:
+        """Press keys, by their names in `KeyboardEvent.key`."""
+        for key in keys:
+            text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
+            self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+            self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    def resize(self, width: int, height: int, dark: bool = False) -> None:
+        """Give the tab a size, below 600 pixels that of a phone, and light or dark colours."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                  deviceScaleFactor=1, mobile=width < 600)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+    @contextmanager
+    def at_start(self, script: str) -> Iterator[None]:
+        """Run a script before those of every page that is opened meanwhile."""
+        self.call("Page.enable")
+        added = self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+        try:
+            yield
+        finally:
+            self.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
 
 
 @contextmanager
@@ -84,8 +135,8 @@ def browser(folder) -> Iterator[Page]:
         os.dup2(second, 4)
 
     process = subprocess.Popen([command, *FLAGS[:-1], f"--user-data-dir={folder}", FLAGS[-1]],
-                               preexec_fn=wire, close_fds=False,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                               preexec_fn=wire, close_fds=False, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
     try:
         os.close(request_end), os.close(answer_end)
         yield Page(requests, answers)
