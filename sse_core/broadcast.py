@@ -1,8 +1,7 @@
 """Take events and clients from any thread, and keep them for the publisher.
 
-All in here is guarded by one mutex. It is never held across a system call, nor across a scan whose
-length a client chooses. Any thread may call any method but those of the last section, which are
-the publisher's.
+All in here is guarded by one mutex, never held across a system call, nor across a scan whose length
+a client chooses. Any thread may call any method, but the last section is the publisher's.
 """
 from __future__ import annotations
 
@@ -89,9 +88,8 @@ class Broadcast:
         the publisher's own thread (a logging handler, say) if it would have to wait for itself.
         """
         self.refuse_inside()
-        payloads = [draft.encoded() for draft in drafts]
-        return [self._publish(payload, draft.channel, None, wait)
-                for payload, draft in zip(payloads, drafts)]
+        encoded = [(draft.encoded(), draft.channel) for draft in drafts]
+        return [self._publish(payload, channel, None, wait) for payload, channel in encoded]
 
     def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False
                  ) -> str | None:
@@ -290,17 +288,15 @@ class Broadcast:
                 gap = frames.format_id(client.after) if self._ids else None, "lagging"
             told = b""
             if gap:
-                resumed = frames.format_id(log.first_id(start))
-                payload = frames.gap_payload(gap[0], resumed, gap[1])
-                told = client.asked.framed(frames.chunk(payload))
+                told = frames.gap_payload(gap[0], frames.format_id(log.first_id(start)), gap[1])
+                told = client.asked.framed(frames.chunk(told))
             return (told, *self._batch_at(start, client.asked), start)
 
     def place_arrived(self, ahead: Iterable[Client]) -> list[Client]:
         """Return those of the clients whose place is known now, AT_ONCE at most."""
         with self._mutex:
-            log = self._log
-            arrived = list(islice((client for client in ahead if log.can_locate(
-                client.after, client.registered_at)), AT_ONCE))
+            known = (each for each in ahead if self._log.can_locate(each.after, each.registered_at))
+            arrived = list(islice(known, AT_ONCE))
             for client in arrived:
                 self._place(client)
             return arrived

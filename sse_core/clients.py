@@ -89,13 +89,10 @@ class Client:
 
 
 class Clients:
-    """All registered clients: in a list, and apart those that join and those that lag.
-
-    mutex: guards all in here; the last section takes it, the rest is used while holding it.
-    """
+    """All registered clients: in a list, and apart those that join and those that lag."""
 
     def __init__(self, mutex: threading.RLock, credit: float) -> None:
-        self._mutex = mutex
+        self._mutex = mutex                     # guards all in here
         self._credit = credit                   # seconds that a client is waited for at first
         self._all: list[Client] = []
         self.joining: list[Client] = []         # not yet seen by the publisher
@@ -104,6 +101,8 @@ class Clients:
     def __len__(self) -> int:
         """Return how many clients there are. Any thread may ask, without the mutex."""
         return len(self._all)
+
+    # Requires holding the mutex
 
     def add(self, client: Client) -> None:
         """Add a client, which joins."""
@@ -160,8 +159,8 @@ class Clients:
     def caught_up(self, client: Client, now: float) -> None:
         """Sort a client that is due nothing: it is current, unless it is ahead.
 
-        While it lags no more, the credit it has left grows by a second each second, from this time
-        on: one that falls behind again at once is not waited for anew.
+        From now on the credit it has left grows by a second each second: one that falls behind
+        again at once is not waited for anew.
         """
         with self._mutex:
             if client in self.lagging:

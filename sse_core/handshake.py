@@ -98,10 +98,9 @@ class Handshakes:
         """Forget one that is done. Returns the next for its thread, or None."""
         with self._lock:
             thread = self._unfinished.pop(done)
-            if not self._queue:
-                return None
-            following = self._queue.popleft()
-            self._unfinished[following] = thread
+            following = self._queue.popleft() if self._queue else None
+            if following:
+                self._unfinished[following] = thread
             return following
 
     def renewed(self, handshake: Handshake) -> None:
@@ -262,10 +261,7 @@ class Handshake:
         sock.settimeout(max(0.001, self._deadline - time.monotonic()))
 
     def _work(self, work: Callable[[], T]) -> T:
-        """Do what may take its time and waits for no peer, so that a cut would not end it.
-
-        Raises Refusal if too many are at it.
-        """
+        """Do what waits for no peer, so that a cut would not end it. Raises Refusal."""
         if not self._others.at_work.acquire(blocking=False):
             raise Refusal(503, "This server has too many requests to think about. Try again "
                                "later.", ["Retry-After: 5"])
