@@ -195,7 +195,6 @@ class Publisher:
     def _greet(self, client: Client) -> None:
         """Send a new client its head and, if it resumes, the first batch of what it missed."""
         self._groups.join(client)
-        client.sent_at = self._clock()
         try:
             self._selector.register(client.sock, READ, client)
         except OSError:         # the system watches no more sockets
@@ -221,7 +220,6 @@ class Publisher:
         self._settle(client)
 
     def _settle(self, client: Client) -> None:
-        """Sort a client that was just advanced."""
         lags = client in self._clients.lagging
         # It can be beyond the fan-out, if it joined while there was more to do
         behind = not client.ahead and client.cursor != self._broadcast.fanned_out
@@ -293,7 +291,6 @@ class Publisher:
             self._watch(client)
 
     def _drop(self, client: Client, reason: str) -> None:
-        """Close a client and forget it."""
         if reason != UNWATCHED:
             self._selector.unregister(client.sock)
         client.sock.close()

@@ -97,9 +97,7 @@ class Broadcast:
         length = len(payload) + ID_LENGTH
         with self._mutex:
             self.check_running()
-            while wait and not self._fits_without_loss(length):
-                self._wait()
-            self._make_room(length)
+            self._make_room(length, wait)
             new = (given or self._log.next_id(int(self._wall() * 1000))) if self._ids else None
             self._log.append(payload, new, channel, self.clock())
             self._published += 1
@@ -210,25 +208,20 @@ class Broadcast:
         self._moved.wait(LOOK)
         self.check_running()
 
-    def _make_room(self, length: int) -> None:
-        """Evict until `length` bytes fit, but wait while most of the log is not fanned out."""
+    def _make_room(self, length: int, wait: bool = False) -> None:
+        """Evict until `length` bytes fit, but wait while most of the log is not fanned out.
+
+        wait: evict only what nobody who is waited for is due, and leave the others their share.
+        """
         log = self._log
-        while not log.fits(length):
-            if (log.next - self.fanned_out) * 4 > (log.next - log.first) * 3:
+        while not log.fits(length, WAITERS_SHARE if wait else 1.0):
+            if wait and log.first >= self._floor:
+                self._floor = self.clients.floor(self.fanned_out, self.clock())
+            if log.first >= self._floor if wait else (
+                    (log.next - self.fanned_out) * 4 > (log.next - log.first) * 3):
                 self._wait()
             else:
                 log.evict()
-
-    def _fits_without_loss(self, length: int) -> bool:
-        """Evict what nobody who is waited for is due. Returns whether that makes room enough."""
-        log = self._log
-        while not log.fits(length, WAITERS_SHARE):
-            if log.first >= self._floor:
-                self._floor = self.clients.floor(self.fanned_out, self.clock())
-            if log.first >= self._floor:
-                return False
-            log.evict()
-        return True
 
     def _begin_stream(self, client: Client) -> None:
         """Put a client behind the id it brought, or tell it where it stands if it has none."""

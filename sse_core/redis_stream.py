@@ -126,14 +126,18 @@ class RedisStream:
         shared.complete(began)
 
     def _read_on(self, shared: Shared) -> None:
-        """Wait a moment for entries, and add them."""
+        """Wait a moment for entries, and add them; if some are missing, a gap and the newest."""
         began = shared.clock()
         entries, is_same = self._following()
         if is_same:
             self._last = entries[-1] if entries else self._last
-            self._add(shared, self._new(entries))
+            new = self._new(entries)
         else:
-            self._begin_again(shared)
+            after = _id(self._last) if self._last else None
+            new = self._new(self._newest())
+            resumed = next(self._events(new), None)
+            shared.tell_gap(after, resumed and resumed.id)
+        self._add(shared, new)
         if len(entries) < READ_COUNT:
             shared.complete(began)
 
@@ -156,14 +160,6 @@ class RedisStream:
         first, length, gone = self._look("xrange")
         is_whole = first[:1] == entries[:1] and gone == self._gone and length <= self._history
         return first, is_whole
-
-    def _begin_again(self, shared: Shared) -> None:
-        """Tell a gap, and go on with the newest entries, so far as they were not read before."""
-        after = _id(self._last) if self._last else None
-        entries = self._new(self._newest())
-        resumed = next(self._events(entries), None)
-        shared.tell_gap(after, resumed and resumed.id)
-        self._add(shared, entries)
 
     def _newest(self) -> list[Entry]:
         """Return the newest entries, and stand behind them; at the beginning if there are none."""
