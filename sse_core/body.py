@@ -70,7 +70,7 @@ class Body:
     def _end_line(self, line: bytes, match: re.Match[bytes]) -> None:
         if self._due is _SIZE:
             size = int(match[1], 16)
-            self._ignored += len(line) - match.end(1) - 2 + (size < TINY)
+            self._ignored += len(line) - match.end(1) - 2 + (0 < size < TINY)
             self._expect(size)
             self._due = _DATA_END if self._left else _TRAILER
         elif self._due is _DATA_END:

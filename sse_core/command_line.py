@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable, NoReturn, TextIO
 
 from sse_core import __version__
 
@@ -162,7 +162,7 @@ def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
         deliveries, before = shown["deliveries"], now
         line = (f"{count_of(shown['clients'], 'client')}, {count_of(shown['events'], 'event')}, "
                 f"{rate:.0f} deliveries/s")
-        yield line[:os.get_terminal_size(sys.stderr.fileno()).columns - 1]
+        yield line[:(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
 
 
 def catch_signals() -> tuple[socket.socket, socket.socket]:
@@ -173,6 +173,8 @@ def catch_signals() -> tuple[socket.socket, socket.socket]:
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
+    if hasattr(signal, "SIGTTIN"):      # a read just after the terminal was given to another job
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)       # fails then, and does not stop us
     hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)
     for signum in (signal.SIGINT, signal.SIGTERM, hang_up):
         if signum != hang_up or signal.getsignal(signum) != signal.SIG_IGN:     # as nohup has it
@@ -180,12 +182,14 @@ def catch_signals() -> tuple[socket.socket, socket.socket]:
     return wakee, waker
 
 
-def has_foreground() -> bool:
-    """Say whether standard input is a terminal whose Enter is meant for this process."""
-    try:
-        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except (OSError, AttributeError, ValueError):       # no terminal, none any more, or no input
+def has_foreground(stream: TextIO | None) -> bool:
+    """Say whether a stream is a terminal, and not one that has given itself to another job."""
+    if stream is None or not stream.isatty():
         return False
+    try:
+        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
+    except OSError:         # it controls no session: there are no jobs
+        return True
 
 
 def ask_about_input() -> None:
@@ -206,11 +210,10 @@ def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Iterator[str]
     """
     rests = False       # a terminal at its end says so at once, again and again
     while True:
-        is_ours = has_foreground()
-        watches = watch_input and is_ours and not rests
-        watched = [wakee.fileno()] + [sys.stdin.fileno()] * watches
+        watches = watch_input and has_foreground(sys.stdin) and not rests
+        watched = [wakee.fileno(), *([sys.stdin.fileno()] if watches else [])]
         ready = select.select(watched, [], [], STATUS_EVERY if watch_input or status else None)[0]
-        if status and is_ours:
+        if status and has_foreground(sys.stderr):
             sys.stderr.write(CLEAR_LINE + ("" if ready else next(status)))
             sys.stderr.flush()
         if wakee.fileno() in ready:

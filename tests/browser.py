@@ -1,4 +1,4 @@
-"""Drive headless Chromium through its DevTools protocol, over a pair of pipes: no further package is needed."""
+"""Drive headless Chromium through its DevTools protocol, over a pair of pipes: with no package."""
 import json
 import os
 import subprocess
@@ -9,9 +9,9 @@ from typing import Iterator
 
 from helpers import need, wait_until
 
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-         "--remote-debugging-pipe", "about:blank"]
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-sync", "--disable-background-networking", "--disable-component-update",
+         "--disable-dev-shm-usage", "--remote-debugging-pipe", "about:blank"]
 
 
 class Page:
@@ -21,12 +21,15 @@ class Page:
         self._requests, self._answers = requests, answers
         self._numbers = count(1)
         self._received = b""
-        target = next(info for info in self._call("Target.getTargets")["targetInfos"] if info["type"] == "page")
-        self._session = self._call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        target = next(info for info in self._call("Target.getTargets")["targetInfos"]
+                      if info["type"] == "page")
+        self._session = self._call("Target.attachToTarget", targetId=target["targetId"],
+                                   flatten=True)["sessionId"]
 
     def _call(self, method: str, session: str = "", **parameters) -> dict:
         number = next(self._numbers)
-        message = {"id": number, "method": method, "params": parameters, **({"sessionId": session} if session else {})}
+        message = {"id": number, "method": method, "params": parameters,
+                   **({"sessionId": session} if session else {})}
         os.write(self._requests, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next_message()
@@ -49,17 +52,20 @@ class Page:
     def open(self, url: str) -> "Page":
         self.call("Page.navigate", url=url)
         path = url.partition("#")[0].rstrip("/")
-        wait_until(lambda: self.evaluate(f"location.href.startsWith({path!r}) && document.readyState === 'complete'"))
+        self.wait_for(f"location.href.startsWith({path!r}) "
+                      "&& document.readyState === 'complete'")
         return self
 
     def evaluate(self, expression: str):
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True,
+                           awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def lines(self) -> list:
         """The texts of the lines that the page shows."""
-        return self.evaluate("[...document.querySelectorAll('#lines > div')].map(line => line.textContent)")
+        return self.evaluate("[...document.querySelectorAll('#lines > div')]"
+                             ".map(line => line.textContent)")
 
     def wait_for(self, expression: str) -> None:
         wait_until(lambda: self.evaluate(expression))
@@ -77,8 +83,9 @@ def browser(folder) -> Iterator[Page]:
         os.dup2(first, 3)
         os.dup2(second, 4)
 
-    process = subprocess.Popen([command, *FLAGS[:-1], f"--user-data-dir={folder}", FLAGS[-1]], preexec_fn=wire,
-                               close_fds=False, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([command, *FLAGS[:-1], f"--user-data-dir={folder}", FLAGS[-1]],
+                               preexec_fn=wire, close_fds=False,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         os.close(request_end), os.close(answer_end)
         yield Page(requests, answers)

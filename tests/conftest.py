@@ -13,7 +13,8 @@ from sse_server import SSEServer                 # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=1, help="how many times as long the fuzz tests are")
+    parser.addoption("--fuzz", type=int, default=1,
+                     help="how many times as long the fuzz tests are")
 
 
 def descriptors() -> set:

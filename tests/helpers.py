@@ -2,6 +2,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -158,7 +159,9 @@ def make_certificate(folder: Path) -> Tuple[str, str]:
 class Server:
     """`python sse_server.py` as a process, on a free port."""
 
-    def __init__(self, *arguments: str, stdin=subprocess.PIPE, env: Optional[dict] = None) -> None:
+    def __init__(self, *arguments: str, stdin=None, env: Optional[dict] = None) -> None:
+        if stdin is None:
+            stdin = subprocess.PIPE if "--stdin" in arguments else subprocess.DEVNULL
         loudness = () if {"--verbose", "--loud"} & set(arguments) else ("--quiet",)
         arguments = [argument for argument in arguments if argument != "--loud"]
         command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", *loudness, *arguments]
@@ -173,12 +176,8 @@ class Server:
         self.port = int(re.search(rb":([0-9]+)\n", self.output)[1])
 
     def stop(self, by: Optional[int] = None) -> int:
-        """Stop it, by Enter or by a signal, and return its exit status."""
-        if by is None:
-            self.process.stdin.write(b"\n")
-            self.process.stdin.flush()
-        else:
-            self.process.send_signal(by)
+        """Stop it by a signal, and return its exit status."""
+        self.process.send_signal(by or signal.SIGINT)
         return self.process.wait(PATIENCE)
 
     def peer_lines(self) -> list:

@@ -1,4 +1,4 @@
-"""A real redis-server for the tests, servers that follow a stream in it, and a wire between them that can be cut."""
+"""A real redis-server, servers that follow a stream in it, and a wire between that can be cut."""
 import os
 import selectors
 import shutil
@@ -41,8 +41,9 @@ class Redis:
         self.start()
 
     def start(self) -> None:
-        command = [need("redis-server", "redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--dir",
-                   str(self.folder), "--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+        command = [need("redis-server", "redis-server"), "--port", str(self.port),
+                   "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", "",
+                   "--appendonly", "yes", "--appendfsync", "always"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_until(self.answers)
 
@@ -81,8 +82,8 @@ def following(store: Redis, number: int = 1, *arguments: str, ports=None):
     try:
         for index in range(number):
             port = ("--port", str(ports[index])) if ports else ()
-            servers.append(Server("--redis", store.url, "--publish-token", POST, "--retry", "0.1", *port, *arguments,
-                                  stdin=subprocess.DEVNULL))
+            servers.append(Server("--redis", store.url, "--publish-token", POST, "--retry", "0.1",
+                                  *port, *arguments, stdin=subprocess.DEVNULL))
         yield servers
     finally:
         for server in servers:
@@ -95,7 +96,8 @@ def post(port: int, text: str, **options) -> requests.Response:
 
 def resume(port: int, last_id: str, proxied: bool = False) -> Client:
     header = f"Last-Event-ID: {last_id}\r\n" if last_id else ""
-    return Client(port, f"GET / HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode(), last_id=last_id, proxied=proxied)
+    return Client(port, f"GET / HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode(), last_id=last_id,
+                  proxied=proxied)
 
 
 def data(client: Client) -> list:
@@ -103,7 +105,7 @@ def data(client: Client) -> list:
 
 
 def check_told(events: list, published: list) -> None:
-    """Fail unless a client got each of these texts once and in order, or was told a gap where it did not."""
+    """Fail unless a client got each of these texts once and in order, or a gap where it did not."""
     texts = [event.data for event in events if event.name != "gap"]
     assert len(texts) == len(set(texts)), "an event came twice"
     last, is_told = -1, False
@@ -112,7 +114,8 @@ def check_told(events: list, published: list) -> None:
             is_told = True
         elif event.data in published:       # else its answer was lost
             place = published.index(event.data)
-            assert place == last + 1 or is_told and place > last, f"{event.data} after {published[last:last + 1]}"
+            is_next = place == last + 1 or is_told and place > last
+            assert is_next, f"{event.data} after {published[last:last + 1]}"
             last, is_told = place, False
     assert last == len(published) - 1 or is_told, f"nothing after {published[last:last + 1]}"
 
@@ -128,7 +131,10 @@ def add_many(client, *, trimmed: bool = False, number: int = 50, name: str = "bu
 
 
 class Forwarder(threading.Thread):
-    """Copies bytes between its port and another, unless it is blocked: then all stands still, and nothing is closed."""
+    """Copies bytes between its port and another, unless it is blocked.
+
+    Then all stands still, and nothing is closed.
+    """
 
     def __init__(self, port: int) -> None:
         super().__init__()

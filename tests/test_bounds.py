@@ -45,7 +45,8 @@ def test_a_dribbling_request_is_cut_by_the_total(server, monkeypatch):
 
 
 def test_more_than_max_clients_are_refused_and_later_taken():
-    with SSEServer(port=0, max_clients=2) as server, Client(server.port) as one, Client(server.port) as two:
+    with SSEServer(port=0, max_clients=2) as server, \
+            Client(server.port) as one, Client(server.port) as two:
         one.open(), two.open()
         answer = ask(server.port, GET)
         assert answer.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in answer
@@ -72,7 +73,8 @@ def test_the_kernel_holds_little_for_a_stalled_client(server):
         deaf.open(), reader.open()
         wait_until(lambda: server.clients == 2)
         registered = server._broadcast.clients._all[0].sock
-        assert registered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * sse_server.SEND_BUFFER
+        buffer = registered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        assert buffer <= 2 * sse_server.SEND_BUFFER
         assert registered.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert not registered.getblocking()
         for number in range(100):
@@ -103,11 +105,11 @@ def test_a_head_that_arrives_a_byte_at_a_time_costs_linear_time():
         assert http1.parse(head[:length], seen) is None
         seen = length
     assert http1.parse(head, seen)
-    assert time.process_time() - began < 1.0       # it was 3.5 s when every byte looked at all again
+    assert time.process_time() - began < 1.0    # it was 3.5 s when every byte looked at all again
 
 
 def test_a_system_that_gives_no_more_threads_is_survived(server, monkeypatch):
-    """The accept loop survives a system that gives no more threads, and goes on when it does again."""
+    """The accept loop goes on when it gives some again."""
     def fail(self):
         raise RuntimeError("can't start new thread")
     with monkeypatch.context() as patch:
@@ -118,7 +120,7 @@ def test_a_system_that_gives_no_more_threads_is_survived(server, monkeypatch):
             whole.sock.settimeout(2)
             try:
                 whole.open()
-            except (AssertionError, ConnectionResetError):      # its request came a moment after accept
+            except (AssertionError, ConnectionResetError):      # its request came after accept
                 pass
     with Client(server.port, b"") as slow:
         slow.sock.sendall(GET[:10])
@@ -145,8 +147,9 @@ with SSEServer(port=0) as server:
 
 
 def test_out_of_descriptors_pauses_warns_once_serves_on_and_recovers():
-    process = subprocess.Popen([sys.executable, "-c", OUT_OF_DESCRIPTORS, str(TOP)], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", OUT_OF_DESCRIPTORS, str(TOP)], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
 
     def publish(text):
         process.stdin.write(text + "\n")
@@ -180,7 +183,8 @@ def test_out_of_descriptors_pauses_warns_once_serves_on_and_recovers():
 def test_the_backlog_is_1024_or_what_the_system_allows():
     server = SSEServer(port=0)
     try:
-        state = subprocess.run(["ss", "-ltn", f"sport = :{server.port}"], capture_output=True, text=True).stdout
+        state = subprocess.run(["ss", "-ltn", f"sport = :{server.port}"],
+                               capture_output=True, text=True).stdout
         allowed = int(Path("/proc/sys/net/core/somaxconn").read_text())
         assert str(min(1024, allowed)) in state.split()
     except FileNotFoundError:

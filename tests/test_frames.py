@@ -38,7 +38,8 @@ def test_encode(data, event, payload):
 
 
 @pytest.mark.parametrize("data, event", [
-    ("x", "a\nb"), ("x", "a\rb"), ("x", "a\0b"), ("x", "\ud800"), ("\udfff", None), ("x", "n" * 1025), ("x", "gap"),
+    ("x", "a\nb"), ("x", "a\rb"), ("x", "a\0b"), ("x", "\ud800"), ("\udfff", None),
+    ("x", "n" * 1025), ("x", "gap"),
     ("x" * (frames.MAX_EVENT + 1), None), ("é" * (frames.MAX_EVENT // 2 + 1), None)])
 def test_what_no_event_can_hold_is_a_value_error(data, event):
     with pytest.raises(ValueError):
@@ -71,7 +72,8 @@ def test_random_text_arrives_as_it_was():
 
 
 def test_small_chunks_carry_no_event():
-    stream = decode(frames.HEARTBEAT, frames.greeting(3, (5, 7)), frames.HEARTBEAT, frames.greeting(3, None))
+    stream = decode(frames.HEARTBEAT, frames.greeting(3, (5, 7)), frames.HEARTBEAT,
+                    frames.greeting(3, None))
     assert stream.comments == 2 and not stream.events
     assert stream.last_id == "5-7" and all(1500 <= retry <= 4500 for retry in stream.retries)
 
@@ -88,7 +90,8 @@ def test_the_log_is_bounded_in_number():
     log = Log(history=100)
     fill(log, *((n, 0) for n in range(1, 1001)))
     assert (log.first, log.next) == (900, 1000)
-    assert [log.frame(number).id for number in range(900, 1000)] == [(n, 0) for n in range(901, 1001)]
+    kept = [log.frame(number).id for number in range(900, 1000)]
+    assert kept == [(number, 0) for number in range(901, 1001)]
 
 
 def test_the_log_is_bounded_in_bytes():
@@ -113,9 +116,11 @@ def test_ids_only_grow_even_if_the_clock_goes_back():
 
 
 @pytest.mark.parametrize("text, id", [
-    ("0-0", (0, 0)), ("1764000000000-12", (1764000000000, 12)), ("18446744073709551615-0", (18446744073709551615, 0)),
-    ("", None), ("1", None), ("-1", None), ("1-", None), ("-1-0", None), ("1--1", None), ("01-0", None), ("1-00", None),
-    (" 1-0", None), ("1-0\n", None), ("1-0-0", None), ("١-٠", None), ("1e3-0", None), ("1" * 21 + "-0", None), ("*", None)])
+    ("0-0", (0, 0)), ("1764000000000-12", (1764000000000, 12)),
+    ("18446744073709551615-0", (18446744073709551615, 0)),
+    ("", None), ("1", None), ("-1", None), ("1-", None), ("-1-0", None), ("1--1", None),
+    ("01-0", None), ("1-00", None), (" 1-0", None), ("1-0\n", None), ("1-0-0", None),
+    ("١-٠", None), ("1e3-0", None), ("1" * 21 + "-0", None), ("*", None)])
 def test_parse_id(text, id):
     assert frames.parse_id(text) == id
     assert id is None or frames.format_id(id) == text
@@ -125,12 +130,12 @@ def test_locate_finds_the_frame_after_an_id_or_says_why_there_may_be_a_gap():
     log = Log(64)
     log.begin((10, 0), 0)
     assert log.locate((5, 0)) == (0, "unknown")                 # nothing was ever published
-    fill(log, *((n, 0) for n in range(10, 110)))                # 10-0 .. 109-0, the newest 64 from 46-0 on are kept
+    fill(log, *((n, 0) for n in range(10, 110)))                # of these, 46-0 to 109-0 are kept
     assert (log.first, log.next) == (36, 100)
     assert log.locate((109, 0)) == (100, None)                  # has everything
     assert log.locate((108, 0)) == (99, None)
     assert log.locate((46, 0)) == (37, None)
-    assert log.locate((45, 0)) == (36, None)                    # gone itself, but nothing after it is
+    assert log.locate((45, 0)) == (36, None)                    # gone, but nothing after it is
     assert log.locate((44, 0)) == (36, "evicted")
     assert log.locate((10, 0)) == (36, "evicted")
     assert log.locate((9, 0)) == (36, "unknown")                # before the first ever
@@ -157,7 +162,7 @@ def test_a_gap_of_the_source_is_told_to_whoever_resumes_from_before_it():
     assert log.first_id(2) == (3, 0)
     fill(log, *((n, 0) for n in range(4, 65)))
     log.evict()
-    assert log.locate((2, 0)) == (2, None)                      # its own frame is gone, the gap is not
+    assert log.locate((2, 0)) == (2, None)      # its own frame is gone, the gap is not
 
 
 def test_an_id_that_goes_back_begins_a_new_epoch():
@@ -167,7 +172,7 @@ def test_an_id_that_goes_back_begins_a_new_epoch():
     epoch = log.next
     fill(log, (5, 0), (6, 0), (7, 0))
     assert log.locate((6, 0)) == (epoch + 2, None)
-    assert log.locate((179, 0)) == (epoch, "unknown")           # of the former epoch: all of the new one
+    assert log.locate((179, 0)) == (epoch, "unknown")   # of the former epoch: all of the new one
     assert log.locate((4, 0)) == (epoch, "unknown")
     assert log.locate((5, 1)) == (epoch + 1, "unknown")
     assert log.last_id == (7, 0) and log.next_id(1) == (7, 1)
@@ -211,8 +216,11 @@ def test_a_scan_ends_after_a_fixed_number_of_frames():
 
 
 def test_no_import_beyond_the_standard_library():
-    names = getattr(sys, "stdlib_module_names", None) or pytest.skip("this Python does not list its modules")
+    names = getattr(sys, "stdlib_module_names", None)
+    if not names:
+        pytest.skip("this Python does not list its modules")
     for path in (*TOP.glob("*.py"), *TOP.glob("sse_core/*.py")):
         lines = path.read_text().splitlines()
-        used = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
+        imports = [line for line in lines if line.startswith(("import ", "from "))]
+        used = {line.split()[1].split(".")[0] for line in imports}
         assert used <= set(names) | {"publisher", "sse_core"}, path

@@ -1,4 +1,4 @@
-"""Clients that others wrote, on a real server: they get every event as it was, and once each when they come back."""
+"""Clients that others wrote, on a real server: every event as it was, once, also after a cut."""
 import json
 import shutil
 import subprocess
@@ -32,7 +32,8 @@ EVENTS = [                      # data, name
     ("x" * 100000, "a name with spaces"),
     ("é" * 100000 + "\n" + "🎉" * 10000, None),
 ]
-OPTIONS = {"port": 0, "retry": 0.1, "heartbeat": 0}     # a heartbeat would keep a client waiting that should fail
+# A heartbeat would keep a client waiting that should fail
+OPTIONS = {"port": 0, "retry": 0.1, "heartbeat": 0}
 NAMES = sorted({name for _, name in EVENTS if name})
 SCRIPT = Path(__file__).with_name("interop") / "listen.mjs"
 
@@ -50,7 +51,8 @@ def eventsource(tmp_path_factory) -> Path:
     """Install the npm package beside a copy of the script, and return the copy."""
     need("node", "nodejs")
     folder = tmp_path_factory.mktemp("npm")
-    install = [need("npm", "npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), "eventsource"]
+    install = [need("npm", "npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder),
+               "eventsource"]
     done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=120)
     if done.returncode:
         pytest.skip("npm cannot install eventsource: " + done.stderr.strip()[-300:])
@@ -61,8 +63,8 @@ def eventsource(tmp_path_factory) -> Path:
 def listening(script: Path, url: str) -> Iterator[Listener]:
     """Run the script until the end of the block, collecting what it prints."""
     listener = Listener()
-    process = subprocess.Popen(["node", str(script), url, *NAMES], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               encoding="utf-8")
+    process = subprocess.Popen(["node", str(script), url, *NAMES], encoding="utf-8",
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     takes = {process.stdout: lambda line: listener.got.append(tuple(json.loads(line))),
              process.stderr: lambda line: listener.notes.append(line.strip())}
     threads = [threading.Thread(target=collect, args=output) for output in takes.items()]
@@ -115,7 +117,8 @@ def test_eventsource_comes_back_by_itself_and_misses_nothing(eventsource):
         published = []
         for cuts in range(1, 4):
             published += publish_all(server)
-            wait_until(lambda: len(client.got) > len(published) - 4)    # some of them may still be on their way
+            # So that some of them may still be on their way
+            wait_until(lambda: len(client.got) > len(published) - 4)
             proxy.cut()
             published += publish_all(server)
             wait_until(lambda: client.notes.count("error") == cuts)
@@ -133,8 +136,9 @@ def by_httpx_sse(url: str, last_id: str) -> Iterator[Iterator[Got]]:
     headers = {"Last-Event-ID": last_id} if last_id else {}
     with httpx.Client(timeout=PATIENCE, trust_env=False) as client, \
             httpx_sse.connect_sse(client, "GET", url, headers=headers) as source:
+        # It shows `retry:` alone as an event, which by WHATWG 9.2.6 is none
         yield ((event.event, event.data, event.id) for event in source.iter_sse()
-               if event.retry is None)      # it shows `retry:` alone as an event, which by WHATWG 9.2.6 is none
+               if event.retry is None)
 
 
 @contextmanager
@@ -145,7 +149,8 @@ def by_sseclient(url: str, last_id: str) -> Iterator[Iterator[Got]]:
     with requests.Session() as session:
         session.trust_env = False
         with closing(session.get(url, headers=headers, stream=True, timeout=PATIENCE)) as response:
-            yield ((event.event, event.data, event.id) for event in sseclient.SSEClient(response).events())
+            yield ((event.event, event.data, event.id)
+                   for event in sseclient.SSEClient(response).events())
 
 
 both = pytest.mark.parametrize("opened", [by_httpx_sse, by_sseclient])

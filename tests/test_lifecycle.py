@@ -216,7 +216,7 @@ def test_a_publisher_that_is_not_ours_is_named_and_not_run(tmp_path, command):
     assert str(tmp_path / "publisher.py") in error
 
 
-def test_publish_in_a_forked_child_says_that_nobody_would_get_it_and_the_child_keeps_nothing(tmp_path):
+def test_publish_in_a_forked_child_is_refused_and_the_child_keeps_no_socket(tmp_path):
     with program("""
 import os
 from sse_server import NotRunning
@@ -230,8 +230,9 @@ if child == 0:
         server.publish("to nobody")
     except NotRunning:
         print("refused", flush=True)
-    print(sum("socket:" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-              if os.path.exists(f"/proc/self/fd/{fd}")) if os.path.isdir("/proc/self/fd") else 0, flush=True)
+    folder = "/proc/self/fd"
+    paths = [f"{folder}/{fd}" for fd in os.listdir(folder)] if os.path.isdir(folder) else []
+    print(sum("socket:" in os.readlink(path) for path in paths if os.path.exists(path)), flush=True)
     sys.stdin.readline()
     os._exit(0)
 sys.stdin.readline()
@@ -260,7 +261,8 @@ def faulty(monkeypatch, thread: str) -> None:
 
 
 @pytest.mark.parametrize("thread", ["publisher", "accept"])
-def test_a_fault_in_a_thread_is_logged_and_ends_the_server_and_stop_reports_it(monkeypatch, caplog, thread):
+def test_a_fault_in_a_thread_is_logged_and_ends_the_server_and_stop_reports_it(
+        monkeypatch, caplog, thread):
     faulty(monkeypatch, thread)
     with pytest.raises(RuntimeError) as raised:
         with SSEServer(port=0, publish_tokens=["T"], heartbeat=0.1) as server:
@@ -328,13 +330,14 @@ def test_a_fault_does_not_hide_the_exception_that_ends_a_with_block(monkeypatch)
 
 
 @pytest.mark.parametrize("source", [["--interval", "1000"], ["--stdin"]])
-@pytest.mark.parametrize("broken", ["publisher.Publisher._sweep", "sse_server.SSEServer.verify_request",
-                                    "sse_core.sources.clock", "sse_core.sources.lines"])
+@pytest.mark.parametrize("broken", [
+    "publisher:Publisher._sweep", "sse_server:SSEServer.verify_request",
+    "sse_core.sources:clock", "sse_core.sources:lines"])
 def test_a_fault_in_a_thread_ends_the_process_with_status_1_and_a_traceback(source, broken):
     """So that a service manager starts it again: with the clock it once was 0."""
-    if broken.startswith("sse_core") and (broken.endswith("lines") != ("--stdin" in source)):
+    if broken.startswith("sse_core") and broken.endswith("lines") != ("--stdin" in source):
         pytest.skip("this source is not used")
-    module, attribute = broken.split(".", 1) if not broken.startswith("sse_core") else ("sse_core.sources", broken[17:])
+    module, _, attribute = broken.partition(":")
     code = f"""
 import sys; sys.path.insert(0, {str(TOP)!r})
 import functools, importlib
@@ -344,20 +347,15 @@ setattr(functools.reduce(getattr, path, importlib.import_module({module!r})), na
 import sse_server
 sys.exit(sse_server.main(["--port", "0", "--heartbeat", "0.1", *{source!r}]))
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         lines = iter(process.stdout.readline, "")
         port = int(next(line for line in lines if line.startswith("Listening")).rpartition(":")[2])
         try:
             connect(port).close()
         except OSError:         # it was quicker
             pass
-        errors = process.communicate(timeout=PATIENCE)[1] if "--stdin" not in source else wait_for(process)
+        process.wait(PATIENCE)      # with its standard input open
+        errors = process.stderr.read()
         assert process.returncode == 1
         assert errors.count("Traceback") == 1 and "ZeroDivisionError: a fault" in errors
-
-
-def wait_for(process: subprocess.Popen) -> str:
-    """Wait for the end of a process whose standard input stays open."""
-    process.wait(PATIENCE)
-    return process.stderr.read()

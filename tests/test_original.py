@@ -22,9 +22,10 @@ def decoded(raw: bytes) -> Decoder:
 
 
 def shapes(raw: bytes) -> set:
-    """The bodies of a stream with every digit of a time replaced: what is left is all that there is to compare."""
+    """The chunks of a stream with every time replaced: all that there is to compare."""
     body = raw.partition(b"\r\n\r\n")[2].decode()
-    return set(re.findall(r"[0-9a-f]{8}\r\n(?:event|data)[^\0]+?\r\n\r\n\r\n", re.sub(TIME, "TIME", body)))
+    return set(re.findall(r"[0-9a-f]{8}\r\n(?:event|data)[^\0]+?\r\n\r\n\r\n",
+                          re.sub(TIME, "TIME", body)))
 
 
 def test_capture_is_24_events_at_one_second():
@@ -70,7 +71,8 @@ def test_custom_four_times_in_ten():
 
 def test_clock_ticks_at_its_interval_and_stops_at_once():
     stopping, ticks = threading.Event(), []
-    thread = threading.Thread(target=sources.clock, args=(lambda *event: ticks.append(time.monotonic()), stopping, 0.05))
+    thread = threading.Thread(target=sources.clock,
+                              args=(lambda *event: ticks.append(time.monotonic()), stopping, 0.05))
     thread.start()
     while len(ticks) < 5:
         assert not stopping.wait(0.01)
@@ -93,7 +95,8 @@ def test_http_1_0_gets_the_same_events_unchunked(server):
         for number in range(10):
             server.publish(f"line {number}\nnext", "custom" if number % 2 else None)
         assert plain.read_events(10) == chunked.read_events(10)
-        assert plain.stream.payloads[1:] == chunked.stream.payloads[1:]     # the first one is the jittered retry
+        # But the first one, which is the jittered retry
+        assert plain.stream.payloads[1:] == chunked.stream.payloads[1:]
         assert "Transfer-Encoding" not in plain.stream.fields
         server.stop()
         assert plain.read_to_end().partial == b"" and chunked.read_to_end().ended

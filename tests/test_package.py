@@ -25,8 +25,8 @@ SDIST = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.a
 
 def run(*command: object, **options) -> str:
     """Run a command that must succeed, and return its output."""
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=120, **options)
+    done = subprocess.run([str(part) for part in command], text=True, timeout=120,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -42,7 +42,8 @@ def names_of_modules() -> List[str]:
     config.read(TOP / "setup.cfg", encoding="utf-8")
     assert config["options"]["packages"] == "sse_core"
     inner = sorted(str(path.relative_to(TOP)) for path in TOP.glob("sse_core/*.py"))
-    return [*(f"{name}.py" for name in config["options"]["py_modules"].split()), *inner, "sse_core/py.typed"]
+    at_the_top = [f"{name}.py" for name in config["options"]["py_modules"].split()]
+    return [*at_the_top, *inner, "sse_core/py.typed"]
 
 
 def copy_of_checkout(folder: Path) -> Path:
@@ -75,7 +76,8 @@ def packages(tmp_path_factory) -> Tuple[Path, Path]:
     get_builder(tools)
     env = {**os.environ, "PYTHONPATH": str(tools)}
     run(sys.executable, "-c", SDIST, folder, cwd=checkout, env=env)
-    pip("wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, cwd=checkout, env=env)
+    pip("wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, cwd=checkout,
+        env=env)
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
@@ -84,8 +86,8 @@ def command(packages, tmp_path_factory) -> Path:
     """Install the wheel in a fresh environment, and return its command."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
-    run(folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index",
-        packages[0])
+    run(folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install",
+        "--no-deps", "--no-index", packages[0])
     return folder / "bin" / "sse-server"
 
 
@@ -94,7 +96,8 @@ def running(command: Path, folder: Path) -> Iterator[Tuple[subprocess.Popen, int
     """Run the installed command in a folder, away from the checkout."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with subprocess.Popen([str(command), "--port", "0", "--interval", "0.05"], cwd=folder, env=env,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
         try:
             yield process, port_of(process)
         finally:
@@ -128,7 +131,8 @@ def metadata(wheel: Path) -> Message:
 
 def test_every_module_is_named():
     at_the_top = {name for name in names_of_modules() if "/" not in name}
-    assert at_the_top == {path.name for path in TOP.glob("*.py")} == {"publisher.py", "sse_server.py"}
+    there = {path.name for path in TOP.glob("*.py")}
+    assert at_the_top == there == {"publisher.py", "sse_server.py"}
 
 
 def test_every_module_can_be_read_by_python_3_9():
@@ -137,14 +141,19 @@ def test_every_module_can_be_read_by_python_3_9():
 
 
 def imported(name: str) -> set:
-    """Return the modules that a file imports when it runs, whole names; what only a type checker sees is left out."""
+    """Return the whole names of the modules that a file imports when it runs.
+
+    What only a type checker sees is left out.
+    """
     tree = ast.parse((TOP / name).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
-    plain = {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
+    plain = {each.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+             for each in node.names}
     partly = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return plain | {node.module for node in partly} | {f"{node.module}.{each.name}" for node in partly for each in node.names}
+    parts = {f"{node.module}.{each.name}" for node in partly for each in node.names}
+    return plain | {node.module for node in partly} | parts
 
 
 def test_imports_point_one_way():
@@ -155,11 +164,13 @@ def test_imports_point_one_way():
 
 
 def test_the_pure_modules_import_no_socket_no_thread_and_no_clock():
-    impure = {"socket", "ssl", "select", "selectors", "threading", "time", "datetime", "socketserver"}
+    impure = {"socket", "ssl", "select", "selectors", "threading", "time", "datetime",
+              "socketserver"}
     for name in ("access", "body", "frames", "http1", "log"):
         assert not imported(f"sse_core/{name}.py") & impure, name
     assert not imported("sse_core/answers.py") & (impure - {"time", "datetime"})
-    assert "sse_server" not in imported("sse_core/handshake.py") | imported("sse_core/command_line.py")
+    for name in ("handshake", "command_line"):
+        assert "sse_server" not in imported(f"sse_core/{name}.py")
 
 
 def test_the_wheel_is_for_any_machine_and_holds_the_modules_and_the_page(packages):
@@ -167,7 +178,8 @@ def test_the_wheel_is_for_any_machine_and_holds_the_modules_and_the_page(package
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert {name for name in names if ".dist-info/" not in name and ".data/" not in name} == set(names_of_modules())
+    modules = {name for name in names if ".dist-info/" not in name and ".data/" not in name}
+    assert modules == set(names_of_modules())
     assert [name for name in names if name.endswith(".data/data/share/sse-server/index.html")]
     assert [name for name in names if ".dist-info/" in name and name.endswith("/LICENSE")]
 
@@ -178,7 +190,7 @@ def test_the_metadata(packages):
     assert fields["Requires-Python"] == ">=3.9"
     assert "redis" in fields.get_all("Provides-Extra")
     needed = [line.replace('"', "'") for line in fields.get_all("Requires-Dist")]
-    assert all("extra ==" in line for line in needed)       # nothing but the standard library by default
+    assert all("extra ==" in line for line in needed)       # by default the standard library alone
     assert any(line.startswith("redis") and "extra == 'redis'" in line for line in needed)
 
 
@@ -189,11 +201,12 @@ def test_the_sdist_holds_what_a_build_needs(packages):
     assert set(names_of_modules()) <= names
 
 
-def test_the_installed_command_serves_the_page_and_the_clock_and_enter_stops_it(command, tmp_path):
+def test_the_installed_command_serves_the_page_and_the_clock(command, tmp_path):
     with running(command, tmp_path) as (process, port), Client(port) as client:
         assert page(port) == (TOP / "index.html").read_bytes()
         assert len(client.read_events(2)) >= 2
-        errors = process.communicate(b"\n", timeout=PATIENCE)[1]
+        process.terminate()
+        errors = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 0
         assert b"Traceback" not in errors
         client.read_to_end()

@@ -65,7 +65,7 @@ def test_a_lost_connection_is_said_and_comes_back(tab):
 
 
 class Proxy(threading.Thread):
-    """Forward one TCP port to another until `cut` resets every connection; new ones are forwarded again."""
+    """Forward one TCP port to another; `cut` ends every connection, new ones are forwarded."""
 
     def __init__(self, port: int) -> None:
         super().__init__()
@@ -168,8 +168,8 @@ def test_a_browser_without_event_source_is_told(tab, server):
 
 
 def type_in(page, field: str, text: str) -> None:
-    page.evaluate(f"(() => {{ const field = document.getElementById('{field}'); field.value = {text!r};"
-                  "field.dispatchEvent(new Event('change')); })()")
+    page.evaluate(f"(() => {{ const field = document.getElementById('{field}');"
+                  f"field.value = {text!r}; field.dispatchEvent(new Event('change')); }})()")
 
 
 def test_publish_from_the_page_and_watch_a_channel(tab):
@@ -180,8 +180,10 @@ def test_publish_from_the_page_and_watch_a_channel(tab):
         tab.open("about:blank")
         tab.open(server.url + "/?channel=news&event=mail#look,say%20it")
         wait_until(lambda: server.clients == 1)
-        for text, event, channel in (("plain", "", ""), ("<b>", "mail", "news"), ("no", "", "sport")):
-            type_in(tab, "text", text), type_in(tab, "event", event), type_in(tab, "channel", channel)
+        for text, event, channel in (("plain", "", ""), ("<b>", "mail", "news"),
+                                     ("no", "", "sport")):
+            for field, typed in (("text", text), ("event", event), ("channel", channel)):
+                type_in(tab, field, typed)
             tab.evaluate("document.querySelector('#publish button').click()")
             tab.wait_for("document.getElementById('text').value === ''")
         wait_until(lambda: len(tab.lines()) == 2)
@@ -206,13 +208,16 @@ def test_pause_filter_and_chart(tab, server):
     tab.evaluate("document.getElementById('pause').click()")
     assert tab.lines() == ["Data: one", "Data: two", "Custom: three"]
     type_in(tab, "shown", "custom")
-    visible = "[...document.querySelectorAll('#lines > div:not([hidden])')].map(line => line.textContent)"
+    visible = ("[...document.querySelectorAll('#lines > div:not([hidden])')]"
+               ".map(line => line.textContent)")
     assert tab.evaluate(visible) == ["Custom: three"]
     server.publish("four")
     server.publish("five", "custom")
     wait_until(lambda: tab.evaluate(visible) == ["Custom: three", "Custom: five"])
     type_in(tab, "shown", "")
     assert len(tab.evaluate(visible)) == 5
-    tab.wait_for("/now [0-9]+, at most [1-9]/.test(document.getElementById('chart').getAttribute('aria-label'))")
-    unnamed = "[...document.querySelectorAll('input, select, button')].filter(e => !(e.ariaLabel || e.labels.length || e.textContent))"
+    tab.wait_for("/now [0-9]+, at most [1-9]/"
+                 ".test(document.getElementById('chart').getAttribute('aria-label'))")
+    unnamed = ("[...document.querySelectorAll('input, select, button')]"
+               ".filter(e => !(e.ariaLabel || e.labels.length || e.textContent))")
     assert tab.evaluate(unnamed + ".length") == 0

@@ -1,4 +1,4 @@
-"""The README keeps its word: every command in it is run here, and its table of flags is the one of --help."""
+"""The README keeps its word: every command in it is run, its table of flags is that of --help."""
 import os
 import re
 import shlex
@@ -12,12 +12,13 @@ import requests
 from helpers import PATIENCE, TOP, Client, free_port, make_certificate, need, wait_until
 
 README = (TOP / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+            for line in block.splitlines()]
 
 
 def test_flags_are_those_of_help():
-    shown = subprocess.run([sys.executable, TOP / "sse_server.py", "--help"], capture_output=True, text=True,
-                           env={**os.environ, "COLUMNS": "200"}).stdout
+    shown = subprocess.run([sys.executable, TOP / "sse_server.py", "--help"], text=True,
+                           capture_output=True, env={**os.environ, "COLUMNS": "200"}).stdout
     helped = dict(re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?)(?:  +|\n +)(.*)$", shown, re.MULTILINE))
     table = {flag: (meaning, default) for flag, meaning, default in
              re.findall(r"^\| `(--[^`]+)` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)}
@@ -40,9 +41,11 @@ class Shell:
         for old, new in self.ports.items():
             command = command.replace(old, new)
         command = command.replace("redis-cli ", f"redis-cli -p {self.ports['6379']} ")
-        command = command.replace("python sse_server.py", f"{shlex.quote(sys.executable)} {TOP}/sse_server.py")
-        process = subprocess.Popen(["bash", "-c", command], cwd=self.folder, stdin=subprocess.PIPE, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, **options)
+        command = command.replace("python sse_server.py",
+                                  f"{shlex.quote(sys.executable)} {TOP}/sse_server.py")
+        process = subprocess.Popen(["bash", "-c", command], cwd=self.folder, text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, start_new_session=True, **options)
         self.processes.append(process)
         return process
 
@@ -99,7 +102,8 @@ def test_pipe(shell):
     pipe, = commands("seq 1 100000 |")
     shell.start(pipe.replace("seq 1 100000", "(sleep 2; seq 1 100000)"))
     port = int(shell.ports["6500"])
-    wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"], capture_output=True).returncode == 0)
+    wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"],
+                                      capture_output=True).returncode == 0)
     with Client(port) as client:
         tail = b""
         while True:
@@ -111,7 +115,8 @@ def test_pipe(shell):
 
 
 def test_post_and_channel(shell):
-    serve, post, watch = commands("--publish-token SECRET", "curl -d 'hello' 'http", "'http://127.0.0.1:6500/?channel=news'")
+    serve, post, watch = commands("--publish-token SECRET", "curl -d 'hello' 'http",
+                                  "'http://127.0.0.1:6500/?channel=news'")
     shell.serve(serve)
     watching = shell.start(watch)
     status = f"http://127.0.0.1:{shell.ports['6500']}/-/status"
@@ -129,7 +134,8 @@ def test_program(tmp_path):
     port = free_port()
     process = subprocess.Popen([sys.executable, "-c", program.replace("6500", str(port))], cwd=TOP)
     try:
-        wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"], capture_output=True).returncode == 0)
+        wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"],
+                                          capture_output=True).returncode == 0)
         with Client(port) as client:
             event, = client.read_events(1)
             assert event.name == "disk" and event.data.endswith(" MiB free")
@@ -161,18 +167,22 @@ def test_redis(shell):
     need("redis-server", "redis-server")
     pytest.importorskip("redis")
     shell.start(f"exec redis-server --port {shell.ports['6379']} --save '' --dir {shell.folder}")
-    one, two, post, add = commands("--port 6501 --redis", "--port 6502 --redis", "http://127.0.0.1:6502/SECRET", "XADD")
+    one, two, post, add = commands("--port 6501 --redis", "--port 6502 --redis",
+                                   "http://127.0.0.1:6502/SECRET", "XADD")
     wait_until(lambda: "PONG" in shell.output("redis-cli ping"))
     shell.serve(one), shell.serve(two)
     request = b"GET /?channel=news HTTP/1.1\r\nHost: x\r\n\r\n"
     with Client(int(shell.ports["6501"]), request) as client:
         client.open()
         shell.output(post), shell.output(add)
-        assert [event[:2] for event in client.read_events(2)] == [("message", "hello"), ("custom", "hello")]
+        got = [event[:2] for event in client.read_events(2)]
+        assert got == [("message", "hello"), ("custom", "hello")]
 
 
 def test_every_command_is_run_by_a_test():
     """By its own words: each test above names the commands that it runs."""
     source = (TOP / "tests" / "test_readme.py").read_text()
-    named = [text for call in re.findall(r"= commands\((.*)\)", source) for text in re.findall(r'"([^"]+)"', call)]
-    assert [command for command in COMMANDS if command != "make test" and not any(text in command for text in named)] == []
+    named = [text for call in re.findall(r"= commands\(([^)]*)\)", source)
+             for text in re.findall(r'"([^"]+)"', call)]
+    assert [command for command in COMMANDS
+            if command != "make test" and not any(text in command for text in named)] == []

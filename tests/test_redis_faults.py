@@ -1,4 +1,4 @@
-"""A Redis stream that loses entries, goes back or goes away: each event arrives once, or a gap is told; no thread ends."""
+"""A Redis stream that loses entries, goes back or goes away: each event once, or a gap is told."""
 import json
 import logging
 import os
@@ -15,7 +15,8 @@ import pytest
 import requests
 
 from helpers import PATIENCE, TOP, Client, wait_until
-from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume, store    # noqa: F401
+from redis_server import store      # noqa: F401
+from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume
 from sse_core.broadcast import NotRunning
 from sse_core.shared import Event
 from sse_server import SSEServer
@@ -23,7 +24,7 @@ from sse_server import SSEServer
 
 @contextmanager
 def watched(store, number: int = 1):
-    """Run so many servers, and a client at each; after the test all must live, and deliver what is posted."""
+    """Run so many servers, and a client at each; at the end all must live, and deliver a post."""
     with following(store, number) as servers, ExitStack() as stack:
         clients = [stack.enter_context(Client(server.port)).open() for server in servers]
         yield servers, clients
@@ -34,11 +35,13 @@ def watched(store, number: int = 1):
 
 def read_to(client: Client, text: str) -> list:
     """Receive until an event with this data is there, and return all events."""
-    return client.read_until(lambda stream: any(event.data == text for event in stream.events)).stream.events
+    return client.read_until(
+        lambda stream: any(event.data == text for event in stream.events)).stream.events
 
 
 def read_to_gap(client: Client, number: int = 1) -> list:
-    return client.read_until(lambda stream: names(stream.events).count("gap") >= number).stream.events
+    return client.read_until(
+        lambda stream: names(stream.events).count("gap") >= number).stream.events
 
 
 def names(events: list) -> list:
@@ -65,7 +68,8 @@ def test_the_newest_entry_is_deleted_and_the_next_one_has_the_id_after_it(store)
         read_to_gap(client)
         store.add("5-2", data="b")
         events = read_to(client, "b")
-        assert [(event.name, event.id) for event in events] == [("message", "5-1"), ("gap", "5-1"), ("message", "5-2")]
+        assert [(event.name, event.id) for event in events] == [
+            ("message", "5-1"), ("gap", "5-1"), ("message", "5-2")]
         assert gaps(events) == [{"after": "5-1", "resumed": None, "reason": "evicted"}]
 
 
@@ -145,7 +149,8 @@ def test_flushed_and_begun_anew_with_lower_ids(store):
             pipe.xadd("sse", {"data": f"new {number}"}, id=f"800-{number}")
         pipe.execute()
         events = read_to(client, "new 4")
-        assert data(client)[:5] + data(client)[6:] == [f"{age} {number}" for age in ("old", "new") for number in range(5)]
+        texts = [f"{age} {number}" for age in ("old", "new") for number in range(5)]
+        assert data(client)[:5] + data(client)[6:] == texts
         assert gaps(events) == [{"after": "900-4", "resumed": "800-0", "reason": "evicted"}]
         with resume(server.port, "800-2") as other, resume(server.port, "900-2") as lost:
             assert names(read_to(other, "new 4")) == ["message"] * 2
@@ -181,7 +186,7 @@ def test_deleted_and_made_anew(store):
 def test_renamed_and_back_again_brings_nothing_twice(store, number):
     with watched(store) as (_, (client,)):
         store.add(data="first")
-        read_to(client, "first")        # the stream is not empty, so that a burst may be longer than the log
+        read_to(client, "first")    # with that in the stream, a burst may be longer than the log
         texts = ["first", *add_many(store.client, number=number)]
         read_to(client, texts[-1])
         store.client.rename("sse", "other")
@@ -189,11 +194,12 @@ def test_renamed_and_back_again_brings_nothing_twice(store, number):
         store.client.rename("other", "sse")
         store.add(data="more")
         check_told(read_to(client, "more"), [*texts, "more"])
-        assert [event.data for event in client.stream.events if event.name != "gap"] == [*texts, "more"]
+        got = [event.data for event in client.stream.events if event.name != "gap"]
+        assert got == [*texts, "more"]
 
 
 class Poster:
-    """Posts texts on servers in turn, one after the other, and keeps those that were acknowledged."""
+    """Posts texts on servers in turn, one after the other; keeps those that were acknowledged."""
 
     def __init__(self, servers: list) -> None:
         self.texts, self.number = [], 0
@@ -203,7 +209,8 @@ class Poster:
         for _ in range(number):
             self.number += 1
             port = self._servers[self.number % len(self._servers)].port
-            answer = self._session.post(f"http://127.0.0.1:{port}/{POST}", data=f"p{self.number}", timeout=PATIENCE)
+            answer = self._session.post(f"http://127.0.0.1:{port}/{POST}", data=f"p{self.number}",
+                                        timeout=PATIENCE)
             if answer.status_code == 200:
                 self.texts.append(f"p{self.number}")
 
@@ -219,7 +226,8 @@ class Poster:
 def test_redis_comes_back_without_data_and_its_clock_behind(store, ahead):
     with watched(store, 2) as (servers, clients):
         poster = Poster(servers)
-        store.add(f"{int((time.time() + ahead) * 1000)}-0", data="ahead")       # the ids that follow are no less
+        first = f"{int((time.time() + ahead) * 1000)}-0"    # the ids that follow are no less
+        store.add(first, data="ahead")
         poster.post(100)
         stopped = threading.Event()
         thread = threading.Thread(target=lambda: [store.wipe(), stopped.set()])
@@ -268,7 +276,8 @@ def test_restored_older_again_and_again(store, tmp_path):
 # Redis that is there, and does not do as it should
 
 
-@pytest.mark.parametrize("query", ["protocol=3", "decode_responses=true", "retry_on_timeout=true", "max_connections=5"])
+@pytest.mark.parametrize("query", ["protocol=3", "decode_responses=true", "retry_on_timeout=true",
+                                   "max_connections=5"])
 def test_a_url_cannot_say_how_redis_is_spoken_to(store, query):
     store.url += f"?{query}"
     with watched(store) as (_, (client,)):
@@ -286,7 +295,7 @@ def test_redis_that_refuses(store):
         poster.post(3)
         for setting, value, usual in (("maxmemory", 1, 0), ("requirepass", "secret", "")):
             store.client.config_set(setting, value)
-            store.client.client_kill_filter(_type="normal", skipme=True)    # who is in already stays so
+            store.client.client_kill_filter(_type="normal", skipme=True)    # who is in stays so
             wait_until(lambda: post(server.port, "refused").status_code == 503)
             store.client.config_set(setting, usual)
             poster.post_until_taken()
@@ -307,7 +316,7 @@ def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
             store.client.xadd("sse", {"data": text})
         store.client.xadd("sse", {"data": "x" * (2 << 20)})
         store.client.xadd("sse", {"no": "event"})
-        store.client.xtrim("sse", maxlen=1, approximate=False)      # the one where the follower stands is no event
+        store.client.xtrim("sse", maxlen=1, approximate=False)      # to the one that is no event
         store.add(data="last")
         assert len(read_to(client, "last")) >= 2
         check_told(client.stream.events, [*texts, "last"])
@@ -323,7 +332,8 @@ def test_whatever_happens_to_redis(store):
         threading.Timer(0.3, store.process.send_signal, (signal.SIGCONT,)).start()
     moves = [store.client.flushall, store.wipe, freeze, lambda: (store.kill(), store.start()),
              lambda: store.client.xtrim("sse", maxlen=draw.choice((0, 1, 5)), approximate=False),
-             lambda: store.client.client_pause(100), lambda: store.client.xadd("sse", {"no": "event"}),
+             lambda: store.client.client_pause(100),
+             lambda: store.client.xadd("sse", {"no": "event"}),
              lambda: store.client.client_kill_filter(_type="normal", skipme=True)]
     with watched(store, 2) as (servers, clients):
         poster = Poster(servers)
@@ -332,7 +342,8 @@ def test_whatever_happens_to_redis(store):
             draw.choice(moves)()
             poster.post(draw.randrange(5))
             poster.post_until_taken()
-            for client in clients:      # a stream that is emptied twice before anybody looks shows no trace of it
+            # A stream that is emptied twice before anybody looks shows no trace of it
+            for client in clients:
                 read_to(client, poster.texts[-1])
         poster.close()
         for client in clients:
@@ -417,7 +428,8 @@ def test_a_server_that_was_there_before_redis(store):
     store.kill()
     with following(store, 1, "--heartbeat", "0.2") as (server,), ExitStack() as stack:
         new = stack.enter_context(Client(server.port)).open()
-        waiting = [stack.enter_context(resume(server.port, ids[number % 10])) for number in range(100)]
+        waiting = [stack.enter_context(resume(server.port, ids[number % 10]))
+                   for number in range(100)]
         for client in (*waiting, new):
             client.read_until(lambda stream: stream.comments)
         assert status(server).status_code == 200
@@ -462,8 +474,8 @@ def test_a_fault_in_the_follower_ends_the_process(store):
         import sse_server
         sse_server.Shared.add = lambda self, event: 1 / 0
         sys.exit(sse_server.main(["--port", "0", "--redis", {store.url!r}]))"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         process.stdout.readline()
         port = int(process.stdout.readline().rpartition(":")[2])
@@ -474,4 +486,5 @@ def test_a_fault_in_the_follower_ends_the_process(store):
         errors = process.communicate(timeout=PATIENCE)[1]
     finally:
         process.kill()
-    assert process.returncode == 1 and errors.count("Traceback") == 1 and "ZeroDivisionError" in errors
+    assert process.returncode == 1
+    assert errors.count("Traceback") == 1 and "ZeroDivisionError" in errors

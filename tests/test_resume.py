@@ -1,4 +1,4 @@
-"""Nothing silently lost: a client that comes back gets exactly what it missed, or is told that it cannot."""
+"""Nothing silently lost: who comes back gets exactly what it missed, or is told that it cannot."""
 import json
 import random
 import threading
@@ -81,8 +81,9 @@ def test_retry_is_jittered():
     assert len(retries) > 10 and min(retries) >= 2000 and max(retries) <= 6000
 
 
-UNKNOWN_IDS = ["0-0", "1000-0", "99999999999999-0", "", "x", "-5-0", "5--1", "٣-٠", "1-0 ", "1764000000000",
-               "18446744073709551615-18446744073709551615", "9" * 5000, "\xff".encode("latin-1"), b"\xc3\x28", "null"]
+UNKNOWN_IDS = ["0-0", "1000-0", "99999999999999-0", "", "x", "-5-0", "5--1", "٣-٠", "1-0 ",
+               "1764000000000", "18446744073709551615-18446744073709551615", "9" * 5000,
+               "\xff".encode("latin-1"), b"\xc3\x28", "null"]
 
 
 @pytest.mark.parametrize("last_id", UNKNOWN_IDS, ids=lambda id: repr(id)[:24])
@@ -99,7 +100,8 @@ def test_an_id_that_is_not_ours_gives_one_gap_and_all_there_is(server, last_id, 
 
 def test_an_id_of_an_empty_log(server):
     event, = first_events(server.port, 1, "5-0")
-    assert event.name == "gap" and json.loads(event.data) == {"after": "5-0", "resumed": None, "reason": "unknown"}
+    assert event.name == "gap" and json.loads(event.data) == {"after": "5-0", "resumed": None,
+                                                              "reason": "unknown"}
 
 
 def test_an_evicted_id():
@@ -107,7 +109,8 @@ def test_an_evicted_id():
         ids = [server.publish(str(number)) for number in range(300)]
         wait_until(lambda: server._broadcast.fanned_out == 300)
         events = first_events(server.port, 101, ids[50])
-        assert json.loads(events[0].data) == {"after": ids[50], "resumed": ids[200], "reason": "evicted"}
+        assert json.loads(events[0].data) == {"after": ids[50], "resumed": ids[200],
+                                              "reason": "evicted"}
         assert [event.data for event in events[1:]] == [str(number) for number in range(200, 300)]
         assert events[0].id == ids[50]          # a gap does not move the client's id
         assert [event.data for event in first_events(server.port, 1, ids[199])] == ["200"]
@@ -132,7 +135,8 @@ def test_a_bad_byte_in_the_head_is_a_400(server, bad):
 
 def test_an_endless_id_is_a_431(server):
     assert ask(server.port, request(b"1" * 65536)).startswith(b"HTTP/1.1 431 ")
-    assert ask(server.port, request(path="/?lastEventId=" + "1" * 65536)).startswith(b"HTTP/1.1 414 ")
+    assert ask(server.port,
+               request(path="/?lastEventId=" + "1" * 65536)).startswith(b"HTTP/1.1 414 ")
 
 
 def test_two_ids_are_a_400(server):
@@ -148,7 +152,7 @@ def test_a_heartbeat_never_moves_an_id():
 
 
 def test_a_thousand_random_cuts_while_publishing_at_full_speed():
-    """Chunked and not, fast and slow readers: all that a client sees over its lives is 1..n, once, in order."""
+    """Chunked and not, fast and slow: all that a client sees over its lives is 1..n, in order."""
     seed = random.randrange(1 << 32)
     lives_each, readers = 125, 8
     done = threading.Event()
@@ -162,7 +166,8 @@ def test_a_thousand_random_cuts_while_publishing_at_full_speed():
                 number += 1
                 server.publish(f"{number}")
                 if number % 20 == 0:
-                    time.sleep(0.001)       # some 15,000 events a second beside the readers of this one process
+                    # Some 15,000 events a second beside the readers of this one process
+                    time.sleep(0.001)
             server.publish("end")
 
         def read(name):

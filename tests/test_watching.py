@@ -10,21 +10,28 @@ from sse_server import SSEServer
 
 
 def parse_metrics(text: str) -> dict:
-    """Parse the text format of Prometheus, version 0.0.4, strictly: HELP, TYPE and samples in this order, no metric twice."""
+    """Parse the text format of Prometheus, version 0.0.4, strictly.
+
+    HELP, TYPE and samples in this order, no metric twice.
+    """
+    word = "[a-zA-Z_:][a-zA-Z0-9_:]*"
+    sample = rf'({word})(\{{[a-z]+="[^"\\\n]*"\}})? ([0-9.e+-]+)'
     samples, kinds, current = {}, {}, None
     assert text.endswith("\n")
     for line in text[:-1].split("\n"):
         if line.startswith("# HELP "):
             current, _, words = line[len("# HELP "):].partition(" ")
-            assert words and current not in kinds and re.fullmatch("[a-zA-Z_:][a-zA-Z0-9_:]*", current)
+            assert words and current not in kinds and re.fullmatch(word, current)
             kinds[current] = None
         elif line.startswith("# TYPE "):
             name, kind = line[len("# TYPE "):].split(" ")
-            assert name == current and kinds[name] is None and kind in ("counter", "gauge", "summary", "histogram")
+            assert name == current and kinds[name] is None
+            assert kind in ("counter", "gauge", "summary", "histogram")
             kinds[name] = kind
         else:
-            name, labels, value = re.fullmatch(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(\{[a-z]+="[^"\\\n]*"\})? ([0-9.e+-]+)', line).groups()
-            assert name == current or kinds[current] == "summary" and name in (f"{current}_sum", f"{current}_count"), line
+            name, labels, value = re.fullmatch(sample, line).groups()
+            parts = [f"{current}{part}" for part in ("_sum", "_count")]
+            assert name == current or kinds[current] == "summary" and name in parts, line
             assert kinds[current] != "counter" or name.endswith("_total")
             assert (name + (labels or "")) not in samples
             samples[name + (labels or "")] = float(value)
@@ -45,7 +52,8 @@ def fetch(server: SSEServer, path: str, token: str = "SECRET") -> requests.Respo
 
 
 def watch(server: SSEServer, **options) -> Client:
-    return Client(server.port, b"GET /SECRET?channel=a HTTP/1.1\r\nHost: x\r\n\r\n", **options).open()
+    return Client(server.port, b"GET /SECRET?channel=a HTTP/1.1\r\nHost: x\r\n\r\n",
+                  **options).open()
 
 
 def test_metrics_count_what_happened(server):
@@ -63,12 +71,15 @@ def test_metrics_count_what_happened(server):
         values = parse_metrics(answer.text)
         received = sum(len(part) for client in (one, two) for part in client.stream.payloads)
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    assert (values["sse_clients"], values["sse_lagging_clients"], values["sse_events_total"]) == (2, 0, 12)
+    assert values["sse_clients"] == 2 and values["sse_lagging_clients"] == 0
+    assert values["sse_events_total"] == 12
     assert values["sse_deliveries_total"] == 22 and values["sse_gaps_total"] == 0
     assert values["sse_sent_bytes_total"] > received
-    assert values['sse_refused_total{status="401"}'] == 1 and values['sse_refused_total{status="400"}'] == 1
+    for status in (401, 400):
+        assert values[f'sse_refused_total{{status="{status}"}}'] == 1
     assert values["sse_turn_seconds_count"] > 0 and 0 < values["sse_turn_seconds_sum"] < 60
-    wait_until(lambda: parse_metrics(fetch(server, "/-/metrics").text)['sse_drops_total{reason="closed"}'] == 2)
+    closed = 'sse_drops_total{reason="closed"}'
+    wait_until(lambda: parse_metrics(fetch(server, "/-/metrics").text)[closed] == 2)
 
 
 def test_the_bytes_are_those_that_were_sent(server):
@@ -110,10 +121,12 @@ def test_they_are_under_the_same_token_rule(server):
         assert answer.startswith(b"HTTP/1.1 401 ")
     with pytest.raises(requests.HTTPError):         # who may watch may not see who else does
         fetch(server, "/-/status?list")
-    head = ask(server.port, b"HEAD /-/status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer SECRET\r\n\r\n")
+    head = ask(server.port,
+               b"HEAD /-/status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer SECRET\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ") and head.endswith(b"\r\n\r\n")
     with SSEServer(port=0) as open_server:
-        body = ask(open_server.port, b"GET /-/status HTTP/1.1\r\nHost: x\r\n\r\n").partition(b"\r\n\r\n")[2]
+        body = ask(open_server.port,
+                   b"GET /-/status HTTP/1.1\r\nHost: x\r\n\r\n").partition(b"\r\n\r\n")[2]
         assert json.loads(body)["clients"] == 0
 
 

@@ -1,7 +1,8 @@
 """Read a stream strictly: an independent parser of what the server writes, sharing no code with it.
 
-`Decoder` takes bytes in any pieces. It raises on every deviation from RFC 9112 section 7.1 and from this server's own
-promises (eight lower-case digits, one event a chunk), and interprets fields as WHATWG HTML section 9.2.6 says.
+`Decoder` takes bytes in any pieces. It raises on every deviation from RFC 9112 section 7.1 and
+from this server's own promises (eight lower-case digits, one event a chunk), and interprets
+fields as WHATWG HTML section 9.2.6 says.
 """
 import re
 from typing import List, NamedTuple
@@ -16,7 +17,8 @@ class Event(NamedTuple):
 class Decoder:
     """Decode one stream, head included.
 
-    chunked: False for the body of an HTTP/1.0 answer. proxied: a proxy is between, which may cut chunks as it likes.
+    chunked: False for the body of an HTTP/1.0 answer. proxied: a proxy is between, which may cut
+    chunks as it likes.
     """
 
     def __init__(self, chunked: bool = True, last_id: str = "", proxied: bool = False) -> None:
@@ -71,7 +73,8 @@ class Decoder:
         size = int(line, 16)
         if len(rest) < size + 2:
             return False
-        assert rest[size:size + 2] == b"\r\n", f"the chunk is not {size} bytes long: {rest[:size + 2]!r}"
+        whole = rest[:size + 2]
+        assert whole.endswith(b"\r\n"), f"the chunk is not {size} bytes long: {whole!r}"
         self._raw = rest[size + 2:]
         self._payload(rest[:size])
         return True
@@ -106,8 +109,12 @@ class Decoder:
         return True
 
     def _payload(self, payload: bytes) -> None:
-        """One chunk is one block of lines that ends in a blank one, and dispatches one event at most; or a comment."""
-        if payload == b":\n":       # no blank line: that would end a block, of which lax clients make an event
+        """One chunk is a block of lines that ends in a blank one, with one event at most.
+
+        Or it is a comment without a blank line: that would end a block, of which clients that are
+        not strict make an event.
+        """
+        if payload == b":\n":
             self.comments += 1
             return
         self.payloads.append(payload)
