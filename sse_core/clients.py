@@ -43,8 +43,8 @@ class Opening(NamedTuple):
 
 class Client:
     """One connected socket and its cursor."""
-    __slots__ = ("sock", "peer", "asked", "since", "registered_at", "index", "cursor", "rest",
-                 "after", "gap", "last_id", "ahead", "sent_at", "awaited_until", "group")
+    __slots__ = ("sock", "peer", "asked", "since", "registered_at", "cursor", "rest", "after",
+                 "gap", "last_id", "ahead", "sent_at", "awaited_until", "group")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
@@ -52,10 +52,9 @@ class Client:
         self.asked = opening.asked
         self.since = 0.0                    # seconds since the epoch: when it was registered
         self.registered_at = 0.0            # the same on the monotonic clock
-        self.index = -1                     # in the list of clients
         self.cursor = 0                     # the next frame due; while it is current, not kept up
         self.rest: Bytes = opening.head     # due before that frame: a head, or what is left of one
-        self.after: Id | None = None         # it has had everything up to this id
+        self.after: Id | None = None        # it has had everything up to this id
         self.gap: tuple[str | None, str] | None = None  # to be told first: an id, a reason
         self.last_id = opening.last_id      # that it brought
         self.ahead = False                  # this server has not come to that id yet
@@ -94,7 +93,7 @@ class Clients:
     def __init__(self, mutex: threading.RLock, credit: float) -> None:
         self._mutex = mutex                     # guards all in here
         self._credit = credit                   # seconds that a client is waited for at first
-        self._all: list[Client] = []
+        self._all: dict[Client, None] = {}      # ordered set
         self.joining: list[Client] = []         # not yet seen by the publisher
         self.lagging: dict[Client, None] = {}   # ordered: served longest ago first
 
@@ -106,13 +105,12 @@ class Clients:
 
     def add(self, client: Client) -> None:
         """Add a client, which joins."""
-        client.index = len(self._all)
-        self._all.append(client)
+        self._all[client] = None
         self.joining.append(client)
 
     def take_all(self) -> list[Client]:
         """Return all clients, and forget them."""
-        clients, self._all, self.joining, self.lagging = self._all, [], [], {}
+        clients, self._all, self.joining, self.lagging = [*self._all], {}, [], {}
         return clients
 
     def _awaited(self, now: float) -> Iterator[Client]:
@@ -170,10 +168,7 @@ class Clients:
                 client.group.current[client] = None
 
     def remove(self, client: Client) -> None:
-        """Forget a client. The last of the list takes its place."""
+        """Forget a client."""
         with self._mutex:
             self.lagging.pop(client, None)
-            last = self._all.pop()
-            if last is not client:
-                self._all[client.index] = last
-                last.index = client.index
+            del self._all[client]
