@@ -94,17 +94,13 @@ class Publisher:
         self._broadcast.publisher = threading.get_ident()
         try:
             while not self._broadcast.done():
-                self.turn(self._idle_time())
+                longest = LOOK if self._ahead or self._broadcast.stopping else math.inf
+                self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
         except BaseException:       # a stream may be in the middle of a frame: none is ended
             self._groups = Groups()
             raise
         finally:
             self.close()
-
-    def _idle_time(self) -> float:
-        """Return for how many seconds there is nothing to do if nothing happens."""
-        longest = LOOK if self._ahead or self._broadcast.stopping else math.inf
-        return min(longest, max(0.0, self._sweep_at - self._clock()))
 
     def turn(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for work, then do one round of it. Public for tests.
@@ -246,7 +242,7 @@ class Publisher:
             now = client.sent_at = self._clock()
             if client.awaited_until > now:
                 until = client.awaited_until + sent / PACE
-                client.awaited_until = min(until, now + self._broadcast.credit)
+                client.awaited_until = min(until, now + self._clients.credit)
             self.counters.bytes += sent
         return sent
 

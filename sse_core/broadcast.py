@@ -53,8 +53,7 @@ class Broadcast:
         self._mutex = threading.RLock()
         self._moved = threading.Condition(self._mutex)  # clients have, or the log, or it is the end
         self._log = Log(history, (int(wall() * 1000), 0))
-        self.credit = patience and patience + LUMP / PACE   # seconds: the most a client can have
-        self.clients = Clients(self._mutex, self.credit)
+        self.clients = Clients(self._mutex, patience and patience + LUMP / PACE)
         self.fanned_out = 0                     # number of the frame that the fan-out begins with
         self.newest = self._log.last_id         # the newest id before that
         self._woken = False                     # the publisher looks for work without a wake-up
@@ -114,8 +113,8 @@ class Broadcast:
         began = self.clock()
         with self._mutex:
             # First for what is in the shared log and has not come back from it
-            while self._log.complete_at < began and self.clock() < began + max(1.0, self.credit) \
-                    and not self.stopping:
+            until = began + max(1.0, self.clients.credit)
+            while self._log.complete_at < began and self.clock() < until and not self.stopping:
                 self._moved.wait(LOOK)
             end = self._log.next
             while not self.stopping and (
@@ -132,7 +131,7 @@ class Broadcast:
         missed or sent twice.
         """
         client = Client(sock, peer, opening)
-        client.since, client.registered_at = self._wall(), self.clock()
+        client.registered_at = self.clock()
         with self._mutex:
             if self.stopping or len(self.clients) >= self._max_clients:
                 return False
@@ -154,7 +153,7 @@ class Broadcast:
     def describe_clients(self) -> list[dict[str, Any]]:
         """Return what there is to say of each client: times in seconds, at most 1000 of them."""
         with self._mutex:
-            return self.clients.describe(self._log, self.clock())
+            return self.clients.describe(self._log, self.clock(), self._wall())
 
     # The end
 
@@ -299,8 +298,7 @@ class Broadcast:
         with self._mutex:
             if self._stop_by is None:
                 return False
-            behind = self.fanned_out < self._log.next
-            busy = behind or self.clients.joining or self.clients.lagging
+            busy = self.fanned_out < self._log.next or self.clients.joining or self.clients.lagging
             return not busy or self.clock() >= self._stop_by
 
     def close(self) -> list[Client]:

@@ -43,15 +43,14 @@ class Opening(NamedTuple):
 
 class Client:
     """One connected socket and its cursor."""
-    __slots__ = ("sock", "peer", "asked", "since", "registered_at", "cursor", "rest", "after",
-                 "gap", "last_id", "ahead", "sent_at", "awaited_until", "group")
+    __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
+                 "last_id", "ahead", "sent_at", "awaited_until", "group")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
         self.peer = peer                    # for the logger: it is not known any more after a reset
         self.asked = opening.asked
-        self.since = 0.0                    # seconds since the epoch: when it was registered
-        self.registered_at = 0.0            # the same on the monotonic clock
+        self.registered_at = 0.0            # on the monotonic clock
         self.cursor = 0                     # the next frame due; while it is current, not kept up
         self.rest: Bytes = opening.head     # due before that frame: a head, or what is left of one
         self.after: Id | None = None        # it has had everything up to this id
@@ -92,7 +91,7 @@ class Clients:
 
     def __init__(self, mutex: threading.RLock, credit: float) -> None:
         self._mutex = mutex                     # guards all in here
-        self._credit = credit                   # seconds that a client is waited for at first
+        self.credit = credit                    # seconds: the most that a client is waited for
         self._all: dict[Client, None] = {}      # ordered set
         self.joining: list[Client] = []         # not yet seen by the publisher
         self.lagging: dict[Client, None] = {}   # ordered: served longest ago first
@@ -126,10 +125,10 @@ class Clients:
         """Say whether those who are waited for have everything before the frame numbered `end`."""
         return all(client.cursor - bool(client.rest) >= end for client in self._awaited(now))
 
-    def describe(self, log: Log, now: float) -> list[dict[str, Any]]:
+    def describe(self, log: Log, now: float, wall: float) -> list[dict[str, Any]]:
         """Return what there is to say of clients, the lagging ones first, LISTED at most."""
         others = (client for client in self._all if client not in self.lagging)
-        return [{"peer": client.peer, "since": round(client.since, 3),
+        return [{"peer": client.peer, "since": round(wall - now + client.registered_at, 3),
                  "channels": len(client.asked.channels), **self._lag(client, log, now)}
                 for client in islice(chain(self.lagging, others), LISTED)]
 
@@ -150,7 +149,7 @@ class Clients:
     def set_lagging(self, client: Client, now: float) -> None:
         """Sort a client among those that read on from their own cursor."""
         with self._mutex:
-            client.awaited_until = now + min(self._credit, now - client.awaited_until)
+            client.awaited_until = now + min(self.credit, now - client.awaited_until)
             self.lagging[client] = None
             client.group.current.pop(client, None)
 

@@ -152,11 +152,7 @@ class Handshakes:
 
 
 class Handshake:
-    """One connection, from accept until it is closed or its socket is registered.
-
-    `run_at_once` is for the accept loop and never waits. If it returns False, `run` goes on in a
-    thread, and waits HEAD_TIME at most for each request. `cut` may be called from any thread.
-    """
+    """One connection, from accept until it is closed or its socket is registered."""
 
     def __init__(self, sock: socket.socket, peer: str, others: Handshakes) -> None:
         self._lock = threading.Lock()   # guards the next three: `cut` never meets a client's socket
@@ -191,7 +187,7 @@ class Handshake:
     # Run by the accept loop
 
     def run_at_once(self) -> bool:
-        """Register the client, or refuse it, if its request is all there. False: call `run`."""
+        """Register or refuse whose request is all there, and never wait. False: call `run`."""
         if self._others.context:
             return False
         self._sock.setblocking(False)
