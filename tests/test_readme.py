@@ -1,4 +1,5 @@
 """The README keeps its word: every command in it is run, its table of flags is that of --help."""
+import json
 import os
 import re
 import shlex
@@ -9,7 +10,7 @@ import sys
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, free_port, make_certificate, need, wait_until
+from helpers import PATIENCE, TOP, Client, free_port, get, make_certificate, need, wait_until
 
 README = (TOP / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -93,14 +94,15 @@ def test_run_and_see(shell):
     run, see = commands("python sse_server.py --port 6500", "curl -N http://127.0.0.1:6500/token")
     shell.serve(run)
     shell.watch(see, "data: ")
-    metrics, status = commands("/-/metrics", "/-/status")
+    health, metrics, status = commands("/-/health", "/-/metrics", "/-/status")
+    assert shell.output(health) == "ok\n"
     assert "sse_clients 1\n" in shell.output(metrics)
     assert '"clients": 1' in shell.output(status)
 
 
 def test_pipe(shell):
     pipe, = commands("seq 1 100000 |")
-    shell.start(pipe.replace("seq 1 100000", "(sleep 2; seq 1 100000)"))
+    shell.start(pipe)
     port = int(shell.ports["6500"])
     wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"],
                                       capture_output=True).returncode == 0)
@@ -112,6 +114,22 @@ def test_pipe(shell):
                 break
             tail = (tail + data)[-500:]
     assert b"data: 100000\r\n" in tail and tail.endswith(b"0\r\n\r\n")
+
+
+def test_a_pipe_of_json_lines(shell):
+    serve, = commands("--stdin --json --wait-clients 1")
+    process = shell.start(serve)
+    while "Listening" not in process.stdout.readline():
+        assert process.poll() is None
+    with Client(int(shell.ports["6500"]), get("/?channel=ops")) as client:
+        event, = client.read_to_end().events
+    assert (event.name, event.data) == ("alert", '{"disk": 93}') and process.wait(PATIENCE) == 0
+
+
+def test_many_posts_at_once(shell):
+    serve, post = commands("--publish-token SECRET", "x-ndjson")
+    shell.serve(serve)
+    assert len(json.loads(shell.output(post))["ids"]) == 2
 
 
 def test_post_and_channel(shell):

@@ -1,0 +1,136 @@
+"""Events as JSON: lines of a pipe, and many in one POST, all or none."""
+import json
+import logging
+import os
+import threading
+
+import pytest
+
+from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, get, post, serving, wait_until
+from sse_core import frames, sources
+from sse_core.frames import Draft
+from sse_server import SSEServer
+
+GOOD = [
+    ('{"data": "x"}', Draft("x")),
+    ('{"data": "", "event": null, "channel": null}', Draft("")),
+    ('{"data": {"a": [1, "é"]}, "event": "e"}', Draft('{"a": [1, "\\u00e9"]}', "e")),
+    ('{"data": null}', Draft("null")), ('{"data": 1.5}', Draft("1.5")), ('{"data": true}', Draft("true")),
+    (' {"channel": "c", "data": "a\\nb"} ', Draft("a\nb", None, "c")),
+]
+BAD = [
+    ("", "Expecting value"), ("{", "Expecting"), ("[]", 'not an object with "data"'),
+    ('"x"', 'not an object with "data"'), ("{}", 'not an object with "data"'),
+    ('{"data": "x", "chanel": "c"}', "nothing is known of 'chanel'"),
+    ('{"data": "x", "event": 1}', "event and channel are strings"),
+    ('{"data": "x", "channel": ["c"]}', "event and channel are strings"),
+    ('{"data": "x", "channel": ""}', "the channel has no name"),
+    ('{"data": "x", "event": "a\\nb"}', "CR, LF, NUL"), ('{"data": "\\ud800"}', "surrogate"),
+    ('{"data": "x", "event": "gap"}', "server's own"), ("[" * 100_000, "nested too deeply"),
+    ('{"data": "%s"}' % ("x" * (frames.MAX_EVENT + 1)), "longer than"),
+]
+
+
+@pytest.fixture
+def server():
+    with SSEServer(port=0, publish_tokens=[PUBLISH_TOKEN]) as server:
+        yield server
+
+
+@pytest.mark.parametrize("line, draft", GOOD)
+def test_a_line_of_json_is_an_event(line, draft):
+    assert frames.parse_draft(line) == draft
+
+
+@pytest.mark.parametrize("line, said", BAD, ids=range(len(BAD)))
+def test_what_is_no_event_is_told_why(line, said):
+    with pytest.raises(ValueError, match=said):
+        frames.parse_draft(line)
+
+
+def post_lines(port: int, body: bytes, query: str = "") -> tuple:
+    """POST lines and return the status and the body of the answer."""
+    answer = post(port, f"/{PUBLISH_TOKEN}{query}", body, "Content-Type: application/x-ndjson")
+    head, _, text = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), text.decode()
+
+
+def test_many_events_in_one_post_are_published_in_order(server):
+    with Client(server.port, get("/?channel=c")) as client:
+        client.open()
+        lines = "".join(line + "\r\n" for line, _ in GOOD) + "\n"
+        status, text = post_lines(server.port, lines.encode())
+        got = client.read_events(len(GOOD))
+    assert status == 200 and json.loads(text)["ids"] == [event.id for event in got]
+    assert [event.data for event in got] == [draft.data for _, draft in GOOD]
+
+
+@pytest.mark.parametrize("line, said", BAD[1:7], ids=range(6))
+def test_one_bad_line_and_none_is_published(server, line, said):
+    with Client(server.port) as client:
+        client.open()
+        body = '{"data": "1"}\n' + line + '\n{"data": "2"}'
+        status, text = post_lines(server.port, body.encode())
+        assert status == 400 and text.startswith("Line 2 ") and "none was published" in text
+        server.publish("last")
+        assert [event.data for event in client.read_events(1)] == ["last"]
+
+
+def test_an_empty_list_is_an_empty_list(server):
+    assert post_lines(server.port, b"\n") == (200, '{"ids": []}\n')
+
+
+@pytest.mark.parametrize("query, said", [
+    ("?channel=a&channel=b", "one channel"), ("?chanel=a", "'chanel' is not known"),
+    ("?event=a&event=b", "one event"), ("?data=x", "'data' is not known")])
+def test_a_post_that_cannot_be_meant_is_told_so(server, query, said):
+    answer = post(server.port, f"/{PUBLISH_TOKEN}{query}", b"x")
+    assert answer.startswith(b"HTTP/1.1 400 ") and said in answer.decode()
+    assert post_lines(server.port, b'{"data": "x"}', "?event=a")[0] == 400
+
+
+@pytest.mark.parametrize("query, status", [
+    ("?chanel=a", 400), ("?channels=a", 400), ("?Channel=a", 400), ("?lasteventid=1", 400),
+    ("?utm_source=x", 200), ("?_=1", 200), ("?" + "x" * 5000, 200), ("?c", 200)])
+def test_a_parameter_that_is_nearly_a_known_one_is_asked_about(server, query, status):
+    answer = ask(server.port, get("/" + query, method="HEAD"))
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_bad_lines_of_a_pipe_are_left_out_warned_of_once_and_counted(caplog):
+    caplog.set_level(logging.WARNING)
+    got = []
+
+    read, write = os.pipe()
+    os.write(write, b'{"data": "1"}\nno\n{"data": "2"}\n{"data": 3, "x": 1}\n')
+    os.close(write)
+    number = sources.lines(lambda drafts, wait: got.extend(drafts), threading.Event(), read,
+                           frames.parse_draft)
+    os.close(read)
+    assert (number, [draft.data for draft in got]) == (2, ["1", "2"])
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first.startswith("standard input: lines that are no events are left out; the first: ")
+    assert last == "standard input: 2 lines were left out"
+
+
+def test_a_pipe_waits_for_its_clients_and_says_whom_it_reached():
+    with serving("--stdin", "--wait-clients", "2", "--loud") as server:
+        server.process.stdin.write(b"1\n2\n")
+        server.process.stdin.close()
+        server.process.stdin = None
+        with Client(server.port) as one:
+            one.open()
+            with Client(server.port) as two:
+                for client in (one, two):
+                    assert [event.data for event in client.read_to_end().events] == ["1", "2"]
+        assert server.process.wait(PATIENCE) == 0
+        assert "2 events, delivered to 2 clients" in server.close()
+
+
+def test_a_pipe_that_reached_nobody_is_a_warning():
+    with serving("--stdin") as server:
+        server.process.stdin.write(b"1\n")
+        server.process.stdin.close()
+        server.process.stdin = None
+        wait_until(lambda: server.process.poll() is not None)
+        assert server.close() == "1 event, delivered to 0 clients\n"
