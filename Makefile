@@ -29,7 +29,7 @@ $(VENV)/checkers: $(VENV)/ready
 
 $(VENV)/ready: setup.cfg
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet pytest requests redis
+	$(VENV)/bin/python -m pip install --quiet pytest requests redis 'pyjwt[crypto]'
 	touch $@
 
 clean:

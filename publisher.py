@@ -33,7 +33,8 @@ from sse_core.log import Batch, Bytes, Frame
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
 SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
 
-CLOSED, RESET, STALLED, UNWATCHED = "closed", "reset", "stalled", "unwatched"   # reasons of drops
+CLOSED, RESET, STALLED, UNWATCHED, EXPIRED = REASONS = (     # of drops
+    "closed", "reset", "stalled", "unwatched", "expired")
 READ, BOTH = selectors.EVENT_READ, selectors.EVENT_READ | selectors.EVENT_WRITE
 
 # Lets a thread that shares the core and makes more work go on first: of 3000 connects in a row, 50
@@ -54,7 +55,7 @@ class Publisher:
         self._clock = broadcast.clock
         # Any thread may read these. Deliveries: frames begun, and gaps: told, over all clients
         self.counters = SimpleNamespace(deliveries=0, bytes=0, gaps=0, turns=0, turn_seconds=0.0,
-                                        drops=dict.fromkeys((CLOSED, RESET, STALLED, UNWATCHED), 0))
+                                        drops=dict.fromkeys(REASONS, 0))
         self._heartbeat = heartbeat
         self._groups = Groups()
         self._ahead: dict[Client, None] = {}
@@ -261,8 +262,15 @@ class Publisher:
 
     def _sweep(self) -> None:
         """Drop stalled clients; send a comment to those that were sent nothing for a while."""
-        now = self._clock()
+        now, wall = self._clock(), self._broadcast.wall()
         self._sweep_at = now + self._sweep_every
+        over = [client for group in self._groups if group.asked.until <= wall
+                for client in group.current]
+        others = (client for client in [*islice(self._clients.lagging, AT_ONCE), *self._ahead]
+                  if client.asked.until <= wall)
+        for client in [*over, *others]:
+            if self._end(client):
+                self._drop(client, EXPIRED)
         for client in list(islice(self._clients.lagging, AT_ONCE)):
             if now - client.sent_at >= STALL:
                 # A socket is reported when a third of its buffer is free: of a slow reader, later
@@ -297,12 +305,16 @@ class Publisher:
         level = logging.WARNING if reason in (STALLED, UNWATCHED) else logging.DEBUG
         logger.log(level, "%s dropped: %s", client.peer, reason)
 
+    def _end(self, client: Client) -> bool:
+        """End a stream in order, unless it is in the middle of a frame. False: it was gone."""
+        in_order = client.asked.chunked and not client.rest
+        return self._send(client, frames.END if in_order else b"") >= 0
+
     def close(self) -> None:
         """End the streams of all that are not in the middle of a frame, and close all sockets."""
         current = [client for group in self._groups for client in group.current]
         for client in [*current, *self._ahead]:
-            if client.asked.chunked:
-                self._send(client, frames.END)
+            self._end(client)
         for client in self._broadcast.close():
             client.sock.close()
         self._selector.close()

@@ -179,9 +179,13 @@ class SSEServer(_Listener):
                     slow client; it is waited for as long as it takes 16 KiB a second; 0: for none
     tokens          who may watch, by `/TOKEN` or `Authorization: Bearer TOKEN`; none: everybody
     publish_tokens  who may POST events, in the same way; none: nobody
-    authorize       says of an `http1.Request` whether it may watch, in place of `tokens`. It runs
-                    in a thread of that request and may take its time; if it raises, that is a 500
+    jwt_key         of signed tokens, which name the channels granted and need the package PyJWT:
+                    a secret (HS256), or a public key in PEM (RS256, ES256)
+    authorize       says of an `http1.Request` whether it may watch, or which channels, in place of
+                    `tokens` and `jwt_key`. It runs in a thread of that request and may take its
+                    time; if it raises, that is a 500
     origins         of pages that may read and publish, as `https://example.org`; none: all
+    allowed_hosts   names and addresses that requests may be for; none: any
     cert, key       PEM files for TLS; the key may be in the first
     redis, stream   redis://HOST:PORT/DB and the key of a stream, which takes the place of this
                     server's own events: what is published on any server goes to it, and comes
@@ -204,6 +208,7 @@ class SSEServer(_Listener):
                  patience: float = 5.0, tokens: Sequence[str] = (),
                  publish_tokens: Sequence[str] = (),
                  authorize: Authorize | None = None, origins: Sequence[str] = (),
+                 allowed_hosts: Sequence[str] = (), jwt_key: str | None = None,
                  cert: str | None = None, key: str | None = None,
                  redis: str | None = None, stream: str = "sse",
                  history_file: str | None = None, sync: bool = False,
@@ -215,7 +220,8 @@ class SSEServer(_Listener):
         self._ended = threading.Event()         # set when `stop` has done all it does
         self._scheme = "https" if cert else "http"
         self.on_fault: Callable[[], object] = lambda: None
-        access = Access(tokens, publish_tokens, authorize, origins, self._scheme)
+        access = Access(tokens, publish_tokens, authorize, origins, self._scheme, host=host,
+                        allowed_hosts=allowed_hosts, jwt_key=jwt_key)
         context = tls_context(cert, key) if cert else None
         kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
                                 "max_clients": max_clients}

@@ -1,83 +1,143 @@
-"""Turn a request into a decision: who may watch, who may publish, which pages may read answers.
+"""Turn a request into a decision: who may watch and publish what, which pages may read answers.
 
-No socket, no thread and no clock in here. What is not allowed is a Refusal.
+No socket, no thread and no clock in here: `now` is handed in. What is not allowed is a Refusal.
 """
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Callable
+from collections.abc import Iterable, Sequence
+from typing import Callable, NamedTuple
 
+from sse_core import signed
 from sse_core.http1 import Refusal, Request
 
 _ORIGIN = re.compile("null|[a-z][a-z0-9+.-]*://[^/A-Z]+")     # RFC 6454 section 6.2
-_BEARER = ["WWW-Authenticate: Bearer"]
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::[0-9]*)?|([0-9a-f:.]+)", re.IGNORECASE)
+_LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]+){3}")
 
-Authorize = Callable[[Request], bool]
+Authorize = Callable[[Request], "bool | Iterable[str]"]
+
+
+class Grant(NamedTuple):
+    """The channels that may be watched, or published to; `user-42*` is all that begin so."""
+    channels: tuple[str, ...]
+    until: float | None = None      # seconds since 1970; None: for ever
+
+    def check(self, channel: str | None) -> None:
+        """Raise Refusal for a channel that is not granted. None is everyone, and needs `*`."""
+        if channel is None and "*" not in self.channels:
+            raise Refusal(403, "Publishing to everyone is not granted: name a channel.")
+        if channel is not None and not any(
+                channel == each or each.endswith("*") and channel.startswith(each[:-1])
+                for each in self.channels):
+            raise Refusal(403, f"The channel {channel[:100]!r} is not granted.")
+
+
+EVERYTHING = Grant(("*",))
 
 
 class Access:
     """The rules for all requests to one server. They never change, so any thread may ask.
 
-    tokens: of those who may watch; none: everybody may. authorize: is asked in their place.
-    publish_tokens: of those who may publish by POST; none: nobody may.
+    tokens: of those who may watch; none, and no jwt_key: everybody may.
+    publish_tokens: of those who may publish by POST; none, and no jwt_key: nobody may.
+    authorize: says who may watch, in place of tokens: True, False, or the channels granted.
     origins: of the pages that may read answers and publish; none: every page may.
-    scheme: http or https, by which the server's own page is reached. It may always publish.
+    scheme, host: http or https, and where it listens: pages of its own may always publish.
+    allowed_hosts: names and addresses that requests may be for; none: any.
+    jwt_key: of tokens that say themselves what they grant, see signed.py.
 
-    Raises ValueError for an empty token, and for an origin that no browser sends.
+    Raises ValueError for what would let in anybody or nobody, TypeError for a str as a list.
     """
 
     def __init__(self, tokens: Sequence[str], publish_tokens: Sequence[str],
-                 authorize: Authorize | None, origins: Sequence[str], scheme: str) -> None:
-        if "" in (*tokens, *publish_tokens):
-            raise ValueError("a token is empty: anybody would have it")
-        for origin in origins:
+                 authorize: Authorize | None, origins: Sequence[str], scheme: str, *,
+                 host: str = "", allowed_hosts: Sequence[str] = (),
+                 jwt_key: str | None = None) -> None:
+        self._tokens = _plain(tokens, "tokens")
+        self._publish_tokens = _plain(publish_tokens, "publish_tokens")
+        self._authorize = authorize
+        self._origins = frozenset(_texts(origins, "origins"))
+        for origin in self._origins:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"the origin {origin!r} is not one as browsers send it: "
                                  "scheme://host[:port], or null")
-        self._tokens = [token.encode() for token in tokens]
-        self._publish_tokens = [token.encode() for token in publish_tokens]
-        self._authorize = authorize
-        self._origins = frozenset(origins)
         self._scheme = scheme
+        own = (host, *(origin.partition("://")[2] for origin in self._origins))
+        self._own_hosts = {_host(each) for each in own} - {""}
+        self._allowed_hosts = {_host(each) for each in _texts(allowed_hosts, "allowed_hosts")}
+        if "" in self._allowed_hosts:
+            raise ValueError("an allowed host is neither a name nor an address")
+        self._signed = None if jwt_key is None else signed.Signed(jwt_key)
 
     @property
     def takes_time(self) -> bool:
-        """Whether `admit` asks a program, which may take its time."""
+        """Whether `admit` asks a program, which may take its time; a signature takes 0.1 ms."""
         return self._authorize is not None
 
-    def admit(self, request: Request) -> None:
-        """Raise Refusal for a request that may not watch, and whatever `authorize` raises."""
-        if self._authorize is not None:
-            admitted = self._authorize(request)
-        else:
-            admitted = not self._tokens or request.has_token(self._tokens)
-        if not admitted:
-            raise Refusal(401, "Name a token: GET /TOKEN, or the header field "
-                               "Authorization: Bearer TOKEN.", _BEARER)
+    def check_host(self, request: Request) -> None:
+        """Raise Refusal for a Host that is not allowed. Ask it first, of every request."""
+        if self._allowed_hosts and _host(request.known.get("host", "")) not in self._allowed_hosts:
+            raise Refusal(421, "This Host is not among those of --allowed-host.")
 
-    def admit_post(self, request: Request) -> None:
-        """Raise Refusal for a POST that may not publish. Ask before its body is read."""
+    def admit(self, request: Request, now: float) -> Grant:
+        """Return what a request may watch; events without a channel go to whoever is admitted.
+
+        Raises Refusal, also for a channel that is asked for and not granted; what `authorize`
+        raises; TypeError for what it may not return.
+        """
+        if self._authorize is not None:
+            grant = _granted(self._authorize(request))
+        elif self._tokens or self._signed:
+            grant = self._grant(request, self._tokens, "subscribe", now)
+        else:
+            grant = EVERYTHING
+        for channel in request.query.get("channel", ()):
+            grant.check(channel)
+        return grant
+
+    def admit_post(self, request: Request, now: float, *, body_names: bool = False) -> Grant:
+        """Return where a POST may publish to. Ask before its body is read. Raises Refusal.
+
+        One that names no channel is for everyone, which needs `*`. body_names: the body names
+        them; then `check` the channel of each of its events, None too.
+        """
         if not self._may_post_from(request):
             raise Refusal(403, "Pages of this origin may not publish: "
                                "it is not among those of --origin.")
-        if not self._publish_tokens:
+        if not (self._publish_tokens or self._signed):
             raise Refusal(403, "Publishing is not enabled: "
                                "the server was started without --publish-token.")
-        if not request.has_token(self._publish_tokens):
-            raise Refusal(401, "Name the publish token: POST /TOKEN, or the header field "
-                               "Authorization: Bearer TOKEN.", _BEARER)
+        grant = self._grant(request, self._publish_tokens, "publish", now)
+        for channel in request.query.get("channel", () if body_names else (None,)):
+            grant.check(channel)
+        return grant
 
     def admit_list(self, request: Request) -> None:
         """Raise Refusal for who may not see the clients one by one: only publishers may."""
-        if not (self._publish_tokens and request.has_token(self._publish_tokens)):
-            raise Refusal(401, "The list of clients is for who has the publish token.", _BEARER)
+        if not request.has_token(self._publish_tokens):
+            raise _unknown("publish token")
+
+    def _grant(self, request: Request, tokens: list[bytes], claim: str, now: float) -> Grant:
+        """Return what the token of a request grants. Raises Refusal."""
+        if request.has_token(tokens):
+            return EVERYTHING
+        token = signed.find_token(request) if self._signed else None
+        if self._signed is None or token is None:
+            raise _unknown("publish token" if claim == "publish" else "token")
+        return Grant(*self._signed.grants(token, claim, now))
 
     def _may_post_from(self, request: Request) -> bool:
-        """Say whether pages of the request's origin may publish; what is no page has none."""
-        origin = request.known.get("origin")
-        own = f"{self._scheme}://{request.known.get('host', '')}"
-        return not self._origins or origin is None or origin == own or origin in self._origins
+        """Say whether pages of the request's origin may publish; what is no page has none.
+
+        The server's own may, by a host that no stranger can make lead here (DNS rebinding).
+        """
+        origin, field = request.known.get("origin"), request.known.get("host", "")
+        if not self._origins or origin is None or origin in self._origins:
+            return True
+        host = _host(field)
+        ours = host in self._own_hosts or _LOOPBACK.fullmatch(host) is not None
+        return ours and origin == f"{self._scheme}://{field}"
 
     def cross_origin(self, request: Request | None) -> list[str]:
         """Return the fields that let a page of another origin read the answer.
@@ -88,4 +148,41 @@ class Access:
             return ["Access-Control-Allow-Origin: *"]
         origin = request.known.get("origin") if request else None
         allowed = [f"Access-Control-Allow-Origin: {origin}"] if origin in self._origins else []
+        if allowed and self._signed and origin != "null":       # any page can make itself null
+            allowed.append("Access-Control-Allow-Credentials: true")    # for the cookie
         return [*allowed, "Vary: Origin"]       # caches: the answer depends on who asks
+
+
+def _texts(values: object, what: str) -> tuple[str, ...]:
+    """Return the strings of an iterable. Raises TypeError if it is none, or itself a str."""
+    if isinstance(values, Iterable) and not isinstance(values, str):
+        texts = tuple(values)
+        if all(isinstance(each, str) for each in texts):
+            return texts
+    raise TypeError(f"{what}: a list of strings is due here")
+
+
+def _plain(tokens: Sequence[str], what: str) -> list[bytes]:
+    """Return tokens as bytes. Raises ValueError for one that anybody has, or nobody can send."""
+    texts = _texts(tokens, what)
+    if any(not token or token != token.strip() for token in texts):
+        raise ValueError(f"{what}: one is empty, or has white space around it")
+    return [token.encode() for token in texts]
+
+
+def _granted(answer: bool | Iterable[str] | None) -> Grant:
+    """Return what the answer of `authorize` grants. Raises Refusal if nothing."""
+    if answer is False or answer is None:
+        raise _unknown("token")
+    return EVERYTHING if answer is True else Grant(_texts(answer, "authorize returned no bool"))
+
+
+def _unknown(what: str) -> Refusal:
+    return Refusal(401, f"Name the {what}: in the path, /TOKEN, or in the header field "
+                        "Authorization: Bearer TOKEN.", ["WWW-Authenticate: Bearer"])
+
+
+def _host(field: str) -> str:
+    """Return the host in a field Host, lower-case and without its port; empty if it is none."""
+    match = _HOST.fullmatch(field)
+    return match[match.lastindex or 0].lower() if match else ""

@@ -66,7 +66,7 @@ class Broadcast:
         self._retry = retry
         self._max_clients = max_clients
         self.clock = clock
-        self._wall = wall
+        self.wall = wall
         self.wake: Callable[[], None] = lambda: None    # makes the publisher look; set by it
         self.publisher: int | None = None       # identifies its thread; set by it
 
@@ -97,7 +97,7 @@ class Broadcast:
         with self._mutex:
             self.check_running()
             self._make_room(length, wait)
-            new = (given or self._log.next_id(int(self._wall() * 1000))) if self._ids else None
+            new = (given or self._log.next_id(int(self.wall() * 1000))) if self._ids else None
             self._log.append(payload, new, channel, self.clock())
             self._published += 1
             wake, self._woken = not self._woken, True
@@ -153,7 +153,7 @@ class Broadcast:
     def describe_clients(self) -> list[dict[str, Any]]:
         """Return what there is to say of each client: times in seconds, at most 1000 of them."""
         with self._mutex:
-            return self.clients.describe(self._log, self.clock(), self._wall())
+            return self.clients.describe(self._log, self.clock(), self.wall())
 
     # The end
 
@@ -236,7 +236,13 @@ class Broadcast:
     def _place(self, client: Client) -> None:
         """Set the cursor behind the client's last id; if that cannot be, it begins with a gap."""
         client.ahead = False
-        client.cursor, reason = self._log.locate(client.after, client.asked.channels)
+        channels = client.asked.channels
+        if client.begin_at is None:
+            client.cursor, reason = self._log.locate(client.after, channels)
+        else:
+            client.cursor, reason = self._log.locate_time(client.begin_at, channels)
+            latest = self._log.latest(channels) if client.begin_at == math.inf else ()
+            client.rest = b"".join([client.rest, *(client.asked.framed(each) for each in latest)])
         client.gap = (client.last_id, reason) if reason else None
 
     def _join_from(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:

@@ -73,6 +73,12 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
      "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
     ("--publish-token TOKEN", list, [],
      "who may publish by POST; in the same way, or from SSE_PUBLISH_TOKEN (default: nobody)"),
+    ("--jwt-key KEY", str, None, "secret of 32 bytes, or PEM public key, of signed tokens that "
+     "grant channels; can come from SSE_JWT_KEY instead"),
+    ("--token-file FILE", list, [], "a file with who may watch, a token a line; can be repeated"),
+    ("--publish-token-file FILE", list, [], "the same for who may publish"),
+    ("--allowed-host NAME", list, [], "refuse requests whose Host is another; can be repeated "
+     "(default: any)"),
     ("--origin ORIGIN", list, [], "of pages that may read and publish, as https://example.org; "
      "can be repeated (default: all)"),
     ("--cert FILE", str, None, "certificate chain for TLS, PEM"),
@@ -110,6 +116,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.tokens += os.environ.get("SSE_TOKEN", "").split()
     options.publish_tokens += os.environ.get("SSE_PUBLISH_TOKEN", "").split()
+    options.jwt_key = options.jwt_key or os.environ.get("SSE_JWT_KEY")
+    try:
+        options.tokens += _lines_of(options.token_files)
+        options.publish_tokens += _lines_of(options.publish_token_files)
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read a file of tokens: {error}")
     for name, needed in NEEDS.items():
         if getattr(options, name) and not getattr(options, needed):
             parser.error(f"--{name} needs --{needed}".replace("_", "-"))
@@ -117,6 +129,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stdin needs a standard input")
     options.stream = options.stream or "sse"
     return options
+
+
+def _lines_of(paths: Sequence[str]) -> list[str]:
+    """Return what stands on the lines of files. Raises OSError; ValueError if that is nothing."""
+    tokens = [line.strip() for path in paths for line in Path(path).read_text().splitlines()]
+    if paths and not any(tokens):
+        raise ValueError(f"{paths[-1]} is empty")
+    return [token for token in tokens if token]
 
 
 class Parser(argparse.ArgumentParser):

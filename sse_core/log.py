@@ -15,6 +15,7 @@ from sse_core.frames import BATCH, Id, chunk, unchunk
 
 MAX_LOG = 64 << 20          # bytes of frames in the log
 MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients that are slow
+MAX_LATEST = 2 << 20        # bytes that `latest` returns, but for one frame
 MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
 SCAN = 1024                 # frames looked at in one go: who wants none of them holds up nobody
 Bytes = Union[bytes, memoryview]
@@ -56,6 +57,7 @@ class Log:
         self._size = size
         self._bytes = 0
         self._frames: dict[int, Frame] = {}
+        self._newest: dict[str | None, Frame] = {}      # kept of each channel
 
     def fits(self, length: int, share: float = 1.0) -> bool:
         """Say whether `length` bytes can be appended within this share of the log."""
@@ -68,6 +70,8 @@ class Log:
         frame = self._frames.pop(self.first)
         self._bytes -= len(frame.chunk)
         self.first += 1
+        if self._newest[frame.channel] is frame:
+            del self._newest[frame.channel]
         # A frame without an id came after the newest one: (ms, n) < (ms, n, 1) < (ms, n + 1)
         self._evicted[frame.channel] = frame.number, frame.id or (*frame.newest, 1)
         self._evicted.move_to_end(frame.channel)
@@ -83,7 +87,7 @@ class Log:
             self.last_id = event_id
             payload = b"id: %d-%d\n%b" % (*event_id, payload)
         frame = Frame(self.next, event_id, self.last_id, channel, time, chunk(payload))
-        self._frames[frame.number] = frame
+        self._frames[frame.number] = self._newest[channel] = frame
         self._bytes += len(frame.chunk)
         self.next += 1
         return frame
@@ -134,6 +138,33 @@ class Log:
             return number, "unknown"
         gone, newest = self._last_evicted(channels)
         return number, "evicted" if gone >= self._epoch and newest > event_id else None
+
+    def locate_time(self, milliseconds: float, channels: Iterable[str]) -> tuple[int, str | None]:
+        """Return the number of the first kept frame from a time on; "evicted" if newer are gone.
+
+        0 is for all that is kept, and inf for what comes: neither is ever a gap.
+        """
+        if milliseconds == math.inf:
+            return self.next, None
+        begin = int(milliseconds), 0
+        last = self._last_evicted(channels)
+        is_gone = last[0] >= self._epoch and last[1] >= begin
+        # What was loaded was the newest of a shared log: of a full load, older ones were left there
+        was_full = begin < self._began_with and -self._epoch >= self._count
+        return self._at(begin), "evicted" if milliseconds and (is_gone or was_full) else None
+
+    def latest(self, channels: Iterable[str]) -> list[bytes]:
+        """Return the newest kept frame of each of these channels and of none, in order.
+
+        That is MAX_LATEST bytes at most, of the newest ones.
+        """
+        found = [self._newest[each] for each in (None, *channels) if each in self._newest]
+        kept: list[bytes] = []
+        for frame in sorted(found, key=lambda frame: -frame.number):
+            if kept and sum(map(len, kept)) + len(frame.chunk) > MAX_LATEST:
+                break
+            kept.insert(0, frame.chunk)
+        return kept
 
     def lost(self, cursor: int, channels: Iterable[str]) -> bool:
         """Say whether a frame on these channels, or on none, has left the log from `cursor` on."""

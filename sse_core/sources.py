@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Callable
 
+from sse_core.broadcast import Unavailable
 from sse_core.frames import MAX_EVENT, Draft
 
 STOP_CHECK = 0.25       # seconds between two looks at the stop flag while there is nothing to read
@@ -29,7 +30,10 @@ def clock(publish: Callable[..., object], stopping: threading.Event, interval: f
         if stopping.wait(max(0.0, due - time.monotonic())):
             return
         event = "custom" if random.randint(0, 9) > 5 else None
-        publish(time.strftime("%m/%d/%Y %H:%M:%S"), event)
+        try:
+            publish(time.strftime("%m/%d/%Y %H:%M:%S"), event)
+        except Unavailable:     # the shared log is away, and has said so; there are more ticks
+            pass
 
 
 def lines(publish_all: Callable[..., object], stopping: threading.Event, descriptor: int,

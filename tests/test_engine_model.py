@@ -226,7 +226,7 @@ class Driver:
                            max_clients=40)
         self.bench.heartbeat = self.bench.publisher._heartbeat
         self.broadcast, self.publisher = self.bench.broadcast, self.bench.publisher
-        self.broadcast._wall = lambda: self.bench.now + self.skew
+        self.broadcast.wall = lambda: self.bench.now + self.skew
         size = self.broadcast._log._size = draw.choice((64 << 20, 300_000, 20_000))
         self.story = Story(history, size, (0, 0) if self.shared else (1_000_000, 0))
         self.loaded, self.complete_at = not self.shared, -1.0 if self.shared else 1e9

@@ -1,6 +1,7 @@
 """The publisher without its thread: turned by hand, over socket pairs, by a clock of the test's."""
 import json
 import logging
+import math
 import random
 import socket
 import sys
@@ -48,8 +49,9 @@ class Narrow:
         return sent
 
 
-def opening(chunked: bool = True, channels=(), last_id: str = None) -> Opening:
-    return Opening(HEAD, Subscription(frozenset(channels), chunked), last_id)
+def opening(chunked: bool = True, channels=(), last_id: str = None, since: float = None,
+            until: float = math.inf) -> Opening:
+    return Opening(HEAD, Subscription(frozenset(channels), chunked, until), last_id, since)
 
 
 class Peer:
@@ -925,7 +927,7 @@ def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(
         assert read and len(b.broadcast.clients) == 1
         for _ in range(100):
             b.pass_time(1)
-        drops = {"closed": 0, "reset": 0, "stalled": 1, "unwatched": 0}
+        drops = {**dict.fromkeys(publisher.REASONS, 0), "stalled": 1}
         assert len(b.broadcast.clients) == 0 and b.publisher.counters.drops == drops
 
 

@@ -1,0 +1,429 @@
+"""A history file that is full, gone, replaced, locked or bad: refused, told, and recovered from."""
+import os
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+
+import pytest
+import requests
+
+from helpers import PATIENCE, TOP, Client, wait_until
+from sse_core.broadcast import Unavailable
+from sse_core.file_stream import FileStream
+from sse_core.shared import Draft
+from test_file_stream import (  # noqa: F401
+    gaps, key, on_file, path, post, publishing, query, rows, texts)
+
+NOBODY = 65534
+
+
+@contextmanager
+def watched(path, number: int = 1):
+    """Run so many servers, and a client at each; in the end all live, and deliver."""
+    with on_file(path, number, "--heartbeat", "0.2") as servers, ExitStack() as stack:
+        clients = [stack.enter_context(Client(server.port)).open() for server in servers]
+        yield servers, clients
+        for server in servers:
+            wait_until(lambda: post(server, f"end of {server.port}").status_code == 200)
+        for client in clients:
+            for server in servers:
+                read_to(client, f"end of {server.port}")
+            ids = [key(event.id) for event in client.stream.events if event.name != "gap"]
+            assert ids == sorted(set(ids))
+        for server in servers:
+            wait_until(lambda: health(server).status_code == 200)
+    assert query(path, "pragma integrity_check") == [("ok",)]
+
+
+def read_to(client: Client, text: str) -> None:
+    client.read_until(lambda stream: any(event.data == text for event in stream.events))
+
+
+def read_to_id(client: Client, last: str) -> None:
+    client.read_until(lambda stream: last in [event.id for event in stream.events])
+
+
+def health(server) -> requests.Response:
+    return requests.get(f"http://127.0.0.1:{server.port}/-/health", timeout=PATIENCE)
+
+
+def refused(server) -> str:
+    """Post until that is refused, and return the reason; health must say it, too."""
+    answers = []
+    wait_until(lambda: answers.append(post(server, "refused?")) or answers[-1].status_code == 503)
+    assert "Retry-After" in answers[-1].headers
+    wait_until(lambda: health(server).status_code == 503)
+    return health(server).text
+
+
+def warnings_of(server) -> list:
+    server.stop(signal.SIGTERM)
+    return server.close().splitlines()
+
+
+# At the start
+
+
+def database(path, *statements: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def ours(path, *statements: str) -> None:
+    with publishing(path) as stream:
+        stream.publish([Draft("x" * 3000)] * 300)
+    database(path, *statements)
+
+
+def damage(path) -> None:
+    ours(path)
+    content = bytearray(path.read_bytes())
+    content[4096 * 10:] = random.Random(1).randbytes(len(content) - 4096 * 10)
+    path.write_bytes(content)
+
+
+BAD = {
+    "not a database": (lambda path: path.write_text("important\n" * 1000), "move it away"),
+    "a table": (lambda path: database(path, "create table other(x)"), "another program"),
+    "an id": (lambda path: database(path, "pragma application_id = 7"), "another program"),
+    "both": (lambda path: database(path, "pragma journal_mode = wal", "create table other(x)",
+                                   "pragma application_id = 7"), "another program"),
+    "newer": (lambda path: ours(path, "pragma user_version = 2"), "newer version"),
+    "damaged": (damage, "malformed"),
+    "no table": (lambda path: ours(path, "drop table event"), "no such table"),
+    "a folder": (lambda path: path.mkdir(), "must be a file"),
+    "no folder": (lambda path: path.parent.rmdir(), "folder does not exist: make it"),
+    "no such folder": (lambda path: (path.parent.rmdir(), path.parent.touch()), "Not a directory")}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_at_the_start_is_one_line_and_left_as_it_is(tmp_path, name):
+    path = tmp_path / "folder" / "events.db"
+    path.parent.mkdir()
+    make, says = BAD[name]
+    make(path)
+    before = sorted((each, each.is_file() and each.read_bytes()) for each in tmp_path.rglob("*"))
+    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--history-file",
+                           path], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert says in done.stderr and str(path) in done.stderr
+    assert before == sorted((each, each.is_file() and each.read_bytes())
+                            for each in tmp_path.rglob("*"))
+
+
+def test_a_locked_file_at_the_start_is_one_line_in_time(path):
+    with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
+        stream.publish([Draft("x")])
+        other.execute("begin immediate")
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="locked: end the process"):
+            FileStream(path, 64, False)
+        assert time.monotonic() - began < 4
+        other.rollback()
+
+
+AS_NOBODY = f"""if True:
+    import os, sys, fcntl, sqlite3
+    sys.path.insert(0, {str(TOP)!r})
+    import sse_server
+    from sse_core.file_stream import FileStream
+    os.getuid() or os.setuid({NOBODY})
+    try:
+        FileStream(sys.argv[1], 64, False)
+    except ValueError as error:
+        sys.exit(str(error))
+    """
+
+
+@pytest.mark.parametrize("file_mode, folder_mode, says", [
+    (0o444, 0o777, "let this user write"), (0o000, 0o777, "may read and write"),
+    (0o666, 0o555, "may read and write|let this user"), (None, 0o555, "may read and write"),
+    (0o666, 0o000, "Permission denied"), (0o666, 0o777, "")])
+def test_a_file_without_permission_is_one_line(tmp_path, file_mode, folder_mode, says):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "events.db"
+    if file_mode is not None:
+        ours(path)
+        path.chmod(file_mode)
+    folder.chmod(folder_mode)
+    parents = [each for each in path.parents[1:] if str(each).startswith("/tmp/pytest")]
+    for each in parents:
+        each.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", AS_NOBODY, path], capture_output=True, text=True)
+    folder.chmod(0o777)
+    assert done.returncode == bool(says), done.stderr
+    assert not says or done.stderr.count("\n") == 1 and any(
+        each in done.stderr for each in says.split("|")), done.stderr
+
+
+# While it runs
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder],
+                      capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(folder) -> None:
+    with open(folder / "filler", "wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(b"x" * 4096)
+        except OSError:
+            pass
+
+
+def test_a_full_disk(small_disk):
+    with on_file(small_disk / "events.db", 1, "--heartbeat", "0.2") as (server,), \
+            Client(server.port) as client:
+        client.open()
+        for round in range(2):
+            post(server, f"before {round}").raise_for_status()
+            fill(small_disk)
+            assert "full: make room" in refused(server)
+            beats = client.stream.comments
+            client.read_until(lambda stream: stream.comments >= beats + 2)
+            (small_disk / "filler").unlink()
+            wait_until(lambda: health(server).status_code == 200)
+            post(server, f"after {round}").raise_for_status()
+            read_to(client, f"after {round}")
+        assert texts(client) == [data for _, data in rows(small_disk / "events.db")]
+        assert not gaps(client)
+        told = warnings_of(server)
+        assert len([line for line in told if "cannot be used now" in line]) == 2, told
+        assert len([line for line in told if "is back" in line]) == 2, told
+
+
+def test_a_file_that_may_not_grow(path):
+    with watched(path, 2) as ((server, other), clients):
+        post(server, "before")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (4096, -1))
+        assert "error" in refused(server) or "full" in refused(server)
+        post(other, "meanwhile").raise_for_status()
+        for client in clients:
+            read_to(client, "meanwhile")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+        wait_until(lambda: health(server).status_code == 200)
+        post(server, "after").raise_for_status()
+        for client in clients:
+            read_to(client, "after")
+            assert texts(client) == [data for _, data in rows(path)] and not gaps(client)
+
+
+def test_drafts_are_taken_all_or_none(path):
+    with publishing(path) as stream:
+        stream.publish([Draft("one")])
+        stream._writer.connection().execute("pragma max_page_count = 10")
+        with pytest.raises(Unavailable, match="full: make room"):
+            stream.publish([Draft(str(number) * 1000) for number in range(1000)])
+        stream.publish([Draft("two")])
+        assert [data for _, data in rows(path)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("endings", [[""], ["", "-wal", "-shm"], ["", "-wal"], ["", "-shm"]])
+@pytest.mark.parametrize("way", ["removed", "renamed"])
+def test_a_file_that_goes_is_made_anew(path, endings, way):
+    with watched(path, 3) as (servers, clients):
+        for round in range(3):
+            before = [post(server, f"before {round}").json()["id"] for server in servers]
+            for client in clients:
+                read_to_id(client, before[-1])
+            for ending in endings:
+                there = path.parent / (path.name + ending)
+                there.unlink() if way == "removed" else there.rename(f"{path}.{round}{ending}")
+            after = []
+            for server in servers:
+                wait_until(lambda: after.append(post(server, f"{round} {server.port}"))
+                           or after[-1].status_code == 200)
+            ids = [answer.json()["id"] for answer in after if answer.status_code == 200]
+            assert key(ids[0]) > key(before[-1]) and sorted(map(key, ids)) == list(map(key, ids))
+            for client in clients:
+                read_to_id(client, ids[-1])
+                assert len(gaps(client)) >= round + 1
+            if way == "renamed":
+                assert rows(f"{path}.{round}")[-3:] == [(id, f"before {round}") for id in before]
+
+
+def test_a_newcomer_makes_a_file_anew_while_others_still_have_the_old_one(path):
+    with watched(path) as ((server,), (client,)):
+        before = post(server, "before").json()["id"]
+        read_to(client, "before")
+        for round in range(3):
+            query(path, "pragma user_version = 1")      # page 1 is in the -wal, too
+            server.process.send_signal(signal.SIGSTOP)
+            path.unlink()
+            with publishing(path) as stream:
+                ids = [stream.publish([Draft(f"new {round}")] * 50) for _ in range(3)]
+                server.process.send_signal(signal.SIGCONT)
+                read_to_id(client, ids[-1][-1])
+                stream.publish([Draft(f"newest {round}")])
+            read_to(client, f"newest {round}")
+            assert len(gaps(client)) == round + 1 and len(rows(path)) == 151
+        assert gaps(client)[0]["after"] == before
+
+
+def test_what_came_and_went_while_the_file_seemed_empty_is_a_gap(path):
+    with watched(path) as ((server,), (client,)):
+        server.process.send_signal(signal.SIGSTOP)
+        with publishing(path) as stream:
+            stream.publish([Draft("never seen")])
+            path.unlink()
+            stream.publish([Draft("seen")])
+            server.process.send_signal(signal.SIGCONT)
+            read_to(client, "seen")
+        assert [event.name for event in client.stream.events] == ["gap", "message"]
+
+
+def test_what_is_committed_to_a_file_that_was_just_removed_is_not_acknowledged(path):
+    with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
+        stream.publish([Draft("one")])
+        other.execute("begin immediate")
+        with ThreadPoolExecutor(1) as pool:
+            publish = pool.submit(stream.publish, [Draft("two")])
+            wait_until(lambda: stream._committing)
+            time.sleep(0.1)     # it has seen that the file is in place, and waits for the lock
+            path.unlink()
+            other.rollback()
+            with pytest.raises(Unavailable, match="removed or replaced"):
+                publish.result()
+        stream.publish([Draft("three")])
+        assert [data for _, data in rows(path)] == ["three"]
+
+
+def test_ids_go_on_above_the_highest_seen_in_a_new_file(path):
+    with watched(path, 2) as ((server, other), clients):
+        query(path, "insert into event values (900000000000000, 5, null, null, 'future')")
+        for client in clients:
+            read_to(client, "future")
+        path.unlink()
+        assert post(other, "y").json()["id"] > "900000000000000-5"
+
+
+def test_a_restored_older_copy_brings_nothing_twice(path, tmp_path):
+    with watched(path, 2) as (servers, clients):
+        for number in range(5):
+            post(servers[number % 2], f"old {number}")
+        query(path, "vacuum into ?", str(tmp_path / "copy"))
+        post(servers[0], "lost")
+        for client in clients:
+            read_to(client, "lost")
+        os.replace(tmp_path / "copy", path)
+        for client in clients:
+            client.read_until(lambda stream: gaps(client))
+        for number in range(5):
+            post(servers[number % 2], f"new {number}").raise_for_status()
+        for client in clients:
+            read_to(client, "new 4")
+            assert [event.data for event in client.stream.events if event.name != "gap"] == [
+                *(f"old {n}" for n in range(5)), "lost", *(f"new {n}" for n in range(5))]
+
+
+@pytest.mark.parametrize("make", [BAD[name][0] for name in (
+    "not a database", "both", "newer", "a folder")])
+def test_what_is_not_ours_in_its_place_is_left_alone_until_it_is_gone(path, tmp_path, make):
+    make(tmp_path / "foreign")
+    content = (tmp_path / "foreign").is_file() and (tmp_path / "foreign").read_bytes()
+    with watched(path) as ((server,), (client,)):
+        post(server, "before")
+        read_to(client, "before")
+        path.unlink()
+        os.rename(tmp_path / "foreign", path)
+        assert refused(server)
+        beats = client.stream.comments
+        client.read_until(lambda stream: stream.comments >= beats + 2)
+        assert path.is_dir() or path.read_bytes() == content
+        path.rmdir() if path.is_dir() else path.unlink()
+        wait_until(lambda: health(server).status_code == 200)
+        post(server, "after").raise_for_status()
+        read_to(client, "after")
+        assert texts(client)[0] == "before" and len(gaps(client)) == 1
+
+
+def test_a_folder_that_goes_and_comes_back(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with watched(folder / "events.db") as ((server,), (client,)):
+        post(server, "before")
+        read_to(client, "before")
+        folder.rename(tmp_path / "away")
+        assert "folder does not exist" in refused(server)
+        (tmp_path / "away").rename(folder)
+        wait_until(lambda: health(server).status_code == 200)
+        post(server, "after").raise_for_status()
+        read_to(client, "after")
+        assert [text for text in texts(client) if text != "refused?"] == ["before", "after"]
+
+
+def test_garbage_that_is_written_into_the_file(path):
+    with watched(path) as ((server,), (client,)):
+        post(server, "before")
+        read_to(client, "before")
+        path.write_bytes(random.Random(1).randbytes(100000))
+        post(server, "into garbage")
+        for ending in ("", "-wal", "-shm"):
+            wait_until(lambda: not os.path.exists(f"{path}{ending}")
+                       or os.unlink(f"{path}{ending}") is None)
+
+
+HOLDER = """if True:
+    import os, signal, sqlite3, sys
+    connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+    connection.execute("begin immediate")
+    connection.execute("insert into event values (1, 1, null, null, 'never')")
+    print("held", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    """
+
+
+def test_a_process_that_is_stopped_in_mid_transaction_and_then_killed(path):
+    with watched(path, 2) as ((server, other), clients):
+        post(server, "before")
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE)
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            began = time.monotonic()
+            assert post(server, "refused").status_code == 503
+            assert 1.5 < time.monotonic() - began < 5 and "locked" in health(server).text
+        finally:
+            holder.kill()
+            holder.communicate()
+        wait_until(lambda: health(server).status_code == 200)
+        post(server, "after").raise_for_status()
+        for client in clients:
+            read_to(client, "after")
+            assert texts(client) == ["before", "after"]
+
+
+def test_a_stop_does_not_wait_for_a_file_with_a_fault(path):
+    with on_file(path) as (server,), closing(sqlite3.connect(path)) as other:
+        other.execute("begin immediate")
+        assert post(server, "refused").status_code == 503
+        began = time.monotonic()
+        server.stop(signal.SIGTERM)
+        assert time.monotonic() - began < 2
+        other.rollback()
+
+
+def test_a_table_that_is_dropped_and_comes_back(path):
+    with watched(path) as ((server,), (client,)):
+        post(server, "before")
+        create, = query(path, "select sql from sqlite_master where name = 'event'")
+        query(path, "drop table event")
+        assert "no such table" in refused(server)
+        query(path, *create)
+        wait_until(lambda: health(server).status_code == 200)

@@ -1,0 +1,358 @@
+"""Servers on one SQLite file: real processes, killed and started again; nothing lost or twice."""
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+
+import pytest
+import requests
+
+from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, wait_until
+from sse_core import file_stream
+from sse_core.file_stream import FileStream
+from sse_core.shared import Draft, Shared
+from sse_server import SSEServer
+
+PUBLISHER = f"""if True:
+    import sys
+    sys.path.insert(0, {str(TOP)!r})
+    from sse_core.file_stream import FileStream
+    from sse_core.shared import Draft
+    stream, name = FileStream(sys.argv[1], 100000, False), sys.argv[2]
+    for number in range(int(sys.argv[3])):
+        ids = stream.publish([Draft(f"{{name}} {{number}}-{{each}}") for each in range(3)])
+        print(number, *ids, flush=True)
+    """
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "events.db"
+
+
+@contextmanager
+def on_file(path, number: int = 1, *arguments: str):
+    """Run so many servers on the file; none may write a traceback."""
+    servers = []
+    try:
+        for _ in range(number):
+            servers.append(Server("--history-file", str(path), "--publish-token", PUBLISH_TOKEN,
+                                  "--interval", "0", *arguments))
+        yield servers
+    finally:
+        for server in servers:
+            assert "Traceback" not in server.close(), server.errors
+
+
+@contextmanager
+def publishing(path, history: int = 64, sync: bool = False):
+    """Yield a stream that nobody follows, and close it."""
+    stream, ended = FileStream(path, history, sync), threading.Event()
+    ended.set()
+    try:
+        yield stream
+    finally:
+        stream.follow(Shared(None), ended)
+
+
+def publisher(path, name: str, number: int) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", PUBLISHER, str(path), name, str(number)],
+                            stdout=subprocess.PIPE, text=True)
+
+
+def post(server: Server, text: str) -> requests.Response:
+    return requests.post(f"http://127.0.0.1:{server.port}/{PUBLISH_TOKEN}", data=text,
+                         timeout=PATIENCE)
+
+
+def resume(server: Server, last_id: str) -> Client:
+    request = f"GET / HTTP/1.1\r\nHost: x\r\nLast-Event-ID: {last_id}\r\n\r\n"
+    return Client(server.port, request.encode(), last_id=last_id)
+
+
+def query(path, text: str, *values) -> list:
+    with closing(sqlite3.connect(path, timeout=PATIENCE)) as connection, connection:
+        return connection.execute(text, values).fetchall()
+
+
+def rows(path) -> list:
+    """Return id and data of all there is in the file, in order."""
+    return [(f"{ms}-{n}", data) for ms, n, data in query(
+        path, "select ms, n, data from event order by ms, n")]
+
+
+def texts(client: Client) -> list:
+    return [event.data for event in client.stream.events]
+
+
+def gaps(client: Client) -> list:
+    return [json.loads(event.data) for event in client.stream.events if event.name == "gap"]
+
+
+def key(event_id: str) -> tuple:
+    return tuple(map(int, event_id.split("-")))
+
+
+# One process after another
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_clients_resume_exactly_once_after_a_restart(path, how):
+    with on_file(path) as (server,):
+        ids = [post(server, str(number)).json()["id"] for number in range(20)]
+        server.process.send_signal(how)
+        server.process.wait(PATIENCE)
+    assert rows(path) == [(each, str(number)) for number, each in enumerate(ids)]
+    with on_file(path) as (server,), resume(server, ids[4]) as client, Client(server.port) as new:
+        new.open()
+        ids.append(post(server, "20").json()["id"])
+        assert [event.id for event in client.read_until_data("20")] == ids[5:]
+        assert texts(client) == [str(number) for number in range(5, 21)]
+        assert len(new.read_until_data("20")) == 1
+
+
+def test_names_and_any_text_come_back_as_they_were(path):
+    text = "a\0b \u20ac\U0001f600\ntwo"
+    with on_file(path) as (server,):
+        answer = requests.post(f"http://127.0.0.1:{server.port}/{PUBLISH_TOKEN}?event=mail&"
+                               "channel=ann", data=text.encode(), timeout=PATIENCE)
+    assert query(path, "select ms || '-' || n, channel, event, data from event") == [
+        (answer.json()["id"], "ann", "mail", text)]
+    request = b"GET /?channel=ann HTTP/1.1\r\nHost: x\r\nLast-Event-ID: 0-1\r\n\r\n"
+    with on_file(path) as (server,), Client(server.port, request, last_id="0-1") as client:
+        assert client.read_events(2)[1][:2] == ("mail", text)
+
+
+def test_ids_grow_when_the_clock_is_set_back(path, monkeypatch):
+    ids = []
+    for ahead in (0, -3600, -7200, 5):
+        monkeypatch.setattr(file_stream.time, "time", lambda now=time.time() + ahead: now)
+        with publishing(path) as stream:
+            ids += [stream.publish([Draft("x")] * 2) for _ in range(3)]
+    ids = [key(each) for pair in ids for each in pair]
+    assert ids == sorted(set(ids)) and len(ids) == 24
+
+
+def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path):
+    with publishing(path, 100) as stream:
+        for _ in range(40):
+            ids = stream.publish([Draft(str(number)) for number in range(500)])
+            assert len(rows(path)) <= 10000 + 1000 + 500
+    assert len(rows(path)) >= 10000
+    assert [each for each, _ in rows(path)[-500:]] == ids
+    with SSEServer(port=0, history=100, history_file=str(path)) as server:
+        log = server._broadcast._log
+        assert log.first_id(log.first) == key(ids[400]) and log.last_id == key(ids[-1])
+
+
+def test_a_longer_history_is_kept_ten_times(path):
+    with publishing(path, 1200) as stream:
+        for _ in range(30):
+            stream.publish([Draft("x")] * 500)
+    assert 12000 <= len(rows(path)) <= 12000 + 1200 + 500
+
+
+def test_an_empty_file_and_a_link_are_taken(path, tmp_path):
+    path.write_bytes(b"")
+    (tmp_path / "link").symlink_to(path)
+    with publishing(tmp_path / "link") as stream:
+        stream.publish([Draft("x")])
+    assert len(rows(path)) == 1
+
+
+def test_without_such_a_file_sqlite_is_not_imported():
+    code = "import sse_server, sys; sys.exit('sqlite3' in sys.modules or 'fcntl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=TOP).returncode == 0
+
+
+@pytest.mark.parametrize("sync, level", [(False, 1), (True, 2)])
+def test_sync_is_what_sqlite_calls_full(path, sync, level):
+    with publishing(path, sync=sync) as stream:
+        assert stream._writer.connection().execute("pragma synchronous").fetchone() == (level,)
+
+
+# Who publishes
+
+
+def test_all_that_wait_for_the_file_are_committed_together(path):
+    with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
+        other.execute("begin immediate")
+        with ThreadPoolExecutor(50) as pool:
+            waiting = [pool.submit(stream.publish, [Draft(str(n)), Draft(f"{n}+")])
+                       for n in range(50)]
+            wait_until(lambda: len(stream._orders) == 49)       # one of them commits its own
+            other.rollback()
+            ids = [each.result() for each in waiting]
+    found = dict(rows(path))
+    assert len({key(first)[0] for first, _ in ids}) <= 2        # transactions, by their times
+    for number, (first, second) in enumerate(ids):
+        assert (found[first], found[second]) == (str(number), f"{number}+")
+        assert key(second) == (key(first)[0], key(first)[1] + 1)
+
+
+def test_a_publish_in_a_signal_handler_is_refused_or_done(path):
+    with publishing(path) as stream:
+        with stream._changed, pytest.raises(RuntimeError, match="signal handler"):
+            stream.publish([Draft("x")])
+        assert stream.publish([]) == [] and rows(path) == []
+
+
+# Many processes
+
+
+def test_many_processes_begin_with_the_same_new_file(path):
+    processes = [publisher(path, str(number), 5) for number in range(6)]
+    for process in processes:
+        assert len(process.communicate(timeout=PATIENCE)[0].splitlines()) == 5
+    assert len(rows(path)) == 6 * 15
+
+
+def test_each_server_sees_all_in_one_order(path):
+    with on_file(path, 3) as servers, ExitStack() as stack:
+        clients = [stack.enter_context(Client(server.port)).open() for server in servers]
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(lambda n: post(servers[n % 3], str(n)).raise_for_status(), range(150)))
+        end = post(servers[0], "end").json()["id"]
+        for client in clients:
+            client.read_until_data("end")
+            assert [(event.id, event.data) for event in client.stream.events] == rows(path)
+            assert sorted(texts(client)) == sorted([*map(str, range(150)), "end"])
+        query(path, "insert into event values (?, 0, null, 'x', 'a person')", key(end)[0] + 1)
+        for client in clients:
+            assert client.read_events(152)[-1][:2] == ("x", "a person")
+
+
+def test_a_client_that_moves_to_another_server_at_once_misses_nothing(path):
+    with on_file(path, 2) as servers:
+        last = post(servers[0], "start").json()["id"]
+        for number in range(30):
+            here, there = servers[number % 2], servers[1 - number % 2]
+            newest = post(here, f"{number} a").json()["id"]
+            with resume(there, newest) as ahead, resume(there, last) as client:
+                last = post(here, f"{number} b").json()["id"]
+                ahead.read_until_data(f"{number} b")
+                client.read_until_data(f"{number} b")
+                assert texts(client) == [f"{number} a", f"{number} b"]
+                assert texts(ahead) == [f"{number} b"]
+
+
+def acknowledged_by(process: subprocess.Popen) -> dict:
+    """Return the texts by their ids, of those that a killed publisher had told of."""
+    name, told = process.args[4], {}
+    with process:
+        lines = process.stdout.read().split("\n")[:-1]
+    for line in lines:
+        number, *ids = line.split()
+        told.update((each, f"{name} {number}-{n}") for n, each in enumerate(ids))
+    return told
+
+
+def test_what_was_acknowledged_is_there_after_kill_9_at_any_moment(path):
+    seed = random.randrange(1 << 32)
+    draw, killed, running = random.Random(seed), [], []
+    with on_file(path, 1, "--history", "100000") as (server,), Client(server.port) as client:
+        client.open()
+        reading = threading.Thread(target=client.read_until_data, args=("end",))
+        reading.start()
+        for number in range(40):
+            running.append(publisher(path, f"p{number}", 100000))
+            if number > 2:
+                running[0].stdout.readline() if draw.random() < 0.5 else None
+                time.sleep(draw.uniform(0, 0.1))
+                killed.append(running.pop(draw.randrange(len(running))))
+                killed[-1].kill()
+        for process in running:
+            process.kill()
+        told = [acknowledged_by(process) for process in killed + running]
+        end = post(server, "end").json()["id"]
+        reading.join(PATIENCE)
+    found, got = rows(path), [(event.id, event.data) for event in client.stream.events]
+    acknowledged = {end: "end", **{each: text for texts in told for each, text in texts.items()}}
+    print(f"seed {seed}: {len(found)} events")
+    assert len(acknowledged) > 100 and acknowledged.items() <= dict(found).items()
+    assert got == found and len(set(text for _, text in found)) == len(found)
+    for process in killed + running:        # whole transactions, in their order
+        own = [text for _, text in found if text.startswith(f"{process.args[4]} ")]
+        assert own == [f"{process.args[4]} {n // 3}-{n % 3}" for n in range(len(own))]
+        assert len(own) % 3 == 0
+    assert query(path, "pragma integrity_check") == [("ok",)]
+
+
+# Reading
+
+
+def test_a_follower_that_was_trimmed_past_tells_a_gap(path):
+    with on_file(path, 1, "--history", "64") as (server,), Client(server.port) as client:
+        client.open()
+        first = post(server, "first").json()["id"]
+        client.read_until_data("first")
+        server.process.send_signal(signal.SIGSTOP)
+        with publishing(path) as stream:
+            for _ in range(30):
+                stream.publish([Draft(str(number)) for number in range(500)])
+        server.process.send_signal(signal.SIGCONT)
+        client.read_until_data("499")
+        newest = rows(path)[-64:]
+        assert gaps(client) == [{"after": first, "resumed": newest[0][0], "reason": "evicted"}]
+        assert [(event.id, event.data) for event in client.stream.events[2:]] == newest
+
+
+def test_a_burst_that_was_trimmed_before_an_empty_file_was_looked_at_is_a_gap(path):
+    with on_file(path) as (server,), Client(server.port) as client:
+        client.open()
+        server.process.send_signal(signal.SIGSTOP)
+        with publishing(path) as stream:
+            for _ in range(30):
+                stream.publish([Draft(str(number)) for number in range(500)])
+        server.process.send_signal(signal.SIGCONT)
+        client.read_until_data("499")
+        assert gaps(client)[0]["after"] is None and client.stream.events[0].name == "gap"
+
+
+def test_rows_that_are_no_events_are_skipped_with_one_warning(path):
+    with on_file(path) as (server,), Client(server.port) as client:
+        client.open()
+        post(server, "one")
+        for values in ("1, null, null, null", "2, '', null, 'x'", "3, null, 'a' || char(10), 'x'",
+                       "4, null, null, cast(x'ff' as text)", "5, null, null, x'ff'",
+                       "6, null, 'gap', 'x'", "7, null, null, 7"):
+            query(path, f"insert into event values (900000000000000, {values})")
+        for ms in ("-1", "'x'", "1.5", "null", "1e15"):
+            with pytest.raises(sqlite3.IntegrityError):
+                query(path, f"insert into event values ({ms}, 0, null, null, 'x')")
+        query(path, "insert into event values (900000000000000, 9, null, null, zeroblob(3000000))")
+        last = post(server, "two").json()["id"]
+        client.read_until_data("two")
+        assert texts(client) == ["one", "7", "two"] and last == "900000000000000-10"
+        server.stop(signal.SIGTERM)
+        assert server.close().count("skipped") == 1
+
+
+def test_megabytes_are_read_in_small_batches(path, monkeypatch):
+    large, sizes = [Draft(str(number) + "x" * 1000000) for number in range(20)], []
+    fetch = file_stream._fetch
+    monkeypatch.setattr(file_stream, "_fetch", lambda *values: (
+        lambda found: [sizes.append(sum(len(row[4]) for row in found[0])), found][1])(
+            fetch(*values)))
+    with SSEServer(port=0, history_file=str(path)) as server, Client(server.port) as client:
+        client.open()
+        with publishing(path) as other:
+            other.publish(large)
+        client.read_until_data(large[-1].data)
+        assert texts(client) == [draft.data for draft in large] and not gaps(client)
+    assert max(sizes) < 4 << 20
+
+
+def test_its_thread_ends_at_once(path):
+    with SSEServer(port=0, history_file=str(path)) as server:
+        server.publish("x")
+        wait_until(lambda: server._broadcast._log.next)
+        began = time.monotonic()
+    assert time.monotonic() - began < 1 and os.listdir(path.parent) == ["events.db"]

@@ -1,0 +1,96 @@
+"""Where a stream begins without an id: `?since=`."""
+import json
+import time
+
+import pytest
+
+from helpers import Client, ask, get
+from sse_core import log as log_module
+from sse_core.frames import chunk
+from sse_core.log import Log
+from sse_server import SSEServer
+
+
+def texts(server: SSEServer, query: str, *fields: str) -> list:
+    """Return the data, or the name, of what a client gets before an event that comes last."""
+    with Client(server.port, get(f"/?channel=a&channel=b{query}", *fields)) as client:
+        client.open()
+        server.publish("last")
+        client.read_until_data("last")
+        return [event.data if event.name != "gap" else json.loads(event.data)["reason"]
+                for event in client.stream.events]
+
+
+@pytest.fixture
+def server():
+    with SSEServer(port=0, history=64) as server:
+        yield server
+
+
+def test_all_is_what_is_kept_and_never_a_gap(server):
+    ids = [server.publish(str(number), None, channel)
+           for number, channel in enumerate([None, "a", "b", "c"])]
+    assert texts(server, "&since=all") == ["0", "1", "2", "last"]
+    assert texts(server, "&last_event_id=earliest")[:3] == ["0", "1", "2"]
+    assert texts(server, f"&since={ids[1]}")[0] == "2"
+    for number in range(100):
+        server.publish(str(number))
+    got = texts(server, "&since=all")
+    assert got[0].isdigit() and got[-2:] == ["99", "last"] and len(got) == 65
+
+
+def test_latest_is_the_newest_of_each_channel_asked_for_and_of_none(server):
+    for number in range(9):
+        server.publish(str(number), None, [None, "a", "c"][number % 3])
+    assert texts(server, "&since=latest") == ["6", "7", "last"]
+    for _ in range(70):
+        server.publish("x", None, "a")
+    assert texts(server, "&since=latest") == ["x", "last"]
+
+
+def test_a_time_is_where_it_begins_and_a_gap_if_newer_events_are_gone(server):
+    server.publish("old")
+    time.sleep(0.05)        # so that a time lies between two events
+    between = time.time()
+    server.publish("new")
+    assert texts(server, f"&since={between:.3f}") == ["new", "last"]
+    assert texts(server, "&since=10m")[:2] == ["old", "new"]
+    assert texts(server, f"&since={time.time() + 100:.0f}") == ["last"]
+    for number in range(70):
+        server.publish(str(number))
+    assert texts(server, "&since=1h")[0] == "evicted"
+    newest = texts(server, f"&since={time.time() - 0.001:.3f}")
+    assert newest[-1] == "last" and "evicted" not in newest
+
+
+def test_an_id_wins_over_since(server):
+    ids = [server.publish(str(number)) for number in range(3)]
+    assert texts(server, "&since=all", f"Last-Event-ID: {ids[1]}")[:1] == ["2"]
+    assert texts(server, f"&since=all&lastEventId={ids[0]}")[:2] == ["1", "2"]
+
+
+@pytest.mark.parametrize("since", ["", "x", "-1", "10", "10m", "1e3", "10w", "10.5.5m", "all ",
+                                   "1" * 13, "%D9%A1%D9%A0m", "0-0-0", "LATEST"])
+def test_what_is_no_beginning_is_a_400(server, since):
+    good = since in ("10", "10m")
+    answer = ask(server.port, get(f"/?since={since.replace(' ', '+')}", method="HEAD"))
+    assert answer.startswith(b"HTTP/1.1 200 " if good else b"HTTP/1.1 400 ")
+
+
+def test_of_a_full_load_older_events_were_left_in_the_shared_log():
+    log = Log(64)
+    log.begin((1000, 0), -64)
+    for number in range(64):
+        log.append(b"x", (1000 + number, 0), None, 0.0)
+    assert log.locate_time(500, ()) == (-64, "evicted")
+    assert log.locate_time(1000, ()) == (-64, None) and log.locate_time(0, ()) == (-64, None)
+    assert log.locate_time(1063.5, ()) == (-1, None)
+
+
+def test_the_latest_are_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(log_module, "MAX_LATEST", 200)
+    log = Log(64)
+    for number, channel in enumerate("abc"):
+        log.append(channel.encode() * 60, (number + 1, 0), channel, 0.0)
+    assert [each.count(b"b" * 60) + 2 * each.count(b"c" * 60) for each in log.latest("abc")] == [1, 2]
+    assert len(log.latest("a")) == 1 and chunk(b"") not in log.latest("a")
