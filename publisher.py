@@ -95,17 +95,13 @@ class Publisher:
         self._broadcast.publisher = threading.get_ident()
         try:
             while not self._broadcast.done():
-                self.turn(self._idle_time())
+                longest = LOOK if self._ahead or self._broadcast.stopping else math.inf
+                self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
         except BaseException:       # a stream may be in the middle of a frame: none is ended
             self._groups = Groups()
             raise
         finally:
             self.close()
-
-    def _idle_time(self) -> float:
-        """Return for how many seconds there is nothing to do if nothing happens."""
-        longest = LOOK if self._ahead or self._broadcast.stopping else math.inf
-        return min(longest, max(0.0, self._sweep_at - self._clock()))
 
     def turn(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for work, then do one round of it. Public for tests.
@@ -196,7 +192,6 @@ class Publisher:
     def _greet(self, client: Client) -> None:
         """Send a new client its head and, if it resumes, the first batch of what it missed."""
         self._groups.join(client)
-        client.sent_at = self._clock()
         try:
             self._selector.register(client.sock, READ, client)
         except OSError:         # the system watches no more sockets
@@ -222,7 +217,6 @@ class Publisher:
         self._settle(client)
 
     def _settle(self, client: Client) -> None:
-        """Sort a client that was just advanced."""
         lags = client in self._clients.lagging
         # It can be beyond the fan-out, if it joined while there was more to do
         behind = not client.ahead and client.cursor != self._broadcast.fanned_out
@@ -249,7 +243,7 @@ class Publisher:
             now = client.sent_at = self._clock()
             if client.awaited_until > now:
                 until = client.awaited_until + sent / PACE
-                client.awaited_until = min(until, now + self._broadcast.credit)
+                client.awaited_until = min(until, now + self._clients.credit)
             self.counters.bytes += sent
         return sent
 
@@ -301,7 +295,6 @@ class Publisher:
             self._watch(client)
 
     def _drop(self, client: Client, reason: str) -> None:
-        """Close a client and forget it."""
         if reason != UNWATCHED:
             self._selector.unregister(client.sock)
         client.sock.close()

@@ -1,8 +1,7 @@
 """Take events and clients from any thread, and keep them for the publisher.
 
-All in here is guarded by one mutex. It is never held across a system call, nor across a scan whose
-length a client chooses. Any thread may call any method but those of the last section, which are
-the publisher's.
+All in here is guarded by one mutex, never held across a system call, nor across a scan whose length
+a client chooses. Any thread may call any method, but the last section is the publisher's.
 """
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class Broadcast:
         self._mutex = threading.RLock()
         self._moved = threading.Condition(self._mutex)  # clients have, or the log, or it is the end
         self._log = Log(history, (int(wall() * 1000), 0))
-        self.credit = patience and patience + LUMP / PACE   # seconds: the most a client can have
-        self.clients = Clients(self._mutex, self.credit)
+        self.clients = Clients(self._mutex, patience and patience + LUMP / PACE)
         self.fanned_out = 0                     # number of the frame that the fan-out begins with
         self.newest = self._log.last_id         # the newest id before that
         self._woken = False                     # the publisher looks for work without a wake-up
@@ -89,9 +87,8 @@ class Broadcast:
         the publisher's own thread (a logging handler, say) if it would have to wait for itself.
         """
         self.refuse_inside()
-        payloads = [draft.encoded() for draft in drafts]
-        return [self._publish(payload, draft.channel, None, wait)
-                for payload, draft in zip(payloads, drafts)]
+        encoded = [(draft.encoded(), draft.channel) for draft in drafts]
+        return [self._publish(payload, channel, None, wait) for payload, channel in encoded]
 
     def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False
                  ) -> str | None:
@@ -99,9 +96,7 @@ class Broadcast:
         length = len(payload) + ID_LENGTH
         with self._mutex:
             self.check_running()
-            while wait and not self._fits_without_loss(length):
-                self._wait()
-            self._make_room(length)
+            self._make_room(length, wait)
             new = (given or self._log.next_id(int(self.wall() * 1000))) if self._ids else None
             self._log.append(payload, new, channel, self.clock())
             self._published += 1
@@ -118,8 +113,8 @@ class Broadcast:
         began = self.clock()
         with self._mutex:
             # First for what is in the shared log and has not come back from it
-            while self._log.complete_at < began and self.clock() < began + max(1.0, self.credit) \
-                    and not self.stopping:
+            until = began + max(1.0, self.clients.credit)
+            while self._log.complete_at < began and self.clock() < until and not self.stopping:
                 self._moved.wait(LOOK)
             end = self._log.next
             while not self.stopping and (
@@ -136,7 +131,7 @@ class Broadcast:
         missed or sent twice.
         """
         client = Client(sock, peer, opening)
-        client.since, client.registered_at = self.wall(), self.clock()
+        client.registered_at = self.clock()
         with self._mutex:
             if self.stopping or len(self.clients) >= self._max_clients:
                 return False
@@ -158,7 +153,7 @@ class Broadcast:
     def describe_clients(self) -> list[dict[str, Any]]:
         """Return what there is to say of each client: times in seconds, at most 1000 of them."""
         with self._mutex:
-            return self.clients.describe(self._log, self.clock())
+            return self.clients.describe(self._log, self.clock(), self.wall())
 
     # The end
 
@@ -212,25 +207,20 @@ class Broadcast:
         self._moved.wait(LOOK)
         self.check_running()
 
-    def _make_room(self, length: int) -> None:
-        """Evict until `length` bytes fit, but wait while most of the log is not fanned out."""
+    def _make_room(self, length: int, wait: bool = False) -> None:
+        """Evict until `length` bytes fit, but wait while most of the log is not fanned out.
+
+        wait: evict only what nobody who is waited for is due, and leave the others their share.
+        """
         log = self._log
-        while not log.fits(length):
-            if (log.next - self.fanned_out) * 4 > (log.next - log.first) * 3:
+        while not log.fits(length, WAITERS_SHARE if wait else 1.0):
+            if wait and log.first >= self._floor:
+                self._floor = self.clients.floor(self.fanned_out, self.clock())
+            if log.first >= self._floor if wait else (
+                    (log.next - self.fanned_out) * 4 > (log.next - log.first) * 3):
                 self._wait()
             else:
                 log.evict()
-
-    def _fits_without_loss(self, length: int) -> bool:
-        """Evict what nobody who is waited for is due. Returns whether that makes room enough."""
-        log = self._log
-        while not log.fits(length, WAITERS_SHARE):
-            if log.first >= self._floor:
-                self._floor = self.clients.floor(self.fanned_out, self.clock())
-            if log.first >= self._floor:
-                return False
-            log.evict()
-        return True
 
     def _begin_stream(self, client: Client) -> None:
         """Put a client behind the id it brought, or tell it where it stands if it has none."""
@@ -296,17 +286,15 @@ class Broadcast:
                 gap = frames.format_id(client.after) if self._ids else None, "lagging"
             told = b""
             if gap:
-                resumed = frames.format_id(log.first_id(start))
-                payload = frames.gap_payload(gap[0], resumed, gap[1])
-                told = client.asked.framed(frames.chunk(payload))
+                told = frames.gap_payload(gap[0], frames.format_id(log.first_id(start)), gap[1])
+                told = client.asked.framed(frames.chunk(told))
             return (told, *self._batch_at(start, client.asked), start)
 
     def place_arrived(self, ahead: Iterable[Client]) -> list[Client]:
         """Return those of the clients whose place is known now, AT_ONCE at most."""
         with self._mutex:
-            log = self._log
-            arrived = list(islice((client for client in ahead if log.can_locate(
-                client.after, client.registered_at)), AT_ONCE))
+            known = (each for each in ahead if self._log.can_locate(each.after, each.registered_at))
+            arrived = list(islice(known, AT_ONCE))
             for client in arrived:
                 self._place(client)
             return arrived
@@ -316,8 +304,7 @@ class Broadcast:
         with self._mutex:
             if self._stop_by is None:
                 return False
-            behind = self.fanned_out < self._log.next
-            busy = behind or self.clients.joining or self.clients.lagging
+            busy = self.fanned_out < self._log.next or self.clients.joining or self.clients.lagging
             return not busy or self.clock() >= self._stop_by
 
     def close(self) -> list[Client]:

@@ -45,20 +45,17 @@ class Opening(NamedTuple):
 
 class Client:
     """One connected socket and its cursor."""
-    __slots__ = ("sock", "peer", "asked", "since", "registered_at", "index", "cursor", "rest",
-                 "after", "gap", "last_id", "begin_at", "ahead", "sent_at", "awaited_until",
-                 "group")
+    __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
+                 "last_id", "begin_at", "ahead", "sent_at", "awaited_until", "group")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
         self.peer = peer                    # for the logger: it is not known any more after a reset
         self.asked = opening.asked
-        self.since = 0.0                    # seconds since the epoch: when it was registered
-        self.registered_at = 0.0            # the same on the monotonic clock
-        self.index = -1                     # in the list of clients
+        self.registered_at = 0.0            # on the monotonic clock
         self.cursor = 0                     # the next frame due; while it is current, not kept up
         self.rest: Bytes = opening.head     # due before that frame: a head, or what is left of one
-        self.after: Id | None = None         # it has had everything up to this id
+        self.after: Id | None = None        # it has had everything up to this id
         self.gap: tuple[str | None, str] | None = None  # to be told first: an id, a reason
         self.last_id = opening.last_id      # that it brought
         self.begin_at = opening.since       # the time that it brought
@@ -93,15 +90,12 @@ class Client:
 
 
 class Clients:
-    """All registered clients: in a list, and apart those that join and those that lag.
-
-    mutex: guards all in here; the last section takes it, the rest is used while holding it.
-    """
+    """All registered clients: in a list, and apart those that join and those that lag."""
 
     def __init__(self, mutex: threading.RLock, credit: float) -> None:
-        self._mutex = mutex
-        self._credit = credit                   # seconds that a client is waited for at first
-        self._all: list[Client] = []
+        self._mutex = mutex                     # guards all in here
+        self.credit = credit                    # seconds: the most that a client is waited for
+        self._all: dict[Client, None] = {}      # ordered set
         self.joining: list[Client] = []         # not yet seen by the publisher
         self.lagging: dict[Client, None] = {}   # ordered: served longest ago first
 
@@ -109,15 +103,16 @@ class Clients:
         """Return how many clients there are. Any thread may ask, without the mutex."""
         return len(self._all)
 
+    # Requires holding the mutex
+
     def add(self, client: Client) -> None:
         """Add a client, which joins."""
-        client.index = len(self._all)
-        self._all.append(client)
+        self._all[client] = None
         self.joining.append(client)
 
     def take_all(self) -> list[Client]:
         """Return all clients, and forget them."""
-        clients, self._all, self.joining, self.lagging = self._all, [], [], {}
+        clients, self._all, self.joining, self.lagging = [*self._all], {}, [], {}
         return clients
 
     def _awaited(self, now: float) -> Iterator[Client]:
@@ -133,10 +128,10 @@ class Clients:
         """Say whether those who are waited for have everything before the frame numbered `end`."""
         return all(client.cursor - bool(client.rest) >= end for client in self._awaited(now))
 
-    def describe(self, log: Log, now: float) -> list[dict[str, Any]]:
+    def describe(self, log: Log, now: float, wall: float) -> list[dict[str, Any]]:
         """Return what there is to say of clients, the lagging ones first, LISTED at most."""
         others = (client for client in self._all if client not in self.lagging)
-        return [{"peer": client.peer, "since": round(client.since, 3),
+        return [{"peer": client.peer, "since": round(wall - now + client.registered_at, 3),
                  "channels": len(client.asked.channels), **self._lag(client, log, now)}
                 for client in islice(chain(self.lagging, others), LISTED)]
 
@@ -157,15 +152,15 @@ class Clients:
     def set_lagging(self, client: Client, now: float) -> None:
         """Sort a client among those that read on from their own cursor."""
         with self._mutex:
-            client.awaited_until = now + min(self._credit, now - client.awaited_until)
+            client.awaited_until = now + min(self.credit, now - client.awaited_until)
             self.lagging[client] = None
             client.group.current.pop(client, None)
 
     def caught_up(self, client: Client, now: float) -> None:
         """Sort a client that is due nothing: it is current, unless it is ahead.
 
-        While it lags no more, the credit it has left grows by a second each second, from this time
-        on: one that falls behind again at once is not waited for anew.
+        From now on the credit it has left grows by a second each second: one that falls behind
+        again at once is not waited for anew.
         """
         with self._mutex:
             if client in self.lagging:
@@ -175,10 +170,7 @@ class Clients:
                 client.group.current[client] = None
 
     def remove(self, client: Client) -> None:
-        """Forget a client. The last of the list takes its place."""
+        """Forget a client."""
         with self._mutex:
             self.lagging.pop(client, None)
-            last = self._all.pop()
-            if last is not client:
-                self._all[client.index] = last
-                last.index = client.index
+            del self._all[client]

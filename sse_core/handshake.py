@@ -98,10 +98,9 @@ class Handshakes:
         """Forget one that is done. Returns the next for its thread, or None."""
         with self._lock:
             thread = self._unfinished.pop(done)
-            if not self._queue:
-                return None
-            following = self._queue.popleft()
-            self._unfinished[following] = thread
+            following = self._queue.popleft() if self._queue else None
+            if following:
+                self._unfinished[following] = thread
             return following
 
     def renewed(self, handshake: Handshake) -> None:
@@ -153,11 +152,7 @@ class Handshakes:
 
 
 class Handshake:
-    """One connection, from accept until it is closed or its socket is registered.
-
-    `run_at_once` is for the accept loop and never waits. If it returns False, `run` goes on in a
-    thread, and waits HEAD_TIME at most for each request. `cut` may be called from any thread.
-    """
+    """One connection, from accept until it is closed or its socket is registered."""
 
     def __init__(self, sock: socket.socket, peer: str, others: Handshakes) -> None:
         self._lock = threading.Lock()   # guards the next three: `cut` never meets a client's socket
@@ -192,7 +187,7 @@ class Handshake:
     # Run by the accept loop
 
     def run_at_once(self) -> bool:
-        """Register the client, or refuse it, if its request is all there. False: call `run`."""
+        """Register or refuse whose request is all there, and never wait. False: call `run`."""
         if self._others.context:
             return False
         self._sock.setblocking(False)
@@ -262,10 +257,7 @@ class Handshake:
         sock.settimeout(max(0.001, self._deadline - time.monotonic()))
 
     def _work(self, work: Callable[[], T]) -> T:
-        """Do what may take its time and waits for no peer, so that a cut would not end it.
-
-        Raises Refusal if too many are at it.
-        """
+        """Do what waits for no peer, so that a cut would not end it. Raises Refusal."""
         if not self._others.at_work.acquire(blocking=False):
             raise Refusal(503, "This server has too many requests to think about. Try again "
                                "later.", ["Retry-After: 5"])

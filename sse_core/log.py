@@ -40,8 +40,6 @@ class Log:
 
     Ids grow. One that does not begins a new epoch: ids from before are unknown from there on, and
     a client that has one gets all that is kept of the new epoch.
-
-    began_with: the id of an event that never was, before the first: who has it has missed nothing.
     """
 
     def __init__(self, history: int, began_with: Id = (0, 0), size: int = MAX_LOG) -> None:
@@ -50,7 +48,8 @@ class Log:
         self.complete_at = math.inf             # all that there was at this time
         self.first = self.next = 0
         self.last_id = began_with               # of the newest event that has one
-        self._began_with = began_with           # the first id of this epoch, or one before it
+        # The first id of this epoch, or of an event that never was: who has that missed nothing
+        self._began_with = began_with
         self._epoch = 0                         # number of the frame with which it began
         self._evicted: OrderedDict[str | None, Evicted] = OrderedDict()  # the last, by channel
         self._forgotten: Evicted = -1 << 63, (0, 0)     # for every channel that is not in there
@@ -123,8 +122,7 @@ class Log:
         return self.is_loaded and (event_id is None or event_id <= self.last_id
                                    or self.complete_at > since)
 
-    def locate(self, event_id: Id | None, channels: Iterable[str] = ()
-               ) -> tuple[int, str | None]:
+    def locate(self, event_id: Id | None, channels: Iterable[str] = ()) -> tuple[int, str | None]:
         """Return the number of the frame that follows an id, and why there may be a gap, if so.
 
         "evicted": the id is ours, and frames after it on these channels, or on none, are gone.
@@ -182,8 +180,7 @@ class Log:
     def first_id(self, start: int) -> Id | None:
         """Return the first id from this number on; None if there is none within SCAN frames."""
         numbers = range(start, min(self.next, start + SCAN))
-        ids = (self._frames[number].id for number in numbers)
-        return next((event_id for event_id in ids if event_id), None)
+        return next(filter(None, (self._frames[number].id for number in numbers)), None)
 
     def collect(self, start: int, stop: int, wants: Callable[[Frame], bool] | None = None
                 ) -> tuple[list[Frame], int]:
@@ -209,8 +206,7 @@ class Batch:
 
     def __init__(self, frames: Sequence[Frame], chunked: bool) -> None:
         self.frames = frames
-        self._parts: list[Bytes] = [
-            frame.chunk if chunked else unchunk(frame.chunk) for frame in frames]
+        self._parts: list[Bytes] = [f.chunk if chunked else unchunk(f.chunk) for f in frames]
         self.data: Bytes = self._parts[0] if len(frames) == 1 else b"".join(self._parts)
         self._ends: list[int] = []      # made by the first cut: most batches are taken whole
 

@@ -3,10 +3,10 @@
 An entry has the fields `data` and, if it likes, `event` and `channel`, in UTF-8. Its id is the
 event's.
 
-Nothing tells who follows a stream that it lost entries: it may be trimmed past the place where one
-stands, be made anew with ids that start lower, or be restored older. So after each read there is a
-look whether the entry at that place is still there, and the same. If not, a gap is told, and it
-goes on with the newest entries, so far as they were not read before.
+Nobody is told that a stream lost entries: it may be trimmed past the place where one stands, be
+made anew with lower ids, or be restored older. So after each read there is a look whether the entry
+at that place is still the same. If not, a gap is told, and it goes on with the newest entries, so
+far as they were not read before.
 """
 from __future__ import annotations
 
@@ -73,8 +73,7 @@ class RedisStream:
     def publish(self, drafts: Sequence[Draft]) -> list[str]:
         """Add events to the stream in one transaction, and return their ids.
 
-        Raises Unavailable if Redis does not say that it took them. Whoever tries again may publish
-        them twice.
+        Raises Unavailable if the answer is missing: trying again may publish them twice.
         """
         pipe = self._redis.pipeline(transaction=len(drafts) > 1)
         for draft in drafts:
@@ -127,23 +126,26 @@ class RedisStream:
         shared.complete(began)
 
     def _read_on(self, shared: Shared) -> None:
-        """Wait a moment for entries, and add them."""
+        """Wait a moment for entries, and add them; if some are missing, a gap and the newest."""
         began = shared.clock()
         entries, is_same = self._following()
         if is_same:
             self._last = entries[-1] if entries else self._last
-            self._add(shared, self._new(entries))
+            new = self._new(entries)
         else:
-            self._begin_again(shared)
+            after = _id(self._last) if self._last else None
+            new = self._new(self._newest())
+            resumed = next(self._events(new), None)
+            shared.tell_gap(after, resumed and resumed.id)
+        self._add(shared, new)
         if len(entries) < READ_COUNT:
             shared.complete(began)
 
     def _following(self) -> tuple[list[Entry], bool]:
         """Return the entries after the last one, and whether nothing before them can be missing.
 
-        The look at the last one comes after the read: else a burst that trims the stream could
-        come between. Where the stream was empty, nothing may have gone from it since, and no more
-        be there than is known again, should it be one that was away.
+        The look at the last one comes after the read: a burst that trims could come between. Where
+        the stream was empty, nothing may have gone since, and no more be there than is known again.
         """
         last = self._last[0] if self._last else b"0-0"
         pipe = self._redis.pipeline(transaction=False)
@@ -159,14 +161,6 @@ class RedisStream:
         is_whole = first[:1] == entries[:1] and gone == self._gone and length <= self._history
         return first, is_whole
 
-    def _begin_again(self, shared: Shared) -> None:
-        """Tell a gap, and go on with the newest entries, so far as they were not read before."""
-        after = _id(self._last) if self._last else None
-        entries = self._new(self._newest())
-        resumed = next(self._events(entries), None)
-        shared.tell_gap(after, resumed and resumed.id)
-        self._add(shared, entries)
-
     def _newest(self) -> list[Entry]:
         """Return the newest entries, and stand behind them; at the beginning if there are none."""
         page, _, self._gone = self._look("xrevrange")
@@ -180,10 +174,7 @@ class RedisStream:
         return entries[:self._history][::-1]
 
     def _look(self, command: str) -> tuple[list[Entry], int, int]:
-        """Return the first or last entries, how many there are, and how many are gone by then.
-
-        The last is 0 where Redis is older than 7.0 and does not count them.
-        """
+        """Return some entries, how many there are, and how many are gone: 0 before Redis 7.0."""
         pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
         getattr(pipe, command)(self._key, count=READ_COUNT)
         pipe.xinfo_stream(self._key)
@@ -200,10 +191,9 @@ class RedisStream:
         new = []
         for entry in entries:
             fields = hash(frozenset(entry[1].items()))
-            if self._known.get(entry[0]) != fields:
-                self._known.pop(entry[0], None)
-                self._known[entry[0]] = fields
+            if self._known.pop(entry[0], None) != fields:
                 new.append(entry)
+            self._known[entry[0]] = fields
         while len(self._known) > 2 * self._history:
             self._known.popitem(last=False)
         return new

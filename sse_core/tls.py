@@ -47,17 +47,15 @@ class TLSSocket(ssl.SSLSocket):
 
 def tls_context(cert: str, key: str | None = None) -> ssl.SSLContext:
     """Return a server's context for this certificate. Raises ValueError if that cannot be used."""
+    def no_password() -> NoReturn:
+        raise ValueError("the key of the certificate is encrypted, and nobody is there to type its "
+                         "password")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.sslsocket_class = TLSSocket
     try:
-        context.load_cert_chain(cert, key, password=_no_password)
+        context.load_cert_chain(cert, key, password=no_password)
     except OSError as error:        # ssl.SSLError is one too
         raise ValueError(f"cannot use {cert} and {key or 'the key in it'}: "
                          f"{error.strerror or error}") from None
     return context
-
-
-def _no_password() -> NoReturn:
-    raise ValueError("the key of the certificate is encrypted, and nobody is there to type its "
-                     "password")

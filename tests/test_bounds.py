@@ -73,7 +73,7 @@ def test_the_kernel_holds_little_for_a_stalled_client(server):
     with Client(server.port, receive_buffer=4096) as deaf, Client(server.port) as reader:
         deaf.open(), reader.open()
         wait_until(lambda: server.clients == 2)
-        registered = server._broadcast.clients._all[0].sock
+        registered = next(iter(server._broadcast.clients._all)).sock
         buffer = registered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         assert buffer <= 2 * sse_server.SEND_BUFFER
         assert registered.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
