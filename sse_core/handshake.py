@@ -29,6 +29,7 @@ MAX_HANDSHAKES = 256        # unfinished requests that have a thread
 MAX_AT_WORK = 192           # of these, in `authorize` or publishing: nothing can cut those
 MAX_BODIES = 16 << 20       # bytes of bodies under way in all: 256 of 1 MiB were 282 MiB
 MAX_QUEUE = 1024            # that wait for a thread, because all are at work or in their GRACE
+HELLO_TIME = 0.1            # seconds that TLS has to begin before it can be cut: peers may be busy
 GRACE = 1.0                 # seconds that TLS has, once begun, before it can be cut: a round of it
 PIECE = 64 << 10            # bytes received at once
 
@@ -101,6 +102,8 @@ class Handshakes:
             following = self._queue.popleft() if self._queue else None
             if following:
                 self._unfinished[following] = thread
+            if self._queue:     # more came than could be cut: all had been already
+                self._cut_one()
             return following
 
     def renewed(self, handshake: Handshake) -> None:
@@ -158,7 +161,7 @@ class Handshake:
         self._lock = threading.Lock()   # guards the next three: `cut` never meets a client's socket
         self._sock = sock
         self._is_ours = True            # False once it is registered, or closed
-        self.safe_until = 0.0           # on the monotonic clock: when it can be cut
+        self.safe_until = math.inf      # on the monotonic clock: when it can be cut
         self.goes_first = True          # if one is to be cut: it sent nothing yet, or was refused
         self._peer = peer
         self._others = others           # among which it is when it has a thread
@@ -228,9 +231,11 @@ class Handshake:
 
     def run(self) -> None:
         """Answer a request, and more if the connection is kept; or register the client."""
+        context = self._others.context
+        self.safe_until = time.monotonic() + (HELLO_TIME if context else 0.0)
         try:
-            if self._others.context:
-                self._start_tls(self._others.context)
+            if context:
+                self._start_tls(context)
             while self._serve():
                 self._kept, self._is_whole = True, False
                 self._deadline = time.monotonic() + HEAD_TIME
@@ -265,6 +270,8 @@ class Handshake:
             before, self.safe_until = self.safe_until, math.inf
         try:
             return work()
+        except OSError as error:        # of a program's function: the peer has not left
+            raise RuntimeError("the request could not be thought about") from error
         finally:
             self.safe_until = before
             self._others.at_work.release()
