@@ -13,12 +13,13 @@ import tempfile
 import time
 from typing import Callable, Dict, List, Optional, Tuple
 
-from load import (Clients, Measure, ServerProcess, c_loop, describe, our_server, percentile,
+from load import (GET, Clients, Measure, ServerProcess, c_loop, describe, our_server, percentile,
                   pin_load)
 
 RATE = 20               # events a second in the steady runs
 BURST = 200             # events at once
-PARTS = ["fan-out", "connects", "memory", "resume", "channels", "redis", "stalled"]
+PARTS = ["fan-out", "connects", "memory", "resume", "channels", "redis", "file", "storm",
+         "stalled"]
 Result = Dict[str, float]
 
 
@@ -263,6 +264,70 @@ def redis_stream(runs: int, folder: str, number: int = 1000) -> None:
         store.wait()
 
 
+def history_file(runs: int, folder: str, number: int = 1000) -> None:
+    """What a history file costs a delivery, with one process on it and with two."""
+    options = {"history_file": os.path.join(folder, "bench.db"), "reuse_port": 1}
+    pairs = []
+    for server in (our_server(), our_server("file", **options)):
+        pairs.append((server, Clients(server.port)))
+        pairs[-1][1].connect(number)
+    memory, file = alternate(
+        pairs, runs, lambda server, clients: deliver(server, clients, 40, 1 / RATE))
+    say(f"\nthrough a history file, {number} clients: {file['cpu'] / memory['cpu']:.2f} of the "
+        f"log in memory per delivery ({file['cpu']:.2f} and {memory['cpu']:.2f} us)")
+    one, clients = pairs[1]
+    two = our_server("second", **options)
+    others = Clients(two.port)
+    others.connect(number)
+    costs = []
+    for _ in range(runs):
+        with Measure(one) as first, Measure(two) as second:
+            one.publish(40, 1 / RATE)
+            clients.read_until(one.published), others.read_until(one.published)
+        one.wait()
+        costs.append((first.cpu + second.cpu) / 40 / (2 * number) * 1e6)
+    say(f"two processes on one file, {2 * number} clients: {min(costs) / file['cpu']:.2f} of one "
+        f"per delivery ({min(costs):.2f} us)")
+    three = our_server("third", **options)
+    time.sleep(4)       # until it looks as seldom as it does
+    with Measure(three) as idle:
+        time.sleep(10)
+    three.stop()
+    say(f"an idle server on a file: {idle.cpu / idle.wall:.2%} of a core")
+    for each in (clients, others):
+        each.close()
+    for server in (pairs[0][0], one, two):
+        server.stop()
+    pairs[0][1].close()
+
+
+def storm(folder: str, number: int) -> None:
+    """How long it takes until clients that `kill -9` of their server has cut are all back."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    options = {"history_file": os.path.join(folder, "storm.db"), "port": port,
+               "max_clients": number + 100}
+    server = our_server(**options)
+    clients = Clients(port)
+    clients.connect(number)
+    server.publish(20)
+    clients.read_until(20)
+    server.wait()
+    last = clients.id_before(10).decode()
+    server.process.kill()
+    server.process.wait()
+    clients.close()
+    back = Clients(port, GET[:-2] + f"Last-Event-ID: {last}\r\n\r\n".encode())
+    server = our_server(**options)
+    began = time.monotonic()
+    back.connect(number)
+    back.read_until(20)
+    say(f"\n{number} clients cut by kill -9 of a server with a history file: all are back, and have "
+        f"the {10} events they missed, {time.monotonic() - began:.2f} s after it listens again")
+    back.close()
+    server.stop()
+
+
 def main() -> None:
     parser = describe(__doc__)
     parser.add_argument("only", nargs="*", metavar="PART",
@@ -294,6 +359,10 @@ def main() -> None:
             channels(options.runs, min(10000, limit - 200))
         if "redis" in chosen:
             redis_stream(options.runs, folder)
+        if "file" in chosen:
+            history_file(options.runs, folder)
+        if "storm" in chosen:
+            storm(folder, min(9500, limit - 200))
         if "stalled" in chosen:
             stalled(options.runs)
 

@@ -23,7 +23,7 @@ def main() -> None:
     if options.pop("slow", 0):      # requests for /slow sit in `authorize`
         options["authorize"] = lambda request: request.path != "/slow" or not time.sleep(5)
     sequence = 0
-    with SSEServer(port=0, **options) as server:
+    with SSEServer(**{"port": 0, **options}) as server:
         print(server.port, flush=True)
         for line in sys.stdin:
             events, pause, channel, channels = [*line.split(), None, None][:4]

@@ -10,11 +10,15 @@ import sys
 import pytest
 import requests
 
+import publisher
 from helpers import PATIENCE, TOP, Client, free_port, get, make_certificate, need, wait_until
+from sse_core import answers, clients, frames, handshake, http1, signed
+from sse_server import SSEServer
 
 README = (TOP / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
             for line in block.splitlines()]
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_table_of_flags_is_the_one_of_help():
@@ -147,7 +151,7 @@ def test_a_post_on_a_channel_reaches_who_watches_it(shell):
 
 
 def test_the_program_serves_its_events(tmp_path):
-    program, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program = PROGRAMS[0]
     assert len(program.splitlines()) < 15
     port = free_port()
     process = subprocess.Popen([sys.executable, "-c", program.replace("6500", str(port))], cwd=TOP)
@@ -204,3 +208,61 @@ def test_every_command_is_run_by_a_test():
              for text in re.findall(r'"([^"]+)"', call)]
     assert [command for command in COMMANDS
             if command != "make test" and not any(text in command for text in named)] == []
+
+
+def test_the_table_of_bounds_is_what_the_code_says():
+    table = [int(value) for value in re.findall(
+        r"^\| [^|]+ \| (\d+)(?: (?:s|bytes|characters))? \|$", README.partition("## Flags")[0], re.M)]
+    assert table == [
+        handshake.HEAD_TIME, handshake.LINGER_TIME, handshake.MAX_HANDSHAKES,
+        handshake.MAX_AT_WORK, handshake.MAX_QUEUE, http1.MAX_LINE, http1.MAX_HEAD,
+        http1.MAX_FIELDS, frames.MAX_EVENT, handshake.MAX_BODIES, frames.MAX_NAME,
+        answers.MAX_ASKED, http1.MAX_LAST_ID, signed.MAX_TOKEN, clients.LISTED, publisher.STALL]
+
+
+def test_since(shell):
+    run, since = commands("python sse_server.py --port 6500", "since=10m")
+    shell.serve(run)
+    shell.watch(since, "data: ")
+
+
+def test_a_history_file_outlives_the_server(shell):
+    serve, = commands("--history-file events.db --publish-token SECRET")
+    url = f"http://127.0.0.1:{shell.ports['6500']}/SECRET"
+    shell.serve(serve)
+    requests.post(url, data="kept", timeout=PATIENCE)
+    shell.stop()
+    shell.serve(serve)
+    with Client(int(shell.ports["6500"]), get("/?since=all")) as client:
+        client.read_until(lambda stream: "kept" in [event.data for event in stream.events])
+
+
+def test_all_cores_serve_one_stream(shell):
+    many, = commands("for i in 1 2 3 4")
+    shell.start(many.replace("--interval 0", "--interval 0 --publish-token SECRET"))
+    port = int(shell.ports["6500"])
+    url = f"http://127.0.0.1:{port}/SECRET"
+
+    def reaches(number: int) -> bool:
+        try:
+            return requests.post(url, data=str(number), timeout=PATIENCE).ok
+        except requests.ConnectionError:        # none listens yet
+            return False
+    wait_until(lambda: reaches(0))
+    clients = [Client(port, get("/?since=all")).open() for _ in range(12)]
+    for number in range(1, 9):
+        assert reaches(number)
+    for client in clients:
+        client.read_until_data("8")
+        assert [event.data for event in client.stream.events][-8:] == list("12345678")
+        client.close()
+
+
+def test_a_signed_token_lets_its_user_in(shell):
+    pytest.importorskip("jwt")
+    signing = subprocess.run([sys.executable, "-c", PROGRAMS[1]], capture_output=True, text=True)
+    key = re.search(r'key = "(.*)"', PROGRAMS[1])[1]
+    with SSEServer(port=0, jwt_key=key) as server:
+        url = f"{server.url}/{signing.stdout.strip()}?channel="
+        assert requests.head(url + "user-42-mail", timeout=PATIENCE).status_code == 200
+        assert requests.head(url + "user-7", timeout=PATIENCE).status_code == 403
