@@ -210,10 +210,22 @@ class SSEServer(_Listener):
                  authorize: Authorize | None = None, origins: Sequence[str] = (),
                  allowed_hosts: Sequence[str] = (), jwt_key: str | None = None,
                  cert: str | None = None, key: str | None = None,
-                 redis: str | None = None, stream: str = "sse",
+                 redis: str | None = None, stream: str | None = None,
                  history_file: str | None = None, sync: bool = False,
                  reuse_port: bool = False) -> None:
         """Begin to listen. The options stand above."""
+        host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        for wrong, what in (
+                (not host, "host is empty: 0.0.0.0 is every address of this machine"),
+                (not isinstance(port, int) or not 0 <= port < 65536, "port is not from 0 to 65535"),
+                (not isinstance(history, int), "history is not a whole number"),
+                (not callable(authorize or len), "authorize is not a function"),
+                (key and not cert, "a key without a certificate: cert is missing"),
+                (stream and not redis, "stream is for redis, which is missing"),
+                (sync and not history_file, "sync is for history_file, which is missing"),
+                (redis and history_file, "one shared log is enough: redis, or history_file")):
+            if wrong:
+                raise ValueError(what)
         self._lifecycle = threading.RLock()
         self._started = False
         self._stopped = False                   # or `stop` is at it
@@ -225,9 +237,7 @@ class SSEServer(_Listener):
         context = tls_context(cert, key) if cert else None
         kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
                                 "max_clients": max_clients}
-        if redis and history_file:
-            raise ValueError("there can be one shared log: a Redis stream, or a history file")
-        shared_log = (RedisStream(redis, stream, history) if redis else
+        shared_log = (RedisStream(redis, stream or "sse", history) if redis else
                       FileStream(history_file, history, sync) if history_file else None)
         self._shared = Shared(shared_log, **kept) if shared_log else None
         self._broadcast = self._shared or Broadcast(**kept)

@@ -22,6 +22,11 @@ from sse_core.frames import Draft
 from sse_core.http1 import Refusal, Request
 
 HTML = "text/html; charset=utf-8"
+PAGE_FIELDS = (             # the page watches any stream, loads nothing, and stands in no frame
+    "Cache-Control: no-cache", "Vary: Accept", "X-Content-Type-Options: nosniff",
+    "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src *; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'")
 TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 JSON = "application/json"
@@ -85,7 +90,7 @@ class Answers:
         if request.path == "/favicon.ico":
             raise Refusal(404, "There is no icon here.")
         if self._page and request.path == "/" and request.accepts("text/html"):
-            return _whole(request, self._page, HTML)
+            return _whole(request, self._page, HTML, PAGE_FIELDS)
         if request.path == "/-/health":
             return self._health(request)
         if request.path == "/-/status" and "list" in request.query:
@@ -106,8 +111,9 @@ class Answers:
     def _stream_head(self, request: Request) -> bytes:
         """Return the head of a stream: the original's four lines, then those for proxies."""
         framing = "Transfer-Encoding: chunked" if request.chunked else "Connection: close"
+        closing = ["Connection: close"] if request.chunked and request.method == "HEAD" else []
         lines = ["HTTP/1.1 200 OK", "Content-Type: text/event-stream", framing,
-                 *self._access.cross_origin(request),
+                 *self._access.cross_origin(request), *closing,
                  "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", _date(), "", ""]
         return "\r\n".join(lines).encode()
 

@@ -127,7 +127,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} needs --{needed}".replace("_", "-"))
     if options.stdin and sys.stdin is None:
         parser.error("--stdin needs a standard input")
-    options.stream = options.stream or "sse"
     return options
 
 

@@ -46,7 +46,14 @@ class Draft(NamedTuple):
     channel: str | None = None
 
     def encoded(self) -> bytes:
-        """Return it as the fields of a stream. Raises ValueError for what no event can hold."""
+        """Return it as the fields of a stream.
+
+        Raises ValueError for what no event can hold, TypeError for what is no text.
+        """
+        if not isinstance(self.data, str):
+            raise TypeError("data is text: use json.dumps for anything else")
+        if not isinstance(self.event or "", str) or not isinstance(self.channel or "", str):
+            raise TypeError("the names of an event and of a channel are text")
         if self.event:
             check_name("event name", self.event)
         if self.event == "gap":

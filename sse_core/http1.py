@@ -256,5 +256,7 @@ def answer(status: int, body: bytes = b"", fields: Iterable[str] = (), *,
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     if status != 204:           # RFC 9110 section 8.6: no Content-Length there
         lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
-    lines += [f"Connection: {'keep-alive' if keep_alive else 'close'}", *fields, "", ""]
+    lines += ["Connection: keep-alive", "Keep-Alive: timeout=10"] if keep_alive else [
+        "Connection: close"]
+    lines += [*fields, "", ""]
     return "\r\n".join(lines).encode() + (b"" if head_only else body)

@@ -1,0 +1,36 @@
+"""Arguments that cannot be meant are refused at once, with a sentence."""
+import pytest
+
+from sse_server import SSEServer
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"tokens": "secret"}, "list of strings"), ({"publish_tokens": "secret"}, "list of strings"),
+    ({"origins": "https://x.test"}, "list of strings"), ({"tokens": [" x"]}, "white space"),
+    ({"tokens": [""]}, "empty"), ({"key": "key.pem"}, "cert is missing"),
+    ({"port": 70000}, "port is not"), ({"port": "6500"}, "port is not"),
+    ({"history": 1.5}, "whole number"), ({"history": -1}, "numbers from 0 on"),
+    ({"authorize": "no"}, "not a function"), ({"host": ""}, "0.0.0.0 is every address"),
+    ({"stream": "x"}, "redis, which is missing"), ({"sync": True}, "history_file, which is"),
+    ({"redis": "redis://x", "history_file": "x"}, "one shared log"),
+    ({"jwt_key": "short"}, "32 bytes"), ({"heartbeat": -1}, "heartbeat"),
+    ({"allowed_hosts": ["a/b"]}, "neither a name nor an address")])
+def test_an_option_that_cannot_be_meant_is_refused_with_a_sentence(options, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        SSEServer(**{"port": 0, **options})
+
+
+@pytest.mark.parametrize("event, said", [
+    (({"a": 1},), "json.dumps"), ((b"x",), "json.dumps"), ((None,), "json.dumps"),
+    ((1,), "json.dumps"), (("x", 1), "names"), (("x", None, ["a"]), "names")])
+def test_what_is_no_text_is_a_type_error(event, said):
+    with SSEServer(port=0) as server, pytest.raises(TypeError, match=said):
+        server.publish(*event)
+
+
+def test_an_ipv6_address_may_have_its_brackets():
+    try:
+        with SSEServer("[::1]", 0) as server:
+            assert server.url.startswith("http://[::1]:")
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
