@@ -119,7 +119,7 @@ def test_it_keeps_the_newest_rows_and_says_how_many_are_gone(tab):
         tab.wait_for("rows.gone === 1236 && !view.isDue")
         assert tab.evaluate("list.scrollTop - 99 * view.rowHeight") == 14
         tab.wait_for("!document.getElementById('newest').hidden")
-        tab.click("newest")
+        tab.evaluate("list.scrollTop += 10, find('newest').click()")     # both before a frame
         wait_until(lambda: numbers(tab)[-1:] == ["newer"])
 
 
@@ -672,7 +672,7 @@ def test_the_chart_stacks_the_five_commonest_names(tab, server):
         for _ in range(10 - number):
             server.publish("", name)
     tab.wait_for("stream.events === 49")
-    tab.evaluate("everySecond()")
+    tab.evaluate("everySecond(), everySecond()")
     assert tab.evaluate("[...find('legend').children].map(each => each.textContent)") == [
         "a 10", "b 9", "c 8", "d 7", "e 6", "others 9"]
     tab.wait_for("[...document.querySelectorAll('#bars path[class]')].every("
@@ -779,9 +779,9 @@ def test_a_burst_of_20_000_events_freezes_nothing(tab):
     assert is_smooth(lambda: burst(tab))
 
 
-def test_100_000_events_that_are_there_at_once_freeze_nothing(tab):
+def test_300_000_events_that_are_there_at_once_freeze_nothing(tab):
     body = b"".join(b"event: %d\ndata: number %d and some more text\n\n" % (number % 7, number)
-                    for number in range(100000))
+                    for number in range(300000))
 
     def answer(request):
         request.reply(200, body, **STREAM)
@@ -791,7 +791,7 @@ def test_100_000_events_that_are_there_at_once_freeze_nothing(tab):
         tab.resize(1280, 800)
         with tab.at_start(FRAMES):
             tab.open(f"{server.url}/page?url={server.url}/stream")
-        tab.wait_for("stream.events === 100000 && !view.isDue")
+        tab.wait_for("stream.events === 300000 && !view.isDue")
         return longest_frame(tab)
     with foreign(answer) as server:
         assert is_smooth(all_at_once)
