@@ -944,10 +944,10 @@ def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(
             time.sleep(0.002)
             b.pass_time(every)
         assert read and len(b.broadcast.clients) == 1
-        for _ in range(100):
-            b.pass_time(1)
+        # Its kernel takes what it has room for when it likes: by no clock of ours
+        wait_until(lambda: b.pass_time(1) or not len(b.broadcast.clients))
         drops = {**dict.fromkeys(publisher.REASONS, 0), "stalled": 1}
-        assert len(b.broadcast.clients) == 0 and b.publisher.counters.drops == drops
+        assert b.publisher.counters.drops == drops
 
 
 def test_a_logging_handler_may_publish(bench):
