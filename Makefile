@@ -1,7 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test quick test-long fuzz check bench bench-peers siege clean interop screenshots
+.PHONY: help run test quick test-long fuzz check bench bench-peers siege clean interop screenshots
+
+help:
+	@echo "run: the clock on port 6500; test: everything; quick: without browser, Redis, packages;"
+	@echo "check: ruff and mypy; fuzz, test-long, interop: more tests; screenshots: the README's;"
+	@echo "bench, bench-peers, siege: measurements; clean: take away what these made"
 
 run:
 	$(PYTHON) sse_server.py --port 6500

@@ -120,6 +120,16 @@ def test_a_pipe_of_a_hundred_thousand_lines_reaches_a_client_to_the_last(shell):
     assert b"data: 100000\r\n" in tail and tail.endswith(b"0\r\n\r\n")
 
 
+def test_a_log_file(shell):
+    tail, = commands("tail -n 0 -F app.log")
+    (shell.folder / "app.log").write_text("old\n")
+    shell.serve(tail)
+    with Client(int(shell.ports["6500"])) as client, open(shell.folder / "app.log", "a") as log:
+        client.open()
+        print("new", file=log, flush=True)
+        assert [event.data for event in client.read_events(1)] == ["new"]
+
+
 def test_a_pipe_of_json_lines(shell):
     serve, = commands("--stdin --json --wait-clients 1")
     process = shell.start(serve)
@@ -256,6 +266,16 @@ def test_all_cores_serve_one_stream(shell):
         client.read_until_data("8")
         assert [event.data for event in client.stream.events][-8:] == list("12345678")
         client.close()
+
+
+def test_the_program_on_asyncio_serves_its_events(shell):
+    program = PROGRAMS[2].replace("6500", shell.ports["6500"]).replace("sleep(1)", "sleep(0.01)")
+    shell.start(f"PYTHONPATH={TOP} exec {sys.executable} -c {shlex.quote(program)}")
+    port = int(shell.ports["6500"])
+    wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"],
+                                      capture_output=True).returncode == 0)
+    with Client(port) as client:
+        assert client.read_events(2)[1].data.isdigit()
 
 
 def test_a_signed_token_lets_its_user_in(shell):
