@@ -36,6 +36,7 @@ BEGINNINGS = {"all": 0.0, "latest": math.inf, "earliest": 0.0}      # the last a
 AGO = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SINCE = re.compile("([0-9]{1,12}(?:[.][0-9]{1,6})?)([smhd]?)", re.ASCII)
 MAX_ASKED = 32              # channels of a client: 100 of its own cost 52 KiB
+MAX_NAMES = 1024            # characters of their names
 COME_BACK = 10              # times the usual pause, for a client that finds the server full
 
 FAMILIES = (                # of metrics: name, kind, what it is, and its key among the figures
@@ -269,8 +270,9 @@ def _channels(request: Request) -> frozenset[str]:
         if meant:
             raise Refusal(400, f"The parameter {name!r} is not known: was {meant[0]!r} meant?")
     channels = request.query.get("channel", [])
-    if len(channels) > MAX_ASKED:
-        raise Refusal(400, f"A client may ask for {MAX_ASKED} channels.")
+    if len(channels) > MAX_ASKED or sum(map(len, channels)) > MAX_NAMES:
+        raise Refusal(400, f"A client may ask for {MAX_ASKED} channels, whose names have "
+                           f"{MAX_NAMES} characters in all.")
     try:
         for channel in channels:
             frames.check_channel(channel)

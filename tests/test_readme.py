@@ -227,7 +227,8 @@ def test_the_table_of_bounds_is_what_the_code_says():
         handshake.HEAD_TIME, handshake.LINGER_TIME, handshake.MAX_HANDSHAKES,
         handshake.MAX_AT_WORK, handshake.MAX_QUEUE, http1.MAX_LINE, http1.MAX_HEAD,
         http1.MAX_FIELDS, frames.MAX_EVENT, handshake.MAX_BODIES, frames.MAX_NAME,
-        answers.MAX_ASKED, http1.MAX_LAST_ID, signed.MAX_TOKEN, clients.LISTED, publisher.STALL]
+        answers.MAX_ASKED, answers.MAX_NAMES, http1.MAX_LAST_ID, signed.MAX_TOKEN,
+        clients.LISTED, publisher.STALL]
 
 
 def test_since(shell):
