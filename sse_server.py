@@ -59,7 +59,8 @@ FOLLOWER_TIME = 2.0         # seconds for the thread that follows a shared log t
 WAIT_CHECK = 0.05           # seconds between two looks whether --wait-clients are there
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}    # and how to connect to it
-_DATA_FOLDERS = (sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))
+_DATA_FOLDERS = (Path(__file__).parent,      # by `pip install --target`
+                 sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))
 _PAGES = (Path(__file__).with_name("index.html"),       # in a checkout; else where it is installed
           *(Path(data, "share", "sse-server", "index.html") for data in _DATA_FOLDERS))
 PAGE = next((page for page in _PAGES if page.exists()), None)
