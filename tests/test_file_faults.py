@@ -154,7 +154,7 @@ def test_a_file_without_permission_is_one_line(tmp_path, file_mode, folder_mode,
         ours(path)
         path.chmod(file_mode)
     folder.chmod(folder_mode)
-    parents = [each for each in path.parents[1:] if str(each).startswith("/tmp/pytest")]
+    parents = [each for each in list(path.parents)[1:] if str(each).startswith("/tmp/pytest")]
     for each in parents:
         each.chmod(0o755)
     done = subprocess.run([sys.executable, "-c", AS_NOBODY, path], capture_output=True, text=True)
