@@ -101,6 +101,7 @@ class Publisher:
             self._groups = Groups()
             raise
         finally:
+            self._broadcast.publisher = None    # the system gives its number to another thread
             self.close()
 
     def turn(self, timeout: float) -> None:

@@ -97,6 +97,8 @@ class Story:
                       if each.id and each.id >= id), len(self.entries))
         if newer < len(self.entries) and self.entries[newer].id == id:
             newer += 1
+        elif id == self.began:
+            newer = self.epoch          # no event has it: what a source told is after it, too
         elif newer > oldest:
             return newer, "unknown"     # below, it may as well be one of ours that has left the log
         lost = self.next_wanted(newer, channels, self.first)
@@ -206,6 +208,10 @@ class Reader:
 
     def due(self) -> Optional[Entry]:
         return None if self.at is None else self.story.next_wanted(self.at, self.channels)
+
+    def is_idle(self) -> bool:
+        """Say whether it was greeted and nothing, half a heartbeat say, is under way to it."""
+        return bool(self.stream.payloads) and self.blocked_at is None
 
     def is_full(self) -> bool:
         """Say whether the kernel may hold so much that the socket does not count as writable."""
@@ -388,7 +394,7 @@ class Driver:
     def turn(self) -> None:
         self.publisher.turn(0)
         for reader in self.readers:
-            if reader.at is None and reader.stream.payloads and self.can_place(reader):
+            if reader.at is None and reader.is_idle() and self.can_place(reader):
                 reader.place()
         self.check_drops()
         self.check_heartbeats()
@@ -504,7 +510,8 @@ class Driver:
             blocked, partial, had = before[reader.name]
             assert not partial or reader.bytes == had, f"{reader.name}: after part of a frame"
             served = not (partial or reader.due() or reader.gap or blocked is not None)
-            can_end = served and reader.sock.room > 5 and reader.chunked and reader.bytes
+            has_room = reader.sock.room > 5 and not reader.is_full()
+            can_end = served and has_room and reader.chunked and reader.bytes
             assert not can_end or reader.stream.ended, reader.name
 
     def close(self) -> None:

@@ -983,6 +983,13 @@ def test_a_logging_handler_may_publish(bench):
     assert handler.lines and handler.lines + handler.refused >= 300
 
 
+def test_a_thread_that_is_given_the_number_of_a_publisher_that_ended_may_drain(bench):
+    b = bench()
+    b.broadcast.stop()
+    b.publisher.run()
+    b.broadcast.drain()
+
+
 def test_publish_inside_a_publish_of_the_same_thread_is_refused_or_done_never_stuck(bench):
     """As from a signal handler that interrupts it, at whatever line."""
     b = bench(history=64)
