@@ -216,17 +216,15 @@ class SSEServer(_Listener):
                  reuse_port: bool = False) -> None:
         """Begin to listen. The options stand above."""
         host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        for wrong, what in (
-                (not host, "host is empty: 0.0.0.0 is every address of this machine"),
-                (not isinstance(port, int) or not 0 <= port < 65536, "port is not from 0 to 65535"),
-                (not isinstance(history, int), "history is not a whole number"),
-                (not callable(authorize or len), "authorize is not a function"),
-                (key and not cert, "a key without a certificate: cert is missing"),
-                (stream and not redis, "stream is for redis, which is missing"),
-                (sync and not history_file, "sync is for history_file, which is missing"),
-                (redis and history_file, "one shared log is enough: redis, or history_file")):
-            if wrong:
-                raise ValueError(what)
+        _refuse(
+            (not host, "host is empty: 0.0.0.0 is every address of this machine"),
+            (not isinstance(port, int) or not 0 <= port < 65536, "port is not from 0 to 65535"),
+            (not isinstance(history, int), "history is not a whole number"),
+            (not callable(authorize or len), "authorize is not a function"),
+            (key and not cert, "a key without a certificate: cert is missing"),
+            (stream and not redis, "stream is for redis, which is missing"),
+            (sync and not history_file, "sync is for history_file, which is missing"),
+            (redis and history_file, "one shared log is enough: redis, or history_file"))
         self._lifecycle = threading.RLock()
         self._started = False
         self._stopped = False                   # or `stop` is at it
@@ -418,6 +416,13 @@ class SSEServer(_Listener):
         self.socket.close()
         self._handshakes.abandon()
         self._publisher.abandon()
+
+
+def _refuse(*options: tuple[object, str]) -> None:
+    """Raise ValueError for the first option that is wrong."""
+    for is_wrong, what in options:
+        if is_wrong:
+            raise ValueError(what)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
