@@ -167,7 +167,7 @@ def test_imports_point_one_way():
 def test_the_pure_modules_import_no_socket_no_thread_and_no_clock():
     impure = {"socket", "ssl", "select", "selectors", "threading", "time", "datetime",
               "socketserver"}
-    for name in ("access", "body", "frames", "http1", "log"):
+    for name in ("access", "body", "frames", "http1", "log", "parameters", "signed"):
         assert not imported(f"sse_core/{name}.py") & impure, name
     assert not imported("sse_core/answers.py") & (impure - {"time", "datetime"})
     for name in ("handshake", "command_line"):

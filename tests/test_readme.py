@@ -12,7 +12,7 @@ import requests
 
 import publisher
 from helpers import PATIENCE, TOP, Client, free_port, get, make_certificate, need, wait_until
-from sse_core import answers, clients, frames, handshake, http1, signed
+from sse_core import clients, frames, handshake, http1, parameters, signed
 from sse_server import SSEServer
 
 README = (TOP / "README.md").read_text()
@@ -222,12 +222,13 @@ def test_every_command_is_run_by_a_test():
 
 def test_the_table_of_bounds_is_what_the_code_says():
     table = [int(value) for value in re.findall(
-        r"^\| [^|]+ \| (\d+)(?: (?:s|bytes|characters))? \|$", README.partition("## Flags")[0], re.M)]
+        r"^\| [^|]+ \| (\d+)(?: (?:s|bytes|characters))? \|$", README.partition("## Flags")[0],
+        re.M)]
     assert table == [
         handshake.HEAD_TIME, handshake.LINGER_TIME, handshake.MAX_HANDSHAKES,
         handshake.MAX_AT_WORK, handshake.MAX_QUEUE, http1.MAX_LINE, http1.MAX_HEAD,
         http1.MAX_FIELDS, frames.MAX_EVENT, handshake.MAX_BODIES, frames.MAX_NAME,
-        answers.MAX_ASKED, answers.MAX_NAMES, http1.MAX_LAST_ID, signed.MAX_TOKEN,
+        parameters.MAX_ASKED, parameters.MAX_NAMES, http1.MAX_LAST_ID, signed.MAX_TOKEN,
         clients.LISTED, publisher.STALL]
 
 
