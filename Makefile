@@ -15,7 +15,7 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
 
 quick: $(VENV)/ready
-	$(VENV)/bin/python -m pytest $(addprefix --ignore=tests/test_, page.py proxies.py redis.py redis_faults.py \
+	$(VENV)/bin/python -m pytest $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py \
 		package.py readme.py interop.py)
 
 test-long: $(VENV)/ready

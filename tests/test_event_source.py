@@ -1,4 +1,5 @@
-"""Behind nginx and HAProxy as examples/ configure them: a rolling restart loses no EventSource."""
+"""A browser's EventSource, across restarts: directly, and behind nginx and HAProxy as examples/
+configure them."""
 import shutil
 import signal
 import subprocess
@@ -93,3 +94,24 @@ def test_a_rolling_restart_and_an_outage_keep_every_event_source(name, tmp_path)
         finally:
             for each in servers:
                 assert "Traceback" not in each.close()
+
+
+def test_since_counts_once_and_then_the_last_id(tmp_path):
+    port = free_port()
+    with browser(tmp_path / "profile") as page:
+        first = server(port, tmp_path / "events.db")
+        try:
+            for number in range(3):
+                assert post(port, str(number))
+            page.open(f"http://127.0.0.1:{port}/-/health")
+            page.evaluate(SCRIPT.replace("%d/'", "%d/?since=all'") % (1, port))
+            page.wait_for("seen[0].length === 3")
+            first.process.kill()
+            first.close()
+            page.wait_for("sources[0].readyState === 0")
+            first = server(port, tmp_path / "events.db")
+            assert post(port, "3")
+            page.wait_for("seen[0][seen[0].length - 1] === '3'")
+            assert page.evaluate("seen[0]") == ["0", "1", "2", "3"]
+        finally:
+            assert "Traceback" not in first.close()
