@@ -11,7 +11,7 @@ import pytest
 import requests
 
 import publisher
-from helpers import PATIENCE, TOP, Client, free_port, get, make_certificate, need, wait_until
+from helpers import PATIENCE, TOP, Client, free_port, get, need, wait_until
 from sse_core import clients, frames, handshake, http1, parameters, signed
 from sse_server import SSEServer
 
@@ -135,7 +135,7 @@ def test_a_pipe_of_json_lines(shell):
     process = shell.start(serve)
     while "Listening" not in process.stdout.readline():
         assert process.poll() is None
-    with Client(int(shell.ports["6500"]), get("/?channel=ops")) as client:
+    with Client(int(shell.ports["6500"]), get()) as client:
         event, = client.read_to_end().events
     assert (event.name, event.data) == ("alert", '{"disk": 93}') and process.wait(PATIENCE) == 0
 
@@ -187,7 +187,8 @@ def test_tokens_let_in_origins_are_taken_and_tls_is_spoken(shell):
     assert requests.head(url + "/one", timeout=PATIENCE).status_code == 200
     assert requests.head(url + "/two", timeout=PATIENCE).status_code == 401
     shell.stop()
-    make_certificate(shell.folder)
+    make, = commands("openssl req")
+    shell.output(make)
     shell.serve(tls)
     with requests.Session() as session:
         session.trust_env = False
@@ -251,7 +252,7 @@ def test_a_history_file_outlives_the_server(shell):
 
 def test_all_cores_serve_one_stream(shell):
     many, = commands("for i in 1 2 3 4")
-    shell.start(many.replace("--interval 0", "--interval 0 --publish-token SECRET"))
+    shell.start(many)
     port = int(shell.ports["6500"])
     url = f"http://127.0.0.1:{port}/SECRET"
 
