@@ -16,7 +16,7 @@ test: $(VENV)/ready
 
 quick: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py \
-		package.py readme.py interop.py)
+		package.py readme.py interop.py bridges.py)
 
 test-long: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m long
@@ -47,7 +47,7 @@ siege:
 	$(PYTHON) benchmarks/siege.py
 
 interop: $(VENV)/ready
-	$(VENV)/bin/python -m pip install --quiet httpx httpx-sse sseclient-py
+	$(VENV)/bin/python -m pip install --quiet httpx httpx-sse sseclient-py psycopg
 	$(VENV)/bin/python -m pytest -m interop
 
 bench-peers: $(VENV)/ready
