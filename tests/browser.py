@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from select import select
-from typing import Iterator
+from typing import Iterator, List
 
 from helpers import need, wait_until
 
@@ -110,6 +110,30 @@ class Page:
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+    @contextmanager
+    def tasks(self) -> Iterator[List[float]]:
+        """Collect what each task of pages took meanwhile: milliseconds of their threads' time.
+
+        What else runs on the machine adds nothing to that. They are there at the end.
+        """
+        taken: List[float] = []
+        categories = ["devtools.timeline", "disabled-by-default-devtools.timeline"]
+        self._call("Tracing.start", transferMode="ReportEvents", traceConfig={
+            "includedCategories": categories, "excludedCategories": ["*"]})
+        try:
+            yield taken
+        finally:
+            self._call("Tracing.end")
+            events, message = [], self._next_message()
+            while message.get("method") != "Tracing.tracingComplete":
+                events += message.get("params", {}).get("value", ())
+                message = self._next_message()
+            # Only the threads of pages draw frames
+            pages = {(each["pid"], each["tid"]) for each in events
+                     if each["name"] == "FireAnimationFrame"}
+            taken += [each["tdur"] / 1000 for each in events if each["name"] == "RunTask"
+                      and "tdur" in each and (each["pid"], each["tid"]) in pages]
 
     @contextmanager
     def at_start(self, script: str) -> Iterator[None]:

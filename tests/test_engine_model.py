@@ -245,6 +245,8 @@ class Driver:
         self.readers: List[Reader] = []
         self.left: List[Reader] = []
         self.texts, self.closed = 0, False
+        # Who joins amid a backlog is sent nothing in the turn that ends it, unlike its group
+        self.is_behind, self.behind_at = False, 0.0
 
     def run(self, operations: int) -> None:
         choices = [self.publish] * 6 + [self.register] * 2 + [self.give_room] * 8
@@ -393,6 +395,9 @@ class Driver:
 
     def turn(self) -> None:
         self.publisher.turn(0)
+        if self.is_behind:
+            self.behind_at = self.bench.now
+        self.is_behind = self.broadcast.has_work()
         for reader in self.readers:
             if reader.at is None and reader.is_idle() and self.can_place(reader):
                 reader.place()
@@ -422,7 +427,7 @@ class Driver:
     def check_heartbeats(self) -> None:
         longest = self.bench.heartbeat + min(1.0, self.bench.heartbeat / 8) + 1e-6
         for reader in self.readers if self.bench.heartbeat else ():
-            silent = self.bench.now - reader.sent_at
+            silent = self.bench.now - max(reader.sent_at, self.behind_at)
             blocked = reader.blocked_at is not None or reader.is_full()
             assert blocked or silent < longest, f"{reader.name} was sent nothing for {silent}"
 
@@ -492,7 +497,8 @@ class Driver:
             shown = listed[reader.name]
             assert shown["channels"] == len(reader.channels), reader.name
             assert 0 <= shown["lag_frames"] <= len(self.story.entries) and shown["lag_seconds"] >= 0
-            under_way = reader.blocked_at is not None or self.broadcast.has_work()
+            is_held_up = reader.blocked_at is not None or reader.is_full()
+            under_way = is_held_up or self.broadcast.has_work()
             assert under_way or not shown["lag_frames"] or reader.due()
 
     def stop(self) -> None:
