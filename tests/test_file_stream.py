@@ -216,7 +216,7 @@ def test_many_processes_begin_with_the_same_new_file(path):
 
 @pytest.mark.parametrize("history", ["0", "64", "1024"])
 def test_a_pipe_is_held_back_for_who_reads(path, history):
-    lines = [f"{number} {'x' * 200}" for number in range(5000)]
+    lines = [f"{number} {'x' * 1000}" for number in range(20000)]
     server = Server("--stdin", "--wait-clients", "1", "--history-file", str(path), "--history",
                     history)
     with Client(server.port, receive_buffer=4096) as client, ThreadPoolExecutor(1) as pool:
