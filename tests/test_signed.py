@@ -5,8 +5,8 @@ import time
 
 import pytest
 import requests
-
 from helpers import PATIENCE, TOP, Client, ask, get, serving, wait_until
+
 from sse_core.clients import AT_ONCE
 from sse_server import SSEServer
 
