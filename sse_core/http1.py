@@ -169,6 +169,9 @@ def _parse_head(head: re.Match[bytes]) -> Request:
     lines = head[5].decode("latin-1")
     request = Request(*_parse_request_line(head), _take_apart(_KNOWN, lines), lines)
     _check(request)
+    absolute = _ABSOLUTE.match(head[2].decode("latin-1"))
+    if absolute:        # RFC 9112 section 3.2.2: it counts in place of Host
+        request.known["host"] = absolute[0].partition("://")[2]
     return request
 
 

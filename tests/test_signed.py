@@ -92,6 +92,6 @@ def test_the_key_may_come_from_the_environment_and_a_short_one_is_one_line():
         assert ask(server.port, get("/")).startswith(b"HTTP/1.1 401 ")
         with Client(server.port, get(f"/{token(subscribe=['*'])}")) as client:
             client.read_events(1)
-    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--jwt-key", "short"],
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, TOP / "sse_server.py", "--port", "0", "--jwt-key", "short"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and "32 bytes" in done.stderr and done.stderr.count("\n") == 1

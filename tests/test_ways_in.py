@@ -27,7 +27,8 @@ BAD = [
     ('{"data": "x", "channel": ["c"]}', "event and channel are strings"),
     ('{"data": "x", "channel": ""}', "the channel has no name"),
     ('{"data": "x", "event": "a\\nb"}', "CR, LF, NUL"), ('{"data": "\\ud800"}', "surrogate"),
-    ('{"data": "x", "event": "gap"}', "server's own"), ("[" * 100_000, "nested too deeply"),
+    ('{"data": "x", "event": "gap"}', "server's own"), ('{"data": NaN}', "JSON"),
+    ('{"data": 1e999}', "JSON"), ("[" * 100_000, "nested too deeply"),
     ('{"data": "%s"}' % ("x" * (frames.MAX_EVENT + 1)), "longer than"),
 ]
 
