@@ -1,7 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: run test quick test-long fuzz check bench bench-peers siege clean interop screenshots
+.PHONY: help run test quick test-long fuzz check bench bench-peers siege clean interop screenshots
+
+help:
+	@echo "run: the clock on port 6500; test: everything; quick: without browser, Redis, packages;"
+	@echo "check: ruff and mypy; fuzz, test-long, interop: more tests; screenshots: the README's;"
+	@echo "bench, bench-peers, siege: measurements; clean: take away what these made"
 
 run:
 	$(PYTHON) sse_server.py --port 6500
@@ -10,8 +15,8 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
 
 quick: $(VENV)/ready
-	$(VENV)/bin/python -m pytest $(addprefix --ignore=tests/test_, page.py redis.py redis_faults.py \
-		package.py readme.py interop.py)
+	$(VENV)/bin/python -m pytest $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py \
+		package.py readme.py interop.py bridges.py)
 
 test-long: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m long
@@ -42,7 +47,7 @@ siege:
 	$(PYTHON) benchmarks/siege.py
 
 interop: $(VENV)/ready
-	$(VENV)/bin/python -m pip install --quiet httpx httpx-sse sseclient-py
+	$(VENV)/bin/python -m pip install --quiet httpx httpx-sse sseclient-py psycopg
 	$(VENV)/bin/python -m pytest -m interop
 
 bench-peers: $(VENV)/ready

@@ -267,8 +267,8 @@ class Publisher:
         self._sweep_at = now + self._sweep_every
         over = [client for group in self._groups if group.asked.until <= wall
                 for client in group.current]
-        others = (client for client in [*islice(self._clients.lagging, AT_ONCE), *self._ahead]
-                  if client.asked.until <= wall)
+        others = [client for client in (*self._clients.lagging, *self._ahead)
+                  if client.asked.until <= wall]
         for client in [*over, *others]:
             if self._end(client):
                 self._drop(client, EXPIRED)

@@ -34,10 +34,11 @@ from typing import Any, Callable, NoReturn
 from sse_core import command_line, frames, sources
 from sse_core.access import Access, Authorize
 from sse_core.answers import Answers
-from sse_core.broadcast import Broadcast, NotRunning
+from sse_core.broadcast import Broadcast, NotRunning, Unavailable
 from sse_core.command_line import count_of
 from sse_core.file_stream import FileStream
 from sse_core.handshake import Handshakes
+from sse_core.http1 import Request
 from sse_core.redis_stream import RedisStream
 from sse_core.shared import Shared
 from sse_core.tls import tls_context
@@ -59,11 +60,13 @@ FOLLOWER_TIME = 2.0         # seconds for the thread that follows a shared log t
 WAIT_CHECK = 0.05           # seconds between two looks whether --wait-clients are there
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}    # and how to connect to it
-_DATA_FOLDERS = (sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))
+_DATA_FOLDERS = (Path(__file__).parent,      # by `pip install --target`
+                 sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))
 _PAGES = (Path(__file__).with_name("index.html"),       # in a checkout; else where it is installed
           *(Path(data, "share", "sse-server", "index.html") for data in _DATA_FOLDERS))
 PAGE = next((page for page in _PAGES if page.exists()), None)
 
+__all__ = ["Fault", "NotRunning", "Request", "SSEServer", "Unavailable", "main"]
 logger = logging.getLogger("sse_server")
 
 
@@ -171,7 +174,8 @@ class SSEServer(_Listener):
 
     option          meaning
     host, port      where to listen, from the constructor on; port 0 picks a free one
-    history         events kept for clients that come back; 0: no ids, the wire of the original
+    history         events kept for clients that come back, 64 at least; 0: no ids, the wire of the
+                    original
     heartbeat       seconds of silence after which a client is sent a comment; 0: never
     retry           seconds a client should wait before it reconnects, +-50 % at random
     max_clients     how many clients there can be at a time
@@ -181,7 +185,7 @@ class SSEServer(_Listener):
     publish_tokens  who may POST events, in the same way; none: nobody
     jwt_key         of signed tokens, which name the channels granted and need the package PyJWT:
                     a secret (HS256), or a public key in PEM (RS256, ES256)
-    authorize       says of an `http1.Request` whether it may watch, or which channels, in place of
+    authorize       says of a `Request` whether it may watch, or which channels, in place of
                     `tokens` and `jwt_key`. It runs in a thread of that request and may take its
                     time; if it raises, that is a 500
     origins         of pages that may read and publish, as `https://example.org`; none: all
@@ -215,17 +219,15 @@ class SSEServer(_Listener):
                  reuse_port: bool = False) -> None:
         """Begin to listen. The options stand above."""
         host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        for wrong, what in (
-                (not host, "host is empty: 0.0.0.0 is every address of this machine"),
-                (not isinstance(port, int) or not 0 <= port < 65536, "port is not from 0 to 65535"),
-                (not isinstance(history, int), "history is not a whole number"),
-                (not callable(authorize or len), "authorize is not a function"),
-                (key and not cert, "a key without a certificate: cert is missing"),
-                (stream and not redis, "stream is for redis, which is missing"),
-                (sync and not history_file, "sync is for history_file, which is missing"),
-                (redis and history_file, "one shared log is enough: redis, or history_file")):
-            if wrong:
-                raise ValueError(what)
+        _refuse(
+            (not host, "host is empty: 0.0.0.0 is every address of this machine"),
+            (not isinstance(port, int) or not 0 <= port < 65536, "port is not from 0 to 65535"),
+            (not isinstance(history, int), "history is not a whole number"),
+            (not callable(authorize or len), "authorize is not a function"),
+            (key and not cert, "a key without a certificate: cert is missing"),
+            (stream and not redis, "stream is for redis, which is missing"),
+            (sync and not history_file, "sync is for history_file, which is missing"),
+            (redis and history_file, "one shared log is enough: redis, or history_file"))
         self._lifecycle = threading.RLock()
         self._started = False
         self._stopped = False                   # or `stop` is at it
@@ -367,8 +369,8 @@ class SSEServer(_Listener):
         data: text of at most 1 MiB. event: its name. channel: None is for everyone; else it is
         for clients that asked for this channel. wait: slow clients may hold it back, see
         `patience`. Raises ValueError for what no event can hold, NotRunning if the server does
-        not run, and Unavailable if Redis does not take it: with `wait`, Redis is
-        waited for, too. An event whose answer was lost may then be published twice.
+        not run, and Unavailable if the shared log does not take it within 2 seconds: with `wait`
+        that is waited for, too. An event whose answer was lost may then be published twice.
         """
         if not self._started:
             raise NotRunning("the server has not been started")
@@ -417,6 +419,13 @@ class SSEServer(_Listener):
         self.socket.close()
         self._handshakes.abandon()
         self._publisher.abandon()
+
+
+def _refuse(*options: tuple[object, str]) -> None:
+    """Raise ValueError for the first option that is wrong."""
+    for is_wrong, what in options:
+        if is_wrong:
+            raise ValueError(what)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -471,13 +480,15 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
     yield f"Listening on {server.url}"
     if options.quiet:
         return
-    path = "TOKEN" if options.tokens else "token"
+    asks = options.tokens or options.jwt_key
+    path = "TOKEN" if asks else "token"
     yield f"Watch: curl -N {server.url}/{path}, or a browser at {server.url}/"
-    who = ("who has a token" if options.tokens else
+    who = ("who has a token" if asks else
            "everybody on this machine" if options.host in LOOPBACK else
            "everybody who reaches this address")
-    pages = "" if options.tokens or options.origins else ", and every web page that is open there"
-    publishers = "who has a publish token" if options.publish_tokens else "nobody"
+    pages = "" if asks or options.origins else ", and every web page that is open there"
+    publishers = ("who has a token that grants it" if options.jwt_key else
+                  "who has a publish token" if options.publish_tokens else "nobody")
     yield f"May watch: {who}{pages}. May publish: {publishers}"
 
 
@@ -492,8 +503,9 @@ def _run_source(server: SSEServer, options: argparse.Namespace, stopping: thread
                                    frames.parse_draft if options.json else frames.Draft)
             clients = server.clients
             server.drain()
-            logger.log(logging.INFO if clients else logging.WARNING, "%s, delivered to %s",
-                       count_of(number, "event"), count_of(clients, "client"))
+            logger.log(logging.INFO if clients else logging.WARNING,
+                       "%s published; at the end %s connected", count_of(number, "event"),
+                       f"{count_of(clients, 'client')} {'was' if clients == 1 else 'were'}")
         elif options.redis or not options.interval:
             stopping.wait()
         else:

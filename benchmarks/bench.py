@@ -83,29 +83,39 @@ def fan_out(number: int, runs: int, loop: Optional[ServerProcess]) -> None:
     ours.stop()
 
 
+BROWSER = GET[:-2] + b"".join(line + b"\r\n" for line in (
+    b'sec-ch-ua: "Chromium";v="142", "Not_A Brand";v="99"', b"sec-ch-ua-mobile: ?0",
+    b'sec-ch-ua-platform: "Linux"', b"Connection: keep-alive", b"Cache-Control: no-cache",
+    b"User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) "
+    b"Chrome/142.0.0.0 Safari/537.36", b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
+    b"Sec-Fetch-Dest: empty", b"Referer: http://localhost:6500/",
+    b"Accept-Encoding: gzip, deflate, br, zstd", b"Accept-Language: en-GB,en;q=0.9",
+    b"Pragma: no-cache")) + b"\r\n"       # 15 fields, 620 bytes
+
+
 def connects(runs: int, folder: str, number: int = 2000) -> None:
-    """Connects per second, and per second of server CPU: this whether or not the load keeps up."""
+    """Server CPU of a connect, with a bare head and with a browser's, beside the C loop."""
+    costs: Dict[str, List[float]] = {}
     rates: Dict[str, List[float]] = {}
-    loads: Dict[str, List[float]] = {}
     for _ in range(runs):
-        for server in filter(None, (our_server(max_clients=20000), c_loop(folder))):
-            clients = Clients(server.port)
-            with Measure(server) as measure:
-                clients.connect(number)
-            rates.setdefault(server.name, []).append(number / measure.wall)
-            rates.setdefault(server.name + " CPU", []).append(number / measure.cpu)
-            loads.setdefault(server.name, []).append(measure.load)
-            clients.close()
-            server.stop()
-    highest = {name: max(values) for name, values in rates.items()}
-    say(f"\nconnects, {number} of them")
-    for what in ("", " CPU"):
-        if "C loop" in highest:
-            ours, theirs = highest["this server" + what], highest["C loop" + what]
-            say(f"  per second{what and ' of server CPU'}: {ours / theirs:.2f} of the C loop "
-                f"({ours:.0f} and {theirs:.0f})")
-    say("  load " + ", ".join(f"{name} {min(values):.0%}" for name, values in loads.items())
-        + ": at 100 % it is the load that bounds the first ratio; nothing bounds the second")
+        for name, request in (("bare", GET), ("browser", BROWSER), ("C loop", GET)):
+            server = c_loop(folder) if name == "C loop" else our_server(max_clients=20000)
+            if server:
+                clients = Clients(server.port, request)
+                clients.connect(100)        # what a first client costs once is not counted
+                with Measure(server) as measure:
+                    clients.connect(number)
+                costs.setdefault(name, []).append(measure.cpu / number * 1e6)
+                rates.setdefault(name, []).append(number / measure.wall)
+                clients.close()
+                server.stop()
+    least = {name: min(values) for name, values in costs.items()}
+    say(f"\nconnects, {number} of them, server CPU each: " + ", ".join(
+        f"{name} {cost:.1f} us ({max(rates[name]):.0f} a second of wall time)"
+        for name, cost in least.items()))
+    say(f"  a browser's head {least['browser'] / least['bare']:.2f} of a bare one" + (
+        f", a bare one {least['bare'] / least['C loop']:.2f} of the C loop"
+        if "C loop" in least else ""))
 
 
 def idle_memory(number: int) -> None:

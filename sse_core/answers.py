@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from email.utils import formatdate
 from functools import lru_cache
 from typing import Any, Callable
 
-from sse_core import frames, http1
+from sse_core import frames, http1, parameters
 from sse_core.access import Access, Grant
 from sse_core.broadcast import NotRunning, Unavailable
 from sse_core.clients import Opening, Subscription
@@ -30,12 +28,6 @@ PAGE_FIELDS = (             # the page watches any stream, loads nothing, and st
 TEXT = "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 JSON = "application/json"
-NDJSON = "application/x-ndjson"
-WATCHING = {"channel", "since", "lastEventId", "last_event_id"}     # parameters of a stream
-BEGINNINGS = {"all": 0.0, "latest": math.inf, "earliest": 0.0}      # the last as mercure has it
-AGO = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_SINCE = re.compile("([0-9]{1,12}(?:[.][0-9]{1,6})?)([smhd]?)", re.ASCII)
-MAX_ASKED = 32              # channels of a client: 100 of its own cost 52 KiB
 COME_BACK = 10              # times the usual pause, for a client that finds the server full
 
 FAMILIES = (                # of metrics: name, kind, what it is, and its key among the figures
@@ -104,8 +96,9 @@ class Answers:
     def _open(self, request: Request, grant: Grant) -> bytes | Opening:
         """Return a stream's opening; of a HEAD request, its head."""
         until = math.inf if grant.until is None else grant.until
-        asked = Subscription(_channels(request), request.chunked, until)
-        opening = Opening(self._stream_head(request), asked, *_start(request, time.time()))
+        asked = Subscription(parameters.channels(request), request.chunked, until)
+        start = parameters.start(request, time.time())
+        opening = Opening(self._stream_head(request), asked, *start)
         return opening.head if request.method == "HEAD" else opening
 
     def _stream_head(self, request: Request) -> bytes:
@@ -132,12 +125,12 @@ class Answers:
     def admit_post(self, request: Request) -> None:
         """Raise Refusal for a POST that may not publish: ask before its body is read."""
         self._access.check_host(request)
-        self._access.admit_post(request, time.time(), body_names=_is_list(request))
+        self._access.admit_post(request, time.time(), body_names=parameters.is_list(request))
 
     def post(self, request: Request, body: bytes) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer. Raises Refusal."""
-        is_list = _is_list(request)
-        drafts = _drafts(request, body) if is_list else [_draft(request, body)]
+        is_list = parameters.is_list(request)
+        drafts = parameters.drafts(request, body)
         grant = self._access.admit_post(request, time.time(), body_names=is_list)
         for draft in drafts:
             grant.check(draft.channel)
@@ -199,84 +192,8 @@ def _date_at(second: int) -> str:
     return f"Date: {formatdate(second, usegmt=True)}"
 
 
-def _is_list(request: Request) -> bool:
-    content_type = request.known.get("content-type", "").partition(";")[0]
-    return content_type.strip().lower() == NDJSON
-
-
-def _draft(request: Request, body: bytes) -> Draft:
-    """Return the event that a POST makes of its body. Raises Refusal."""
-    for name, values in request.query.items():
-        if name not in ("event", "channel"):
-            raise Refusal(400, f"The parameter {name!r} is not known: there are event and channel.")
-        if len(values) > 1:
-            raise Refusal(400, f"An event has one {name}; send a list as {NDJSON}.")
-    return Draft(_text(body), request.parameter("event"), request.parameter("channel"))
-
-
-def _drafts(request: Request, body: bytes) -> list[Draft]:
-    """Return the events that the lines of a body describe. Raises Refusal, which names the line."""
-    if request.query:
-        raise Refusal(400, f"With {NDJSON}, event and channel are in the lines, not in the query.")
-    drafts = []
-    for number, line in enumerate(_text(body).split("\n"), 1):
-        if line.strip():
-            try:
-                drafts.append(frames.parse_draft(line))
-            except ValueError as error:
-                raise Refusal(400, f"Line {number} is no event, and none was published: {error}."
-                              ) from None
-    return drafts
-
-
-def _text(body: bytes) -> str:
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        raise Refusal(400, "The body is not UTF-8.") from None
-
-
 def _json(value: Figures) -> bytes:
     return json.dumps(value).encode() + b"\n"
-
-
-def _start(request: Request, now: float) -> tuple[str | None, float | None]:
-    """Return the id after which a stream begins, and the time if it is one. Raises Refusal.
-
-    An id wins over `since`: so who reconnects goes on, and does not start anew.
-    """
-    since = request.parameter("since" if "since" in request.query else "last_event_id")
-    if request.last_id is not None or since is None:
-        return request.last_id, None
-    if since in BEGINNINGS:
-        return "0-0", BEGINNINGS[since]
-    if frames.parse_id(since):
-        return since, None
-    match = _SINCE.fullmatch(since)
-    if not match:
-        raise Refusal(400, "The parameter since is all, latest, an id, a unix time in seconds, or "
-                           "a time ago as 90s, 10m, 24h or 7d.")
-    ago = float(match[1]) * AGO[match[2]] if match[2] else now - float(match[1])
-    begin = max(1, int((now - ago) * 1000))
-    return f"{begin}-0", begin
-
-
-def _channels(request: Request) -> frozenset[str]:
-    """Return the channels that a client asks for. Raises Refusal."""
-    unknown = [name for name in request.query if name not in WATCHING and len(name) < 20]
-    for name in unknown[:3]:        # a comparison takes some 20 us
-        meant = get_close_matches(name, WATCHING, 1)
-        if meant:
-            raise Refusal(400, f"The parameter {name!r} is not known: was {meant[0]!r} meant?")
-    channels = request.query.get("channel", [])
-    if len(channels) > MAX_ASKED:
-        raise Refusal(400, f"A client may ask for {MAX_ASKED} channels.")
-    try:
-        for channel in channels:
-            frames.check_channel(channel)
-    except ValueError as error:
-        raise Refusal(400, f"This channel cannot be: {error}.") from None
-    return frozenset(channels)
 
 
 def metrics(figures: Figures) -> str:

@@ -82,7 +82,8 @@ class Broadcast:
 
         wait: when the log is full, wait for every slow client that keeps the pace. Else no client
         is waited for, and the publisher only when most of the log has not been fanned out.
-        Raises ValueError, and appends none, if one is no event; NotRunning after `stop`;
+        Raises ValueError, and appends none, if one is no event; NotRunning after `stop`, which can
+        come between two of them;
         RuntimeError in a signal handler that interrupts a `publish` of its thread; Unavailable in
         the publisher's own thread (a logging handler, say) if it would have to wait for itself.
         """

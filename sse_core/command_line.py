@@ -83,7 +83,7 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
      "can be repeated (default: all)"),
     ("--cert FILE", str, None, "certificate chain for TLS, PEM"),
     ("--key FILE", str, None, "its key, if that is not in the same file"),
-    ("--history FRAMES", whole_number, 1024, "events kept for clients that come back; "
+    ("--history FRAMES", whole_number, 1024, "events kept for clients that come back, 64 at least; "
      "0: no ids, the wire of the original (default 1024)"),
     ("--heartbeat SECONDS", seconds, 15.0,
      "silence after which a client is sent a comment; 0: never (default 15)"),

@@ -35,7 +35,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0       # seconds between two tries after a 
 _WHOLE = "integer check (typeof({0}) = 'integer' and {0} between 0 and 999999999999999)"
 _CREATE = (f"create table event(ms {_WHOLE.format('ms')}, n {_WHOLE.format('n')}, channel text, "
            "event text, data text, primary key (ms, n)) without rowid")
-_ROWS = "select ms, n, channel, event, data from event "
+_ROWS = ("select ms, n, cast(channel as text), cast(event as text), cast(data as text) "
+         "from event ")         # a damaged file, or another's table, can hold numbers there
 _FROM = _ROWS + "where (ms, n) >= (?, ?) order by ms, n limit ?"
 _NEWEST = _ROWS + "order by ms desc, n desc limit ?"
 _NEWEST_ID = "select ms, n from event order by ms desc, n desc limit 1 offset ?"
@@ -83,6 +84,7 @@ class FileStream:
         self._news = threading.Event()          # there may be something to read
         self._loaded = False                    # the log has the rows from before this server
         self._since = math.inf                  # milliseconds since the epoch: its start
+        self._file: Id | None = None            # which it was, when that was read
         self._last: Id | None = None            # of the newest row that was read, if there was one
         self._highest: Id = (0, 0)              # that was ever read
         self._seen: tuple[Any, ...] = ()        # connection, and its version that was read whole
@@ -159,7 +161,7 @@ class FileStream:
         """Commit drafts; without any, something all the same. Returns the ids they got."""
         connection, ids = self._writer.connection(), []
         _insist(lambda: connection.execute("begin immediate"), seconds)
-        last: Id = connection.execute(_NEWEST_ID, (0,)).fetchone() or (0, 0)
+        last = _id(connection.execute(_NEWEST_ID, (0,)).fetchone() or (0, 0))
         last, now = max(last, self._written, self._highest), int(time.time() * 1000)
         for _ in drafts:
             last = (now, 0) if now > last[0] else (last[0], last[1] + 1)
@@ -259,8 +261,9 @@ class FileStream:
         The last one is read again with them, in one statement, so that none can go in between.
         """
         rows, is_all = _fetch(connection, _FROM, self._last or (0, -1), READ_COUNT, READ_BYTES)
-        if self._last:
-            is_lost = not rows or rows.pop(0)[:2] != self._last
+        before, self._file = self._file, self._reader.identity
+        if self._last:      # another file may have it, too: a copy from before what was lost
+            is_lost = not rows or rows.pop(0)[:2] != self._last or self._file != before
         else:       # nothing to stand on: it may not be another file, nor have been trimmed
             is_lost = self._seen[:1] != (connection,) or bool(rows) and bool(
                 connection.execute(_OLDEST_ID, (MIN_KEPT - 1,)).fetchone())
@@ -277,13 +280,13 @@ class FileStream:
 
         These came after the start; or, after a gap, have ids above those that were read.
         """
-        after, rows = self._last, self._newest(connection)
+        after, highest, rows = self._last, self._highest, self._newest(connection)
         if not self._loaded:
             old = sum(row[0] < self._since for row in rows)
             shared.preload(list(self._events(rows[:old])))
             self._loaded = True
             return rows[old:]
-        rows = [row for row in rows if row[:2] > (after or (0, -1))]
+        rows = [row for row in rows if row[:2] > highest]
         resumed = next(self._events(rows), None)
         logger.warning("rows of the history file are gone, or it is another one: a gap is told")
         shared.tell_gap(after, resumed and resumed.id)
@@ -340,9 +343,14 @@ class _File:
         self._connection: sqlite3.Connection | None = None
         self._opened: list[Id | None] = []      # what the names meant when that was made
 
+    @property
+    def identity(self) -> Id | None:
+        """Which file is open, by device and inode."""
+        return self._opened[0]
+
     def is_in_place(self) -> bool:
-        """Say whether the name still means the file that is open."""
-        return _identity(self._path) == self._opened[0]
+        """Say whether the names still mean what is open: a file can be moved away and back."""
+        return [_identity(name) for name in self._names] == self._opened
 
     def connection(self) -> sqlite3.Connection:
         """Return the connection, made anew if there is none or the name means another file now.
@@ -442,12 +450,21 @@ def _insist(take: Callable[[], object], seconds: float) -> None:
         time.sleep(random.uniform(0, BUSY_PAUSE))
 
 
+def _id(ms_and_n: tuple[Any, ...]) -> Id:
+    """Return the id of a row. Raises Unusable if it is none: the file is damaged."""
+    ms, n = ms_and_n
+    if not (isinstance(ms, int) and isinstance(n, int)):
+        raise Unusable("it has an id that is no number: delete that row, or move the file away")
+    return ms, n
+
+
 def _fetch(connection: sqlite3.Connection, query: str, values: tuple[int, ...], count: int,
            size: int) -> tuple[list[Row], bool]:
     """Return `count` rows at most, of `size` bytes but for the last; and whether these are all."""
     rows: list[Row] = []
     with closing(connection.execute(query, (*values, count))) as cursor:
         for row in cursor:
+            _id(row[:2])
             rows.append(row)
             size -= len(row[4] or b"")
             if size < 0 and len(rows) > 1:

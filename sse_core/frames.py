@@ -80,7 +80,8 @@ def parse_draft(line: str) -> Draft:
     data, event, channel = (members.get(name) for name in Draft._fields)
     if not isinstance(event, (str, type(None))) or not isinstance(channel, (str, type(None))):
         raise ValueError("event and channel are strings")
-    draft = Draft(data if isinstance(data, str) else json.dumps(data), event, channel)
+    draft = Draft(
+        data if isinstance(data, str) else json.dumps(data, allow_nan=False), event, channel)
     draft.encoded()
     return draft
 

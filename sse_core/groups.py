@@ -25,7 +25,8 @@ class Groups:
 
     def __init__(self) -> None:
         self._groups: dict[Subscription, Group] = {}
-        self._by_channel: dict[str, dict[Group, None]] = {}
+        # Most channels are one group's: without a dict for that, 32 take 7 KiB less
+        self._by_channel: dict[str, Group | dict[Group, None]] = {}
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups.values())
@@ -36,7 +37,11 @@ class Groups:
         client.group = group = self._groups.setdefault(asked, Group(asked))
         if not group.size:
             for channel in asked.channels:
-                self._by_channel.setdefault(channel, {})[group] = None
+                others = self._by_channel.setdefault(channel, group)
+                if isinstance(others, dict):
+                    others[group] = None
+                elif others is not group:
+                    self._by_channel[channel] = {others: None, group: None}
         group.size += 1
 
     def leave(self, client: Client) -> None:
@@ -48,8 +53,10 @@ class Groups:
             return
         del self._groups[group.asked]
         for channel in group.asked.channels:
-            del self._by_channel[channel][group]
-            if not self._by_channel[channel]:
+            others = self._by_channel[channel]
+            if isinstance(others, dict) and len(others) > 1:
+                del others[group]
+            else:
                 del self._by_channel[channel]
 
     def that_want(self, run: Sequence[Frame]) -> list[Group]:
@@ -57,5 +64,6 @@ class Groups:
         channels = dict.fromkeys([frame.channel for frame in run])
         if None in channels:
             return list(self)
-        asked = (self._by_channel.get(channel, ()) for channel in channels if channel)
-        return list(dict.fromkeys(chain.from_iterable(asked)))
+        asked = (self._by_channel.get(channel, {}) for channel in channels if channel)
+        return list(dict.fromkeys(chain.from_iterable(
+            (groups,) if isinstance(groups, Group) else groups for groups in asked)))

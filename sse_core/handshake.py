@@ -83,8 +83,10 @@ class Handshakes:
 
     def _cut_one(self) -> None:
         """Cut who was refused or has sent nothing, else the oldest; its thread takes the next."""
-        now = time.monotonic()
-        waiting = [each for each in self._unfinished if each.safe_until <= now]
+        # TLS that has begun is spared, but not while a crowd waits that no honest one is
+        is_attack = len(self._queue) > MAX_QUEUE // 2
+        before = time.monotonic() + (GRACE if is_attack else 0.0)
+        waiting = [each for each in self._unfinished if each.safe_until <= before]
         if waiting:
             min(waiting, key=lambda each: not each.goes_first).cut()
 

@@ -169,6 +169,10 @@ def _parse_head(head: re.Match[bytes]) -> Request:
     lines = head[5].decode("latin-1")
     request = Request(*_parse_request_line(head), _take_apart(_KNOWN, lines), lines)
     _check(request)
+    absolute = _ABSOLUTE.match(head[2].decode("latin-1"))
+    if absolute:        # RFC 9112 section 3.2.2: it counts in place of Host
+        request.known["host"] = absolute[0].partition("://")[2]
+        _check_host(request)
     return request
 
 
@@ -226,11 +230,15 @@ def _check(request: Request) -> None:
         raise Refusal(501, f"This server knows the methods {', '.join(METHODS)}.")
     if "host" not in request.known and request.version >= (1, 1):
         raise Refusal(400, "HTTP/1.1 needs the header field Host.")
-    if not _HOST.fullmatch(request.known.get("host", "")):
-        raise Refusal(400, "The header field Host is not a name or address, and perhaps a port.")
+    _check_host(request)
     _check_framing(request)
     if request.known.get("expect", "100-continue").lower() != "100-continue":
         raise Refusal(417, "The only thing to Expect here is 100-continue.")
+
+
+def _check_host(request: Request) -> None:
+    if not _HOST.fullmatch(request.known.get("host", "")):
+        raise Refusal(400, "The header field Host is not a name or address, and perhaps a port.")
 
 
 def _check_framing(request: Request) -> None:

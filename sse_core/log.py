@@ -15,7 +15,7 @@ from sse_core.frames import BATCH, Id, chunk, unchunk
 
 MAX_LOG = 64 << 20          # bytes of frames in the log
 MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients that are slow
-MAX_LATEST = 2 << 20        # bytes that `latest` returns, but for one frame
+MAX_LATEST = 256 << 10      # bytes that `latest` returns, but for one frame
 MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
 SCAN = 1024                 # frames looked at in one go: who wants none of them holds up nobody
 Bytes = Union[bytes, memoryview]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from sse_core import frames
 from sse_core.broadcast import ID_LENGTH, LOOK, Broadcast, Unavailable
 from sse_core.frames import Draft, Id
-from sse_core.log import Log
+from sse_core.log import MIN_HISTORY, Log
 
 
 class Event(NamedTuple):
@@ -50,22 +50,45 @@ class Shared(Broadcast):
         self._log = Log(history)
         self._log.is_loaded, self._log.complete_at = False, -math.inf
         self.newest = self._log.last_id
+        # Of those who wait: how many events at once, which fit into the share of who does not wait
+        self._piece = max(MIN_HISTORY, history) // 4
+        self._own: Id = (0, 0)      # the newest id that they published, and the time after that
+        self._own_at = -math.inf
+        self._arrived: Id = (0, 0)  # the id that came back last
 
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
-        """Publish to the shared log, all or none; with `wait`, wait until it takes them.
+        """Publish to the shared log, all or none; with `wait`, in pieces, each when it takes them.
 
         An event whose answer was lost may then be published twice. Raises what `publish` does.
         """
         for draft in drafts:
             draft.encoded()
-        while True:
+        if not wait:
             self.check_running()
+            return [*self.stream.publish(drafts)]
+        ids: list[str | None] = []
+        for start in range(0, len(drafts), self._piece):
+            ids += self._publish_piece(drafts[start:start + self._piece])
+        return ids
+
+    def _publish_piece(self, drafts: Sequence[Draft]) -> list[str]:
+        """Publish when the shared log takes it and slow clients, who hold it back, have room."""
+        self.refuse_inside()
+        while True:
+            with self._mutex:       # what was published before must have come back, to count
+                while self._arrived < self._own and self._log.complete_at < self._own_at:
+                    self._wait()
+                self._make_room(1, wait=True)
+                self.check_running()
             try:
-                return [*self.stream.publish(drafts)]
+                ids = self.stream.publish(drafts)
             except Unavailable:
-                if not wait:
-                    raise
                 time.sleep(LOOK)
+            else:
+                with self._mutex:
+                    self._own = max(self._own, frames.parse_id(ids[-1]) or (0, 0))
+                    self._own_at = self.clock()
+                return ids
 
     def trouble(self) -> str | None:
         """Return why no event is taken now, or None."""
@@ -74,6 +97,7 @@ class Shared(Broadcast):
     def add(self, event: Event) -> None:
         """Append an event of the shared log. Raises NotRunning after `stop`."""
         self._publish(event.payload, event.channel, event.id)
+        self._arrived = event.id
 
     def preload(self, events: Sequence[Event]) -> None:
         """Fill the empty log with the newest events of the shared one, as far as they fit.

@@ -403,3 +403,10 @@ def status_of(port, head):
     with connect(port) as sock:
         sock.sendall(head)
         return int(sock.recv(100).split()[1])
+
+
+def test_the_authority_of_an_absolute_target_counts_in_place_of_host():
+    rules = access(allowed_hosts=["good.test"])
+    assert outcome(rules.check_host, request("http://good.test/x", host="evil.test")) is None
+    assert refused(outcome(rules.check_host, request("http://evil.test/x", host="good.test")),
+                   421, "--allowed-host")

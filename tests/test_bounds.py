@@ -192,3 +192,67 @@ def test_the_backlog_is_1024_or_what_the_system_allows():
         pytest.skip("ss is not installed")
     finally:
         server.stop()
+
+
+def test_only_so_many_requests_are_thought_about_at_a_time(monkeypatch):
+    """`authorize` may take for ever: the others get a 503, and whoever needs none is served."""
+    monkeypatch.setattr(handshake, "MAX_AT_WORK", 2)
+    release = threading.Event()
+    with SSEServer(port=0, authorize=lambda request: release.wait(PATIENCE)) as server:
+        slow = [connect(server.port) for _ in range(2)]
+        for sock in slow:
+            sock.sendall(GET)
+        wait_until(lambda: handshakes() == 2)
+        wait_until(lambda: ask(server.port, GET).startswith(b"HTTP/1.1 503 "))
+        began = time.monotonic()
+        answer = ask(server.port, GET)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in answer
+        assert time.monotonic() - began < 1
+        release.set()
+        for sock in slow:
+            assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+            sock.close()
+
+
+def test_when_nobody_can_be_cut_newcomers_queue_and_then_are_closed(monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 2)
+    monkeypatch.setattr(handshake, "MAX_QUEUE", 1)
+    release = threading.Event()
+    with SSEServer(port=0, authorize=lambda request: release.wait(PATIENCE)) as server:
+        slow = [connect(server.port) for _ in range(2)]
+        for sock in slow:
+            sock.sendall(GET)
+        wait_until(lambda: len(server._handshakes._unfinished) == 2 and all(
+            each.safe_until > time.monotonic() for each in server._handshakes._unfinished))
+        queued, closed = connect(server.port), connect(server.port)
+        queued.sendall(GET)
+        assert closed.recv(100) == b""          # at once: the accept loop waits for nobody
+        release.set()
+        for sock in (*slow, queued):
+            assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+            sock.close()
+        closed.close()
+
+
+def test_bodies_under_way_are_bounded_in_all(monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_BODIES", 3000)
+    with SSEServer(port=0, publish_tokens=["t"]) as server:
+        head = b"POST /t HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n"
+        one, two = connect(server.port), connect(server.port)
+        one.sendall(head + b"x" * 1900)
+        wait_until(lambda: server._handshakes._held == 1900)
+        two.sendall(head + b"x" * 1900)
+        answer = two.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"too many bodies" in answer
+        one.sendall(b"x" * 100)
+        assert one.recv(1000).startswith(b"HTTP/1.1 200 ")
+        assert ask(server.port, head[:-4] + b"\r\nConnection: close\r\n\r\n" + b"x" * 2000
+                   ).startswith(b"HTTP/1.1 200 ")
+        one.close(), two.close()
+
+
+def test_a_refused_request_that_wholly_came_is_not_lingered_for(server):
+    with connect(server.port) as sock:
+        sock.sendall(b"X\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
+        wait_until(lambda: handshakes() == 0, timeout=0.5)      # with the peer still there

@@ -154,7 +154,7 @@ def test_a_file_without_permission_is_one_line(tmp_path, file_mode, folder_mode,
         ours(path)
         path.chmod(file_mode)
     folder.chmod(folder_mode)
-    parents = [each for each in path.parents[1:] if str(each).startswith("/tmp/pytest")]
+    parents = [each for each in list(path.parents)[1:] if str(each).startswith("/tmp/pytest")]
     for each in parents:
         each.chmod(0o755)
     done = subprocess.run([sys.executable, "-c", AS_NOBODY, path], capture_output=True, text=True)
@@ -331,6 +331,55 @@ def test_a_restored_older_copy_brings_nothing_twice(path, tmp_path):
             read_to(client, "new 4")
             assert [event.data for event in client.stream.events if event.name != "gap"] == [
                 *(f"old {n}" for n in range(5)), "lost", *(f"new {n}" for n in range(5))]
+
+
+def test_what_a_stopped_server_missed_before_an_older_copy_came_is_a_gap(path, tmp_path):
+    with watched(path, 2) as ((server, other), (_, client)):
+        post(server, "before")
+        read_to(client, "before")
+        query(path, "vacuum into ?", str(tmp_path / "copy"))
+        other.process.send_signal(signal.SIGSTOP)
+        post(server, "lost").raise_for_status()
+        os.replace(tmp_path / "copy", path)
+        other.process.send_signal(signal.SIGCONT)
+        client.read_until(lambda stream: gaps(client))
+
+
+def test_a_file_that_was_away_and_comes_back_brings_nothing_twice(path):
+    with watched(path) as ((server,), (client,)):
+        for number in range(5):
+            post(server, f"old {number}")
+        read_to(client, "old 4")
+        path.rename(f"{path}.away")
+        client.read_until(lambda stream: gaps(client))
+        os.replace(f"{path}.away", path)
+        wait_until(lambda: post(server, "new").status_code == 200)
+        read_to(client, "new")
+        assert [text for text in texts(client) if text.startswith("old")] == [
+            f"old {number}" for number in range(5)]
+
+
+def test_numbers_where_text_should_be_are_text(path):
+    with watched(path) as ((server,), (client,)):
+        post(server, "before")
+        read_to(client, "before")
+        query(path, "drop table event")
+        query(path, "create table event(ms, n, channel, event, data)")
+        query(path, "insert into event values (999999999999999, 1, null, null, 7)")
+        post(server, "after")
+        query(path, "insert into event values (999999999999999, 9, null, null, 8)")
+        read_to(client, "8")
+
+
+def test_an_id_that_is_no_number_is_told_until_it_is_gone(path):
+    with watched(path) as ((server,), (client,)):
+        post(server, "before")
+        read_to(client, "before")
+        database(path, "pragma ignore_check_constraints = 1",
+                 "insert into event values ('x', 1, null, null, 'never')")
+        assert "no number" in refused(server)
+        database(path, "delete from event where ms = 'x'")
+        wait_until(lambda: health(server).status_code == 200)
 
 
 @pytest.mark.parametrize("make", [BAD[name][0] for name in (

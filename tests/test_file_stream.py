@@ -214,6 +214,19 @@ def test_many_processes_begin_with_the_same_new_file(path):
     assert len(rows(path)) == 6 * 15
 
 
+@pytest.mark.parametrize("history", ["0", "64", "1024"])
+def test_a_pipe_is_held_back_for_who_reads(path, history):
+    lines = [f"{number} {'x' * 1000}" for number in range(20000)]
+    server = Server("--stdin", "--wait-clients", "1", "--history-file", str(path), "--history",
+                    history)
+    with Client(server.port, receive_buffer=4096) as client, ThreadPoolExecutor(1) as pool:
+        client.open()
+        written = pool.submit(server.process.communicate, "\n".join(lines).encode())
+        client.read_to_end()
+        written.result()
+        assert [event.data for event in client.stream.events] == lines
+
+
 def test_each_server_sees_all_in_one_order(path):
     with on_file(path, 3) as servers, ExitStack() as stack:
         clients = [stack.enter_context(Client(server.port)).open() for server in servers]

@@ -92,9 +92,10 @@ def command(packages, tmp_path_factory) -> Path:
 
 
 @contextmanager
-def running(command: Path, folder: Path) -> Iterator[Tuple[subprocess.Popen, int]]:
+def running(command: Path, folder: Path, **more: str) -> Iterator[Tuple[subprocess.Popen, int]]:
     """Run the installed command in a folder, away from the checkout."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env.update(more)
     with subprocess.Popen([str(command), "--port", "0", "--interval", "0.05"], cwd=folder, env=env,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
@@ -166,7 +167,7 @@ def test_imports_point_one_way():
 def test_the_pure_modules_import_no_socket_no_thread_and_no_clock():
     impure = {"socket", "ssl", "select", "selectors", "threading", "time", "datetime",
               "socketserver"}
-    for name in ("access", "body", "frames", "http1", "log"):
+    for name in ("access", "body", "frames", "http1", "log", "parameters", "signed"):
         assert not imported(f"sse_core/{name}.py") & impure, name
     assert not imported("sse_core/answers.py") & (impure - {"time", "datetime"})
     for name in ("handshake", "command_line"):
@@ -210,3 +211,11 @@ def test_the_installed_command_serves_the_page_and_the_clock(command, tmp_path):
         assert process.returncode == 0
         assert b"Traceback" not in errors
         client.read_to_end()
+
+
+def test_installed_into_a_folder_of_its_own_it_finds_its_page(packages, tmp_path):
+    folder = tmp_path / "target"
+    run(sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet",
+        "--no-deps", "--no-index", "--target", folder, packages[0])
+    with running(folder / "bin" / "sse-server", tmp_path, PYTHONPATH=str(folder)) as (_, port):
+        assert page(port) == (TOP / "index.html").read_bytes()

@@ -11,8 +11,8 @@ import pytest
 import requests
 
 import publisher
-from helpers import PATIENCE, TOP, Client, free_port, get, make_certificate, need, wait_until
-from sse_core import answers, clients, frames, handshake, http1, signed
+from helpers import PATIENCE, TOP, Client, free_port, get, need, wait_until
+from sse_core import clients, frames, handshake, http1, parameters, signed
 from sse_server import SSEServer
 
 README = (TOP / "README.md").read_text()
@@ -120,12 +120,22 @@ def test_a_pipe_of_a_hundred_thousand_lines_reaches_a_client_to_the_last(shell):
     assert b"data: 100000\r\n" in tail and tail.endswith(b"0\r\n\r\n")
 
 
+def test_a_log_file(shell):
+    tail, = commands("tail -n 0 -F app.log")
+    (shell.folder / "app.log").write_text("old\n")
+    shell.serve(tail)
+    with Client(int(shell.ports["6500"])) as client, open(shell.folder / "app.log", "a") as log:
+        client.open()
+        print("new", file=log, flush=True)
+        assert [event.data for event in client.read_events(1)] == ["new"]
+
+
 def test_a_pipe_of_json_lines(shell):
     serve, = commands("--stdin --json --wait-clients 1")
     process = shell.start(serve)
     while "Listening" not in process.stdout.readline():
         assert process.poll() is None
-    with Client(int(shell.ports["6500"]), get("/?channel=ops")) as client:
+    with Client(int(shell.ports["6500"]), get()) as client:
         event, = client.read_to_end().events
     assert (event.name, event.data) == ("alert", '{"disk": 93}') and process.wait(PATIENCE) == 0
 
@@ -177,7 +187,8 @@ def test_tokens_let_in_origins_are_taken_and_tls_is_spoken(shell):
     assert requests.head(url + "/one", timeout=PATIENCE).status_code == 200
     assert requests.head(url + "/two", timeout=PATIENCE).status_code == 401
     shell.stop()
-    make_certificate(shell.folder)
+    make, = commands("openssl req")
+    shell.output(make)
     shell.serve(tls)
     with requests.Session() as session:
         session.trust_env = False
@@ -202,22 +213,25 @@ def test_two_servers_on_one_redis_stream_send_the_same(shell):
 
 
 def test_every_command_is_run_by_a_test():
-    """By its own words: each test above names the commands that it runs."""
-    source = (TOP / "tests" / "test_readme.py").read_text()
+    """By its own words: each test here, or in test_bridges, names the commands that it runs."""
+    source = "".join((TOP / "tests" / name).read_text()
+                     for name in ("test_readme.py", "test_bridges.py"))
     named = [text for call in re.findall(r"= commands\(([^)]*)\)", source)
              for text in re.findall(r'"([^"]+)"', call)]
-    assert [command for command in COMMANDS
-            if command != "make test" and not any(text in command for text in named)] == []
+    run = ["make test", *commands(*named)]
+    assert [command for command in COMMANDS if command not in run] == []
 
 
 def test_the_table_of_bounds_is_what_the_code_says():
     table = [int(value) for value in re.findall(
-        r"^\| [^|]+ \| (\d+)(?: (?:s|bytes|characters))? \|$", README.partition("## Flags")[0], re.M)]
+        r"^\| [^|]+ \| (\d+)(?: (?:s|bytes|characters))? \|$", README.partition("## Flags")[0],
+        re.M)]
     assert table == [
         handshake.HEAD_TIME, handshake.LINGER_TIME, handshake.MAX_HANDSHAKES,
         handshake.MAX_AT_WORK, handshake.MAX_QUEUE, http1.MAX_LINE, http1.MAX_HEAD,
         http1.MAX_FIELDS, frames.MAX_EVENT, handshake.MAX_BODIES, frames.MAX_NAME,
-        answers.MAX_ASKED, http1.MAX_LAST_ID, signed.MAX_TOKEN, clients.LISTED, publisher.STALL]
+        parameters.MAX_ASKED, parameters.MAX_NAMES, http1.MAX_LAST_ID, signed.MAX_TOKEN,
+        clients.LISTED, publisher.STALL]
 
 
 def test_since(shell):
@@ -239,7 +253,7 @@ def test_a_history_file_outlives_the_server(shell):
 
 def test_all_cores_serve_one_stream(shell):
     many, = commands("for i in 1 2 3 4")
-    shell.start(many.replace("--interval 0", "--interval 0 --publish-token SECRET"))
+    shell.start(many)
     port = int(shell.ports["6500"])
     url = f"http://127.0.0.1:{port}/SECRET"
 
@@ -256,6 +270,16 @@ def test_all_cores_serve_one_stream(shell):
         client.read_until_data("8")
         assert [event.data for event in client.stream.events][-8:] == list("12345678")
         client.close()
+
+
+def test_the_program_on_asyncio_serves_its_events(shell):
+    program = PROGRAMS[2].replace("6500", shell.ports["6500"]).replace("sleep(1)", "sleep(0.01)")
+    shell.start(f"PYTHONPATH={TOP} exec {sys.executable} -c {shlex.quote(program)}")
+    port = int(shell.ports["6500"])
+    wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"],
+                                      capture_output=True).returncode == 0)
+    with Client(port) as client:
+        assert client.read_events(2)[1].data.isdigit()
 
 
 def test_a_signed_token_lets_its_user_in(shell):

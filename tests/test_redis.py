@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,7 @@ def configured(name: str, ports: list, folder) -> str:
     text = text.replace("maxconn 5000", "maxconn 200")      # here descriptors may be fewer
     path = folder / name
     path.write_text(text)
+    shutil.copy(TOP / "examples" / "haproxy-away.http", folder)
     return str(path)
 
 
@@ -260,7 +262,7 @@ def test_behind_a_proxy_of_the_examples_nothing_is_lost_or_held_back(store, tmp_
     command = {"nginx": ["nginx", "-p", str(tmp_path), "-c", path],
                "haproxy": ["haproxy", "-db", "-f", path]}[proxy]
     with following(store, 2, ports=ports[1:]) as servers:
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
         try:
             wait_until(lambda: listens(ports[0]))
             wait_until(lambda: requests.head(f"http://127.0.0.1:{ports[0]}/",

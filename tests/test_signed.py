@@ -5,8 +5,9 @@ import time
 
 import pytest
 import requests
+from helpers import PATIENCE, TOP, Client, ask, get, serving, wait_until
 
-from helpers import PATIENCE, TOP, Client, ask, get, serving
+from sse_core.clients import AT_ONCE
 from sse_server import SSEServer
 
 jwt = pytest.importorskip("jwt", reason="signed tokens need the package PyJWT")
@@ -51,6 +52,19 @@ def test_a_stream_ends_in_order_when_its_token_expires_and_then_it_is_a_401(serv
     assert ask(server.port, get(f"/{short}")).startswith(b"HTTP/1.1 401 ")
 
 
+def test_a_lagging_stream_ends_with_its_token_however_many_lag_before_it(server):
+    lag = get(f"/{token(subscribe=['*'])}")
+    stalled = [Client(server.port, lag, receive_buffer=4096).open() for _ in range(AT_ONCE + 1)]
+    last = Client(server.port, get(f"/{token(4, subscribe=['*'])}"), receive_buffer=4096).open()
+    for _ in range(3):
+        server.publish("x" * 1_000_000)
+    wait_until(lambda: server.figures()["lagging"] == AT_ONCE + 2)
+    last.receive(1)
+    wait_until(lambda: server.figures()["drops"]["expired"] == 1, timeout=8)
+    for client in [*stalled, last]:
+        client.close()
+
+
 def test_a_post_goes_where_its_token_says(server):
     mine = {"Authorization": f"Bearer {token(publish=['news'])}"}
 
@@ -78,6 +92,6 @@ def test_the_key_may_come_from_the_environment_and_a_short_one_is_one_line():
         assert ask(server.port, get("/")).startswith(b"HTTP/1.1 401 ")
         with Client(server.port, get(f"/{token(subscribe=['*'])}")) as client:
             client.read_events(1)
-    done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--jwt-key", "short"],
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, TOP / "sse_server.py", "--port", "0", "--jwt-key", "short"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and "32 bytes" in done.stderr and done.stderr.count("\n") == 1

@@ -90,5 +90,6 @@ def test_the_latest_are_bounded_in_bytes(monkeypatch):
     log = Log(64)
     for number, channel in enumerate("abc"):
         log.append(channel.encode() * 60, (number + 1, 0), channel, 0.0)
-    assert [each.count(b"b" * 60) + 2 * each.count(b"c" * 60) for each in log.latest("abc")] == [1, 2]
+    latest = log.latest("abc")
+    assert [b"b" * 60 in each for each in latest] == [True, False] and b"c" * 60 in latest[1]
     assert len(log.latest("a")) == 1 and chunk(b"") not in log.latest("a")

@@ -27,7 +27,8 @@ BAD = [
     ('{"data": "x", "channel": ["c"]}', "event and channel are strings"),
     ('{"data": "x", "channel": ""}', "the channel has no name"),
     ('{"data": "x", "event": "a\\nb"}', "CR, LF, NUL"), ('{"data": "\\ud800"}', "surrogate"),
-    ('{"data": "x", "event": "gap"}', "server's own"), ("[" * 100_000, "nested too deeply"),
+    ('{"data": "x", "event": "gap"}', "server's own"), ('{"data": NaN}', "JSON"),
+    ('{"data": 1e999}', "JSON"), ("[" * 100_000, "nested too deeply"),
     ('{"data": "%s"}' % ("x" * (frames.MAX_EVENT + 1)), "longer than"),
 ]
 
@@ -125,7 +126,7 @@ def test_a_pipe_waits_for_its_clients_and_says_whom_it_reached():
                 for client in (one, two):
                     assert [event.data for event in client.read_to_end().events] == ["1", "2"]
         assert server.process.wait(PATIENCE) == 0
-        assert "2 events, delivered to 2 clients" in server.close()
+        assert "2 events published; at the end 2 clients were connected" in server.close()
 
 
 def test_a_pipe_that_reached_nobody_is_a_warning():
@@ -134,4 +135,4 @@ def test_a_pipe_that_reached_nobody_is_a_warning():
         server.process.stdin.close()
         server.process.stdin = None
         wait_until(lambda: server.process.poll() is not None)
-        assert server.close() == "1 event, delivered to 0 clients\n"
+        assert server.close() == "1 event published; at the end 0 clients were connected\n"
