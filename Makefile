@@ -22,7 +22,7 @@ test-long: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m long
 
 fuzz: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -k fuzz --fuzz 100
+	$(VENV)/bin/python -m pytest -k fuzz --fuzz 100 -o faulthandler_timeout=0
 
 check: $(VENV)/checkers
 	$(VENV)/bin/ruff check sse_server.py publisher.py sse_core

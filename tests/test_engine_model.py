@@ -141,6 +141,7 @@ class Reader:
         self.sent_at = self.registered_at = bench.now
         self.blocked_at: Optional[float] = None
         self.gone = self.was_full = False
+        self.lags = False                       # more was due when it last took a byte
         if self.last_id is not None:
             self.at = None
             if can_place:
@@ -177,7 +178,8 @@ class Reader:
             self.told(event, *(kept if index or began_now else self.then))
         if began_now or len(stream.payloads) > payloads:
             self.then = kept
-        assert not stream.ended or not self.due(), "ended while something is due"
+        self.lags = self.due() is not None
+        assert not (stream.ended and self.lags), "ended while something is due"
 
     def greeted(self, payload: bytes) -> None:
         id = b"" if self.last_id is not None else b"id: %b\n" % self.greeting.copy().pop().encode()
@@ -413,7 +415,8 @@ class Driver:
         """Dropped are those that left, or took no byte for STALL seconds, and no others."""
         for reader in list(self.readers):
             reader.was_full |= reader.is_full()
-            lagged = reader.was_full and self.bench.now - reader.sent_at >= STALL
+            lagged = ((reader.was_full or reader.lags)
+                      and self.bench.now - reader.sent_at >= STALL)
             stalled = self.bench.now - max(reader.sent_at, reader.blocked_at or 0.0)
             if reader.sock.sock.fileno() < 0:
                 is_due = reader.gone or stalled >= STALL or lagged
