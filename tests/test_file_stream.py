@@ -369,3 +369,16 @@ def test_its_thread_ends_at_once(path):
         wait_until(lambda: server._broadcast._log.next)
         began = time.monotonic()
     assert time.monotonic() - began < 1 and os.listdir(path.parent) == ["events.db"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux shares out a port")
+def test_each_of_those_that_share_a_port_stops_at_once():
+    """The system gives a connect to the port to any of them, so none can wake itself by one."""
+    first = SSEServer(port=0, reuse_port=True)
+    servers = [first] + [SSEServer(port=first.port, reuse_port=True) for _ in range(3)]
+    for server in servers:
+        server.start()
+    for server in servers:
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 2
