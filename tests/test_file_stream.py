@@ -382,3 +382,20 @@ def test_each_of_those_that_share_a_port_stops_at_once():
         began = time.monotonic()
         server.stop()
         assert time.monotonic() - began < 2
+
+
+def test_an_interrupt_before_a_commit_leaves_the_next_one_free(path):
+    def interrupt(frame, *_):
+        if frame.f_code.co_name == "_commit":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+    with publishing(path) as stream:
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                stream.publish([Draft("a")])
+        finally:
+            sys.settrace(before)
+        with ThreadPoolExecutor(1) as pool:
+            assert len(pool.submit(stream.publish, [Draft("b")]).result(PATIENCE)) == 1
