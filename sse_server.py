@@ -115,8 +115,8 @@ class _Listener(socketserver.ThreadingTCPServer):
     def server_bind(self) -> None:
         """Bind; with others on the same port if that is wanted."""
         if self._reuse_port:
-            if not hasattr(socket, "SO_REUSEPORT"):
-                raise OSError(errno.ENOPROTOOPT, "this system has no SO_REUSEPORT")
+            if not sys.platform.startswith("linux"):    # others have it, and share out nothing
+                raise OSError(errno.ENOPROTOOPT, "only Linux shares out the clients of a port")
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         super().server_bind()
 
@@ -153,6 +153,8 @@ class _Listener(socketserver.ThreadingTCPServer):
         """Unblock accept, which then sees the stop flag."""
         host, port = str(self.server_address[0]), self.server_address[1]
         try:
+            if self._reuse_port:        # the system may connect us to another server there
+                raise OSError("the port is not ours alone")
             address = (ANY_ADDRESS.get(host, host), port)
             socket.create_connection(address, SELF_CONNECT_TIME).close()
         except OSError:         # no descriptor is left, or the backlog is full: on Linux, this
@@ -369,7 +371,7 @@ class SSEServer(_Listener):
         data: text of at most 1 MiB. event: its name. channel: None is for everyone; else it is
         for clients that asked for this channel. wait: slow clients may hold it back, see
         `patience`. Raises ValueError for what no event can hold, NotRunning if the server does
-        not run, and Unavailable if the shared log does not take it within 2 seconds: with `wait`
+        not run, and Unavailable if the shared log does not take it within 4 seconds: with `wait`
         that is waited for, too. An event whose answer was lost may then be published twice.
         """
         if not self._started:

@@ -71,6 +71,8 @@ def main(name: str, port: int) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        sys.exit(print(__doc__))
     if len(sys.argv) != 3 or sys.argv[1] not in ATTACKS:
         sys.exit(f"usage: attacks.py {'|'.join(ATTACKS)} PORT")
     main(sys.argv[1], int(sys.argv[2]))

@@ -139,7 +139,6 @@ class Broadcast:
             client.cursor, client.after = self._log.next, self._log.last_id
             if self._ids:
                 self._begin_stream(client)
-            self._floor = min(self._floor, client.cursor)
             self.clients.add(client)
             wake, self._woken = not self._woken, True
         if wake:
@@ -225,7 +224,8 @@ class Broadcast:
 
     def _begin_stream(self, client: Client) -> None:
         """Put a client behind the id it brought, or tell it where it stands if it has none."""
-        newest = self._log.last_id if client.last_id is None else None
+        has_none = client.last_id is None or client.begin_at == math.inf
+        newest = self._log.last_id if has_none else None
         greeting = client.asked.framed(frames.greeting(self._retry, newest))
         client.rest = bytes(client.rest) + greeting
         if client.last_id is not None:
@@ -245,6 +245,7 @@ class Broadcast:
             latest = self._log.latest(channels) if client.begin_at == math.inf else ()
             client.rest = b"".join([client.rest, *(client.asked.framed(each) for each in latest)])
         client.gap = (client.last_id, reason) if reason else None
+        self._floor = min(self._floor, client.cursor)
 
     def _join_from(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:
         """Return a batch of what is fanned out from a cursor on, and the cursor after it."""

@@ -70,8 +70,9 @@ class FileStream:
         self._history = max(MIN_HISTORY, history)
         self._kept = max(MIN_KEPT, 10 * history)
         self.trouble: str | None = None         # why the file cannot be used now, if so
-        self._changed = threading.Condition()   # guards the next two; a commit has ended
+        self._changed = threading.Condition()   # guards the next three; a commit has ended
         self._orders: list[_Order] = []         # that nobody commits yet
+        self._taken: list[_Order] = []          # that one thread commits now
         self._committing: int | None = None     # the thread that does now
         # What follows belongs to that thread
         self._writer = _File(path, sync)
@@ -112,13 +113,17 @@ class FileStream:
                 self._committing == threading.get_ident()):
             raise RuntimeError("a signal handler interrupted a publish of its thread by another")
         order = _Order(drafts)
-        with self._changed:
-            self._orders.append(order)
-            while order.error is None and self._committing:
-                self._changed.wait()
-            orders = self._take() if order.error is None else []
-        if orders:
-            self._commit(orders, BUSY_TIME)
+        try:
+            with self._changed:
+                self._orders.append(order)
+                while order.error is None and self._committing:
+                    self._changed.wait()
+                orders = self._take() if order.error is None else []
+            if orders:
+                self._commit(orders, BUSY_TIME)
+        except BaseException:       # a signal handler's: if it came before the commit began
+            self._end_commit("it was interrupted")
+            raise
         if order.error:
             raise Unavailable(f"the history file does not take events now ({order.error})")
         return order.ids
@@ -129,9 +134,18 @@ class FileStream:
 
     def _take(self) -> list[_Order]:
         """Return all orders, which this thread must commit now. Requires holding `_changed`."""
-        orders, self._orders = self._orders, []
         self._committing = threading.get_ident()
-        return orders
+        self._taken, self._orders = self._orders, []
+        return self._taken
+
+    def _end_commit(self, error: str) -> None:
+        """Tell all orders what came of them, if this thread commits; let the next one commit."""
+        with self._changed:
+            if self._committing == threading.get_ident():
+                for order in self._taken:
+                    order.error = error
+                self._committing = None
+                self._changed.notify_all()
 
     # For the thread that commits
 
@@ -151,11 +165,7 @@ class FileStream:
         finally:
             if error:
                 self._writer.close()
-            with self._changed:
-                for order in orders:
-                    order.error = error
-                self._committing = None
-                self._changed.notify_all()
+            self._end_commit(error)
 
     def _write(self, drafts: Sequence[Draft], seconds: float) -> list[Id]:
         """Commit drafts; without any, something all the same. Returns the ids they got."""

@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from itertools import count
 from typing import Callable, TypeVar
 
@@ -94,7 +95,11 @@ class Handshakes:
 
     def _run(self, handshake: Handshake | None) -> None:
         while handshake:
-            handshake.run()
+            try:
+                handshake.run()
+            except BaseException:   # of a program's function: it costs this connection alone
+                with suppress(BaseException):       # what a logging handler raises, too
+                    logger.exception("a fault ended a request")
             handshake = self._next(handshake)
 
     def _next(self, done: Handshake) -> Handshake | None:
@@ -170,6 +175,7 @@ class Handshake:
         self._answers = others.answers
         self._received = b""            # of the request, so far
         self._is_whole = False          # the request: nothing more of it is under way
+        self._held = 0                  # bytes of its body that are counted
         self._kept = False              # a request was answered, and the connection kept
         self._deadline = time.monotonic() + HEAD_TIME
 
@@ -298,8 +304,11 @@ class Handshake:
         """Answer a request, or register the client. Returns whether the connection is kept."""
         if request.method == "POST":
             self._answers.admit_post(request)
-            body = self._read_body(request)
-            self._send(self._work(lambda: self._answers.post(request, body)))
+            try:
+                body = self._read_body(request)
+                self._send(self._work(lambda: self._answers.post(request, body)))
+            finally:
+                self._held = self._others.hold(0, self._held)
             return request.keeps_alive
         answer = self._work(lambda: self._answers.respond(request))
         if isinstance(answer, Opening):
@@ -327,16 +336,12 @@ class Handshake:
         rest = body.feed(self._received)
         if rest is None and request.chunked and "expect" in request.known:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        held = 0
-        try:
-            while rest is None:
-                held = self._others.hold(len(body.data), held)
-                self._received = b""
-                if not self._receive():
-                    raise ConnectionAbortedError("the body was cut short")
-                rest = body.feed(self._received)
-        finally:
-            self._others.hold(0, held)
+        while rest is None:
+            self._held = self._others.hold(len(body.data), self._held)
+            self._received = b""
+            if not self._receive():
+                raise ConnectionAbortedError("the body was cut short")
+            rest = body.feed(self._received)
         self._received, self._is_whole = rest, True
         return bytes(body.data)
 

@@ -15,7 +15,7 @@ from sse_core.frames import BATCH, Id, chunk, unchunk
 
 MAX_LOG = 64 << 20          # bytes of frames in the log
 MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients that are slow
-MAX_LATEST = 256 << 10      # bytes that `latest` returns, but for one frame
+MAX_LATEST = BATCH          # bytes that `latest` returns, which each client has to itself
 MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
 SCAN = 1024                 # frames looked at in one go: who wants none of them holds up nobody
 Bytes = Union[bytes, memoryview]
@@ -144,8 +144,9 @@ class Log:
 
         0 is for all that is kept, and inf for what comes: neither is ever a gap.
         """
-        if milliseconds == math.inf:
-            return self.next, None
+        if milliseconds == math.inf:        # see `latest`
+            found = self._newest_of(channels)
+            return (found[-1].number if found else self.next), None
         begin = int(milliseconds), 0
         last = self._last_evicted(channels)
         is_gone = last[0] >= self._epoch and last[1] >= begin
@@ -156,15 +157,17 @@ class Log:
     def latest(self, channels: Iterable[str]) -> list[bytes]:
         """Return the newest kept frame of each of these channels and of none, in order.
 
-        That is MAX_LATEST bytes at most, of the newest ones.
+        Without the last of them, with which `locate_time` begins; MAX_LATEST bytes at most.
         """
-        found = [self._newest[each] for each in (None, *channels) if each in self._newest]
         kept: list[bytes] = []
-        for frame in sorted(found, key=lambda frame: -frame.number):
-            if kept and sum(map(len, kept)) + len(frame.chunk) > MAX_LATEST:
+        for frame in self._newest_of(channels)[-2::-1]:
+            if sum(map(len, kept)) + len(frame.chunk) > MAX_LATEST:
                 break
             kept.insert(0, frame.chunk)
         return kept
+
+    def _newest_of(self, channels: Iterable[str]) -> list[Frame]:
+        return sorted(self._newest[each] for each in (None, *channels) if each in self._newest)
 
     def lost(self, cursor: int, channels: Iterable[str]) -> bool:
         """Say whether a frame on these channels, or on none, has left the log from `cursor` on."""

@@ -11,6 +11,7 @@ far as they were not read before.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 from collections import OrderedDict
@@ -69,7 +70,7 @@ class RedisStream:
         self._gone = 0                          # entries that were gone from it then
         self._known: OrderedDict[bytes, int] = OrderedDict()  # read last: id, hash of the fields
         self._loaded = False                    # the log has the entries from before this server
-        self._since = 0.0                       # seconds since the epoch, when it was started
+        self._since = math.inf                  # seconds since the epoch, when it was started
         self.trouble: str | None = None         # Redis did not answer last time
         self._warned = False                    # of an entry that is no event
 
@@ -90,8 +91,8 @@ class RedisStream:
 
     def load(self, shared: Shared, now: float) -> None:
         """Fill the log with the newest entries, if Redis answers. now: seconds since the epoch."""
-        self._since = now
         self._step(shared)
+        self._since = now       # what comes later and is loaded later is for clients, too
 
     def follow(self, shared: Shared, stopping: threading.Event) -> None:
         """Add what comes to the log, until the flag is set, whatever happens to Redis."""

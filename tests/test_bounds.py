@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sse_server
-from helpers import GET, PATIENCE, TOP, Client, ask, connect, handshakes, wait_until
+from helpers import GET, PATIENCE, TOP, Client, ask, connect, get, handshakes, wait_until
 from sse_core import handshake, http1
 from sse_server import SSEServer
 
@@ -256,3 +256,14 @@ def test_a_refused_request_that_wholly_came_is_not_lingered_for(server):
         sock.sendall(b"X\r\n\r\n")
         assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
         wait_until(lambda: handshakes() == 0, timeout=0.5)      # with the peer still there
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_authorize_that_exits_costs_its_connection_alone(monkeypatch, caplog):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 2)
+    with SSEServer(port=0, authorize=lambda request: sys.exit()) as server:
+        for _ in range(5):
+            assert ask(server.port, GET) == b""
+        assert ask(server.port, get("/-/health")).endswith(b"ok\n")
+        wait_until(lambda: handshakes() == 0)
+    assert caplog.text.count("a fault ended a request") == 5

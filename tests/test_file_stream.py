@@ -369,3 +369,33 @@ def test_its_thread_ends_at_once(path):
         wait_until(lambda: server._broadcast._log.next)
         began = time.monotonic()
     assert time.monotonic() - began < 1 and os.listdir(path.parent) == ["events.db"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux shares out a port")
+def test_each_of_those_that_share_a_port_stops_at_once():
+    """The system gives a connect to the port to any of them, so none can wake itself by one."""
+    first = SSEServer(port=0, reuse_port=True)
+    servers = [first] + [SSEServer(port=first.port, reuse_port=True) for _ in range(3)]
+    for server in servers:
+        server.start()
+    for server in servers:
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 2
+
+
+def test_an_interrupt_before_a_commit_leaves_the_next_one_free(path):
+    def interrupt(frame, *_):
+        if frame.f_code.co_name == "_commit":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+    with publishing(path) as stream:
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                stream.publish([Draft("a")])
+        finally:
+            sys.settrace(before)
+        with ThreadPoolExecutor(1) as pool:
+            assert len(pool.submit(stream.publish, [Draft("b")]).result(PATIENCE)) == 1

@@ -1,12 +1,12 @@
 """Where a stream begins without an id: `?since=`."""
 import json
+import math
 import time
 
 import pytest
 
 from helpers import Client, ask, get
 from sse_core import log as log_module
-from sse_core.frames import chunk
 from sse_core.log import Log
 from sse_server import SSEServer
 
@@ -85,11 +85,23 @@ def test_of_a_full_load_older_events_were_left_in_the_shared_log():
     assert log.locate_time(1063.5, ()) == (-1, None)
 
 
-def test_the_latest_are_bounded_in_bytes(monkeypatch):
+def test_what_latest_copies_for_a_client_is_bounded_and_the_newest_is_no_copy(monkeypatch):
     monkeypatch.setattr(log_module, "MAX_LATEST", 200)
     log = Log(64)
-    for number, channel in enumerate("abc"):
+    for number, channel in enumerate("abcd"):
         log.append(channel.encode() * 60, (number + 1, 0), channel, 0.0)
-    latest = log.latest("abc")
+    latest = log.latest("abcd")
     assert [b"b" * 60 in each for each in latest] == [True, False] and b"c" * 60 in latest[1]
-    assert len(log.latest("a")) == 1 and chunk(b"") not in log.latest("a")
+    assert log.locate_time(math.inf, "abcd") == (3, None)
+    assert log.latest("a") == [] and log.locate_time(math.inf, "a") == (0, None)
+    assert log.locate_time(math.inf, "x") == (4, None)
+
+
+def test_who_asks_for_the_latest_where_nothing_is_kept_is_told_where_it_stands(server):
+    server.publish("1", None, "other")
+    with Client(server.port, get("/?channel=a&since=latest")) as client:
+        client.read_until(lambda stream: stream.last_id)
+        last = client.stream.last_id
+    for data in ("2", "3"):
+        server.publish(data, None, "a")
+    assert texts(server, "&since=latest", f"Last-Event-ID: {last}") == ["2", "3", "last"]
