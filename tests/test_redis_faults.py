@@ -493,3 +493,16 @@ def test_a_fault_in_the_follower_ends_the_process(store):
         process.kill()
     assert process.returncode == 1
     assert errors.count("Traceback") == 1 and "ZeroDivisionError" in errors
+
+
+def test_a_full_stream_from_the_future_does_not_hold_up_the_start(store):
+    """As when another machine's clock is ahead: there is no publisher yet to make room."""
+    ahead = int((time.time() + 60) * 1000)
+    for number in range(1100):
+        store.add(id=f"{ahead + number}-0", data="x" * 70_000)
+    server = SSEServer(port=0, redis=store.url)
+    thread = threading.Thread(target=server.start, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    server.stop()
