@@ -9,7 +9,8 @@ and the list of clients, is in sse_core/broadcast.py. The life of a client:
     ahead           it brought an id to which this server may come yet, and is sent heartbeats only
     current         it has had every frame, and is sent the next ones together with its group
     lagging         its socket did not take all: it reads on from its own cursor, when that does
-    dropped         it closed, was reset, took no byte for STALL seconds, or cannot be watched
+    dropped         it closed, was reset, took no byte for STALL seconds, cannot be watched, or its
+                    token has expired: then its stream is ended in order
 """
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:       # who has no such file does without
 
 APPLICATION, SCHEMA = 0x73736531, 1     # what the file says that it is, and in which version
 POLL, IDLE_POLL = 0.01, 0.05    # seconds between two looks for what others write, when they just
-SLOWER = 1.01                   # did and 3 s later; it grows by this factor. A look costs 120 us
+SLOWER = 1.01                   # did and 4 s later; it grows by this factor. A look costs 120 us
 READ_COUNT, READ_BYTES = 512, 1 << 20       # rows, and bytes of data, that are read at once
 MIN_KEPT = 10000        # rows that the file keeps at least, for ten times that much history
 BUSY_TIME = 2.0         # seconds to wait for another process that writes; it may be stopped
