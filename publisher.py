@@ -18,9 +18,9 @@ import logging
 import math
 import os
 import selectors
-import socket
 import threading
 from collections.abc import Sequence
+from io import FileIO
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -63,9 +63,10 @@ class Publisher:
         self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
         self._sweep_at = self._clock() + self._sweep_every
         self._selector = selectors.DefaultSelector()
-        self._waker, self._wakee = socket.socketpair()
-        self._waker.setblocking(False)
-        self._wakee.setblocking(False)
+        # A pipe: to be woken by a socket pair cost 15 us more of the 250 of an event to 10 clients
+        self._wakee, self._waker = (FileIO(end, mode) for end, mode in zip(os.pipe(), "rw"))
+        os.set_blocking(self._wakee.fileno(), False)
+        os.set_blocking(self._waker.fileno(), False)
         self._selector.register(self._wakee, READ)
         broadcast.wake = self._wake
 
@@ -85,8 +86,8 @@ class Publisher:
 
     def _wake(self) -> None:
         try:
-            self._waker.send(b"\0")
-        except OSError:     # it has bytes enough to wake up from, or has closed the socket
+            self._waker.write(b"\0")       # None if there are bytes enough to wake up from
+        except (OSError, ValueError):   # the publisher has closed it, or is about to
             pass
 
     # Run by the publisher thread
@@ -136,7 +137,7 @@ class Publisher:
         for key, mask in ready:
             client = key.data
             if client is None:
-                self._wakee.recv(4096)
+                self._wakee.read(4096)
             elif (not mask & READ or self._discard_input(client)) and mask & ~READ:
                 writable.add(client)
         if writable:

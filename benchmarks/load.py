@@ -40,7 +40,8 @@ class ServerProcess:
         pin = (lambda: os.sched_setaffinity(0, {core})) if core is not None else None
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, preexec_fn=pin)
-        self.port = int(self.process.stdout.readline())
+        self.port, *pid = map(int, self.process.stdout.readline().split())
+        self.pid = pid[0] if pid else self.process.pid      # of the server itself
         self.published = 0
 
     def publish(self, events: int, pause: float = 0.0, channel: str = "",
@@ -57,10 +58,10 @@ class ServerProcess:
         assert self.process.stdout.readline() == "done\n"
 
     def cpu(self) -> float:
-        return cpu_clock(self.process.pid)
+        return cpu_clock(self.pid)
 
     def memory(self) -> int:
-        return memory(self.process.pid)
+        return memory(self.pid)
 
     def stop(self) -> None:
         self.process.stdin.close()
@@ -70,6 +71,10 @@ class ServerProcess:
 def our_server(name: str = "this server", **options) -> ServerProcess:
     arguments = [f"{option}={value}" for option, value in options.items()]
     return ServerProcess(name, [sys.executable, str(HERE / "serve.py"), *arguments])
+
+
+def our_pipe() -> ServerProcess:
+    return ServerProcess("pipe", [sys.executable, str(HERE / "pipe.py")])
 
 
 def c_loop(folder: str) -> Optional[ServerProcess]:

@@ -14,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sse_server import SSEServer   # noqa: E402
 
 
+def stamped(sequence: int) -> str:
+    """Return 68 characters of data that say when this was, and the number of the event."""
+    return f"{time.monotonic_ns():019d} {sequence:09d} ".ljust(68, "x")
+
+
 def main() -> None:
     if "--help" in sys.argv:
         print(__doc__)
@@ -29,8 +34,7 @@ def main() -> None:
             events, pause, channel, channels = [*line.split(), None, None][:4]
             due = time.monotonic()
             for number in range(int(events)):
-                data = f"{time.monotonic_ns():019d} {sequence:09d} ".ljust(68, "x")
-                server.publish(data, None,
+                server.publish(stamped(sequence), None,
                                f"{channel}{number % int(channels)}" if channels else channel)
                 sequence += 1
                 due += int(pause) / 1e6
