@@ -201,10 +201,9 @@ class Handshake:
         """Register or refuse whose request is all there, and never wait. False: call `run`."""
         if self._others.context:
             return False
-        self._sock.setblocking(False)
         request = None
         try:
-            self._received = self._sock.recv(http1.MAX_HEAD)
+            self._received = self._sock.recv(http1.MAX_HEAD, socket.MSG_DONTWAIT)
             request, _ = self._parse()
             if not request or request.method != "GET" or self._answers.is_slow(request):
                 return False
