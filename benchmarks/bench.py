@@ -11,15 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from typing import Callable, Dict, List, Optional, Tuple
 
-from load import (GET, Clients, Measure, ServerProcess, c_loop, describe, our_server, percentile,
-                  pin_load)
+from load import (GET, Clients, Measure, ServerProcess, c_loop, describe, nchan, our_pipe,
+                  our_server, percentile, pin_load)
 
 RATE = 20               # events a second in the steady runs
 BURST = 200             # events at once
-PARTS = ["fan-out", "connects", "memory", "resume", "channels", "redis", "file", "storm",
-         "stalled"]
+PARTS = ["fan-out", "connects", "memory", "resume", "channels", "redis", "file", "crowd",
+         "storm", "stalled"]
 Result = Dict[str, float]
 
 
@@ -57,30 +58,44 @@ def alternate(servers: List[Tuple[ServerProcess, Clients]], runs: int,
     return [best(each) for each in results]
 
 
-def fan_out(number: int, runs: int, loop: Optional[ServerProcess]) -> None:
-    """Steady rate and burst at so many clients, beside the C loop."""
-    ours = our_server(max_clients=20000)
-    pairs = [(server, Clients(server.port)) for server in (ours, loop) if server]
+def fan_out(number: int, runs: int, loop: Optional[ServerProcess], pipe: bool) -> None:
+    """Steady rate and burst at so many clients, from a program and a pipe, beside the C loop."""
+    own = [our_server(max_clients=20000), *([our_pipe()] if pipe else [])]
+    pairs = [(server, Clients(server.port)) for server in (loop, *own) if server]
     for _, clients in pairs:
         clients.connect(number)
     events, rate = 40, min(RATE, 40000 / number)    # a core can make some 100,000 deliveries a s
     steady = alternate(
         pairs, runs, lambda server, clients: deliver(server, clients, events, 1 / rate))
     burst = alternate(pairs, runs, lambda server, clients: deliver(server, clients, BURST, 0))
-    say(f"\n{number} clients")
-    if loop:
-        say(f"  CPU per delivery, {rate:.0f} events/s: "
-            f"{steady[0]['cpu'] / steady[1]['cpu']:.3f} of the C loop")
-        say(f"  CPU per delivery, burst of {BURST}:  "
-            f"1/{steady[1]['cpu'] / burst[0]['cpu']:.0f} of the C loop's steady, "
-            f"1/{burst[1]['cpu'] / burst[0]['cpu']:.0f} of its burst")
+    say(f"\n{number} clients, {rate:.0f} events/s, and bursts of {BURST}: CPU per delivery")
     for (server, _), one, many in zip(pairs, steady, burst):
+        beside = f", {one['cpu'] / steady[0]['cpu']:.3f} and {many['cpu'] / burst[0]['cpu']:.4f} " \
+            "of the C loop" if loop else ""
         say(f"  {server.name:12} steady {one['cpu']:6.2f} us  "
             f"p50 {one['p50']:6.2f}  p99 {one['p99']:6.2f}  max {one['max']:6.2f} ms"
-            f"  load {one['load']:4.0%} | burst {many['cpu']:6.3f} us  load {many['load']:4.0%}")
+            f"  load {one['load']:4.0%} | burst {many['cpu']:6.3f} us  load {many['load']:4.0%}"
+            f"{beside}")
     for _, clients in pairs:
         clients.close()
-    ours.stop()
+    for server in own:
+        server.stop()
+
+
+def crowd(number: int, events: int = 60, in_flight: int = 4) -> None:
+    """Latency with so many events under way at a time: the next is sent when all have one."""
+    server = our_server(max_clients=number + 100)
+    clients = Clients(server.port)
+    clients.connect(number)
+    with Measure(server) as measure:
+        latencies = sorted(clients.keep_in_flight(server, events, in_flight))
+    each = ", ".join(f"p{share * 100:.0f} {percentile(latencies, share) * 1e3:.0f} ms"
+                     for share in (.5, .95, .99))
+    say(f"\n{number} clients, {events} events, {in_flight} in flight: {each} from publish to "
+        f"receipt ({len(latencies)} of them); {measure.cpu / len(latencies) * 1e6:.2f} us of server "
+        f"CPU a delivery, {events / measure.wall:.1f} events/s, load {measure.load:.0%}")
+    clients.close()
+    server.stop()
 
 
 BROWSER = GET[:-2] + b"".join(line + b"\r\n" for line in (
@@ -94,28 +109,32 @@ BROWSER = GET[:-2] + b"".join(line + b"\r\n" for line in (
 
 
 def connects(runs: int, folder: str, number: int = 2000) -> None:
-    """Server CPU of a connect, with a bare head and with a browser's, beside the C loop."""
+    """Server CPU of a connect, with a bare head and a browser's, beside the C loop and nchan."""
+    ours = partial(our_server, max_clients=20000)
+    kinds = {"bare": (ours, GET), "browser": (ours, BROWSER),
+             "C loop": (partial(c_loop, folder), GET), "nchan": (nchan, GET)}
     costs: Dict[str, List[float]] = {}
     rates: Dict[str, List[float]] = {}
     for _ in range(runs):
-        for name, request in (("bare", GET), ("browser", BROWSER), ("C loop", GET)):
-            server = c_loop(folder) if name == "C loop" else our_server(max_clients=20000)
+        for name, (start, request) in kinds.items():
+            server = start()
             if server:
                 clients = Clients(server.port, request)
                 clients.connect(100)        # what a first client costs once is not counted
                 with Measure(server) as measure:
                     clients.connect(number)
+                    time.sleep(.1)          # what is to be done beside the answer counts
                 costs.setdefault(name, []).append(measure.cpu / number * 1e6)
-                rates.setdefault(name, []).append(number / measure.wall)
+                rates.setdefault(name, []).append(number / (measure.wall - .1))
                 clients.close()
                 server.stop()
     least = {name: min(values) for name, values in costs.items()}
     say(f"\nconnects, {number} of them, server CPU each: " + ", ".join(
-        f"{name} {cost:.1f} us ({max(rates[name]):.0f} a second of wall time)"
-        for name, cost in least.items()))
-    say(f"  a browser's head {least['browser'] / least['bare']:.2f} of a bare one" + (
-        f", a bare one {least['bare'] / least['C loop']:.2f} of the C loop"
-        if "C loop" in least else ""))
+        f"{name} {cost:.1f} us ({1e6 / cost:.0f} a CPU second, {max(rates[name]):.0f} a second "
+        "of wall time)" for name, cost in least.items()))
+    say(f"  a browser's head {least['browser'] / least['bare']:.2f} of a bare one" + "".join(
+        f", a bare one {least['bare'] / least[name]:.2f} of {name}"
+        for name in ("C loop", "nchan") if name in least))
 
 
 def idle_memory(number: int) -> None:
@@ -332,8 +351,8 @@ def storm(folder: str, number: int) -> None:
     began = time.monotonic()
     back.connect(number)
     back.read_until(20)
-    say(f"\n{number} clients cut by kill -9 of a server with a history file: all are back, and have "
-        f"the {10} events they missed, {time.monotonic() - began:.2f} s after it listens again")
+    say(f"\n{number} clients cut by kill -9 of a server with a history file: all are back, and "
+        f"have the 10 events they missed, {time.monotonic() - began:.2f} s after it listens again")
     back.close()
     server.stop()
 
@@ -356,7 +375,7 @@ def main() -> None:
         if "fan-out" in chosen:
             for number in filter(lambda number: number * 2 + 100 < limit, (100, 1000, 9500)):
                 loop = c_loop(folder) or say("no C compiler: the C loop is left out")
-                fan_out(number, options.runs, loop)
+                fan_out(number, options.runs, loop, number * 3 + 100 < limit)
                 if loop:
                     loop.stop()
         if "connects" in chosen:
@@ -371,6 +390,8 @@ def main() -> None:
             redis_stream(options.runs, folder)
         if "file" in chosen:
             history_file(options.runs, folder)
+        if "crowd" in chosen:
+            crowd(min(18000, limit - 200))
         if "storm" in chosen:
             storm(folder, min(9500, limit - 200))
         if "stalled" in chosen:

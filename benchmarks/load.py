@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Dict, List, Optional, Sequence
 HERE = Path(__file__).resolve().parent
 GET = b"GET /token HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
 FRAME_END = b"\r\n\r\n\r\n"
+NCHAN = "/usr/lib/nginx/modules/ngx_nchan_module.so"
 TIMEOUT = 60.0          # seconds that anything may take before the run is given up
 
 
@@ -75,6 +77,33 @@ def our_server(name: str = "this server", **options) -> ServerProcess:
 
 def our_pipe() -> ServerProcess:
     return ServerProcess("pipe", [sys.executable, str(HERE / "pipe.py")])
+
+
+class PeerProcess(ServerProcess):
+    """A peer; if it has children, these are the server, and it only publishes."""
+
+    def pids(self) -> List[int]:
+        return descendants(self.pid) or [self.pid]
+
+    def cpu(self) -> float:
+        return sum(map(cpu_clock, self.pids()))
+
+    def memory(self) -> int:
+        return sum(map(memory, self.pids()))
+
+
+def descendants(pid: int) -> List[int]:
+    """Return all processes below this one."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        children = [int(child) for child in file.read().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def nchan() -> Optional[ServerProcess]:
+    """Start nginx with nchan; None where it is not installed."""
+    if not shutil.which("nginx") or not os.path.exists(NCHAN):
+        return None
+    return PeerProcess("nginx + nchan", [sys.executable, str(HERE / "peers" / "nchan.py")])
 
 
 def c_loop(folder: str) -> Optional[ServerProcess]:
@@ -160,6 +189,31 @@ class Clients:
                 self._receive(fd)
                 if self._last.get(fd, -1) >= published - 1:
                     pending.discard(fd)
+
+    def keep_in_flight(self, server: ServerProcess, events: int, in_flight: int) -> List[float]:
+        """Publish events, so many under way at a time; return the latency of each delivery.
+
+        It counts from before the server is told to publish. The next event is published when one
+        has reached every client; what a client gets in one piece, it gets at one time.
+        """
+        sent: List[float] = []
+        missing: List[int] = []         # clients that do not have event I
+        latencies: List[float] = []
+        first = server.published
+        while len(sent) < events or any(missing):
+            while len(sent) < events and sum(map(bool, missing)) < in_flight:
+                sent.append(time.monotonic())
+                missing.append(len(self))
+                server.publish(1)
+                server.wait()
+            for fd, _ in self._epoll.poll(TIMEOUT):
+                before = self._last.get(fd, first - 1)
+                self._receive(fd)
+                now = time.monotonic()
+                for number in range(before - first + 1, self._last.get(fd, before) - first + 1):
+                    missing[number] -= 1
+                    latencies.append(now - sent[number])
+        return latencies
 
     def read_each(self) -> None:
         """Receive until there are as many latencies as clients: one event each."""

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from bench import BURST, RATE, Result, deliver
-from load import (Clients, Measure, ServerProcess, c_loop, cpu_clock, describe, memory, our_server,
-                  pin_load)
+from bench import BROWSER, BURST, RATE, Result, deliver
+from load import (NCHAN, Clients, Measure, PeerProcess, ServerProcess, c_loop, descendants,
+                  describe, nchan, our_server, pin_load)
 
 CLIENTS = 1000
 RUNS = 3
@@ -32,10 +32,13 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 # The mark before the data, and how much after it, with a space or without, says when and which
 MARK, STAMP = b"\ndata:", 37
 PACKAGES = ("sse-starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "aiohttp-sse")
+FEW = 100               # clients, of which the steady run is repeated
 COLUMNS = (("cpu", "CPU per delivery, steady", "us", 2),
+           ("few", f"the same, {FEW} clients", "us", 2),
            ("burst", "CPU per delivery, burst", "us", 3),
            ("p99", "p99 latency, steady", "ms", 1), ("wall", "connects per s", "", 0),
            ("connects", "connects per CPU s", "", 0),
+           ("browser", "the same, a browser's head", "", 0),
            ("memory", "memory per idle client", "KiB", 2))
 LABELS, WIDTH, TOP = 170, 270, 36      # of the chart
 STYLE = """<style>
@@ -104,26 +107,6 @@ class TolerantClients(Clients):
         self.latencies.append(time.monotonic() - int(stamp[:19]) / 1e9)
 
 
-class PeerProcess(ServerProcess):
-    """A peer; if it has children, these are the server, and it only publishes."""
-
-    def pids(self) -> List[int]:
-        return descendants(self.process.pid) or [self.process.pid]
-
-    def cpu(self) -> float:
-        return sum(map(cpu_clock, self.pids()))
-
-    def memory(self) -> int:
-        return sum(map(memory, self.pids()))
-
-
-def descendants(pid: int) -> List[int]:
-    """Return all processes below this one."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        children = [int(child) for child in file.read().split()]
-    return children + [below for child in children for below in descendants(child)]
-
-
 def output(*command: str) -> str:
     """Return the first line that a command says, in either stream."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -182,14 +165,9 @@ def node_version(folder: str) -> str:
     return f"better-sse {version}, Node {output('node', '--version').lstrip('v')}"
 
 
-def nchan_peer(folder: str) -> ServerProcess:
-    return PeerProcess("nchan", [sys.executable, str(PEERS / "nchan.py")])
-
-
 def nchan_version(folder: str) -> str:
     """Return the versions of the system's packages."""
-    module = "/usr/lib/nginx/modules/ngx_nchan_module.so"
-    if not shutil.which("nginx") or not os.path.exists(module):
+    if not shutil.which("nginx") or not os.path.exists(NCHAN):
         raise Left("unavailable")
     query = ["dpkg-query", "-W", "-f", "${Version}\n", "libnginx-mod-nchan"]
     nchan = output(*query) if shutil.which("dpkg-query") else ""
@@ -205,7 +183,7 @@ def all_peers() -> List[Peer]:
     return [
         Peer("this server", lambda folder: our_server(), this_python),
         Peer("C loop", c_loop, lambda folder: output("cc", "--version")),
-        Peer("nginx + nchan", nchan_peer, nchan_version),
+        Peer("nginx + nchan", lambda folder: nchan(), nchan_version),
         Peer("Node better-sse", node_peer, node_version),
         Peer("sse-starlette, uvicorn", python_peer("sse-starlette", "sse_starlette_uvicorn.py"),
              python_version("sse-starlette", "uvicorn", "uvloop")),
@@ -224,10 +202,8 @@ def end(server: ServerProcess) -> None:
 
 
 def connect(server: ServerProcess, clients: Clients) -> Result:
-    """Connect all clients; return connects per second, of wall and of CPU, and memory of each."""
-    clients.connect(100)                # what a first client costs once is not counted
-    before = server.memory()
-    number = CLIENTS - len(clients)
+    """Connect who is missing; return connects per second, of wall and of CPU, and their memory."""
+    before, number = server.memory(), CLIENTS - len(clients)
     with Measure(server) as measure:
         clients.connect(number)
         time.sleep(.1)          # what a server has to do beside the answer is to count
@@ -237,14 +213,19 @@ def connect(server: ServerProcess, clients: Clients) -> Result:
 
 def measure(server: ServerProcess) -> Result:
     """Return all figures of one run of a server."""
-    clients = TolerantClients(server.port)
+    clients, browsers = TolerantClients(server.port), TolerantClients(server.port, BROWSER)
     try:
+        clients.connect(FEW)                # what a first client costs once is not counted
+        few = deliver(server, clients, EVENTS, 1 / RATE)
         result = connect(server, clients)
         result.update(deliver(server, clients, EVENTS, 1 / RATE))
         burst = deliver(server, clients, BURST, 0)
-        return {**result, "burst": burst["cpu"], "load": max(result["load"], burst["load"])}
+        return {**result, "few": few["cpu"], "burst": burst["cpu"],
+                "load": max(result["load"], burst["load"]),
+                "browser": connect(server, browsers)["connects"]}
     finally:
         clients.close()
+        browsers.close()
 
 
 def run(peer: Peer, folder: str, patience: float) -> Result:
@@ -269,7 +250,7 @@ def run(peer: Peer, folder: str, patience: float) -> Result:
 
 def better(results: List[Result]) -> Result:
     """Return the best of each figure: the most connects, the least of all else."""
-    most = ("wall", "connects", "load")
+    most = ("wall", "connects", "browser", "load")
     return {name: (max if name in most else min)(result[name] for result in results)
             for name in results[0]}
 
@@ -331,7 +312,7 @@ def table(figures: Dict[str, Result], words: Dict[str, str], runs: Dict[str, int
     """Return the Markdown table: ratios to the C loop, then the absolute figures."""
     base = figures.get("C loop")
     heads = [f"{title}{', ' + unit if unit else ''}" for _, title, unit, _ in COLUMNS]
-    compared = ("cpu", "burst", "connects") if base else ()
+    compared = ("cpu", "few", "burst", "connects", "browser") if base else ()
     ratios = [f"{title}, of the C loop" for key, title, _, _ in COLUMNS if key in compared]
     lines = [row("server", ratios + heads + ["runs"]),
              row("---", ["---:"] * (len(ratios) + len(heads) + 1))]
