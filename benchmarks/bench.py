@@ -92,8 +92,8 @@ def crowd(number: int, events: int = 60, in_flight: int = 4) -> None:
     each = ", ".join(f"p{share * 100:.0f} {percentile(latencies, share) * 1e3:.0f} ms"
                      for share in (.5, .95, .99))
     say(f"\n{number} clients, {events} events, {in_flight} in flight: {each} from publish to "
-        f"receipt ({len(latencies)} of them); {measure.cpu / len(latencies) * 1e6:.2f} us of server "
-        f"CPU a delivery, {events / measure.wall:.1f} events/s, load {measure.load:.0%}")
+        f"receipt ({len(latencies)} of them); {measure.cpu / len(latencies) * 1e6:.2f} us of CPU "
+        f"a delivery, {events / measure.wall:.1f} events/s, load {measure.load:.0%}")
     clients.close()
     server.stop()
 

@@ -3,10 +3,12 @@ import asyncio
 import socket
 from typing import Set
 
-from aiohttp import web
-from aiohttp_sse import EventSourceResponse, sse_response
+from orders import begin, obey_in_loop, payload
 
-from orders import obey_in_loop, payload
+begin(__doc__, "aiohttp", "aiohttp_sse")
+
+from aiohttp import web  # noqa: E402
+from aiohttp_sse import EventSourceResponse, sse_response  # noqa: E402
 
 queues: Set[asyncio.Queue] = set()
 

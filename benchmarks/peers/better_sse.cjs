@@ -1,4 +1,8 @@
 // better-sse on Node's http: a channel that broadcasts to all sessions.
+if (process.argv.includes("--help")) {
+  console.log("better-sse on Node's http. It takes the orders of serve.py; peers.py starts it.");
+  process.exit();
+}
 const http = require("node:http");
 const readline = require("node:readline");
 const { setTimeout: sleep } = require("node:timers/promises");

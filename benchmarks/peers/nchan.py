@@ -1,12 +1,14 @@
 """nginx with nchan: nginx is the child that is measured; this process only posts events to it."""
 import http.client
 import os
+import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 
-from orders import obey, payload
+from orders import begin, obey, payload
 
 MODULE = "/usr/lib/nginx/modules/ngx_nchan_module.so"
 CONFIG = """
@@ -63,6 +65,9 @@ def post(connection: http.client.HTTPConnection, sequence: int) -> None:
 
 
 def main() -> None:
+    begin(__doc__)
+    if not shutil.which("nginx") or not os.path.exists(MODULE):
+        sys.exit("nginx with its module nchan is needed: on Debian, the package libnginx-mod-nchan")
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         process = start(folder, port)

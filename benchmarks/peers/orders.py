@@ -1,9 +1,20 @@
 """The orders that every peer takes, as serve.py does: `COUNT MICROSECONDS`, answered by `done`."""
 import asyncio
+import importlib.util
 import os
 import sys
 import time
 from typing import Awaitable, Callable
+
+
+def begin(text: str, *packages: str) -> None:
+    """Show the text and end if --help is asked for; end with a line if a package is missing."""
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    if "--help" in sys.argv:
+        print(f"{text}\n\nIt takes the orders of serve.py; peers.py starts it.")
+        sys.exit()
+    if missing:
+        sys.exit(f"{sys.argv[0]} needs the package {missing[0]}: peers.py installs it")
 
 
 def payload(sequence: int) -> str:
@@ -43,3 +54,7 @@ async def obey_in_loop(publish: Callable[[int], Awaitable[None]]) -> None:
         sequence += events
         print("done", flush=True)
     os._exit(0)         # a graceful end would wait for clients that stay
+
+
+if __name__ == "__main__":
+    begin(__doc__)

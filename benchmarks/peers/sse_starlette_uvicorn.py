@@ -3,14 +3,16 @@ import asyncio
 import socket
 from typing import AsyncIterator, Set
 
-import uvicorn
-import uvloop
-from sse_starlette import EventSourceResponse
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.routing import Route
+from orders import begin, obey_in_loop, payload
 
-from orders import obey_in_loop, payload
+begin(__doc__, "uvicorn", "uvloop", "sse_starlette")
+
+import uvicorn  # noqa: E402
+import uvloop  # noqa: E402
+from sse_starlette import EventSourceResponse  # noqa: E402
+from starlette.applications import Starlette  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.routing import Route  # noqa: E402
 
 queues: Set[asyncio.Queue] = set()
 

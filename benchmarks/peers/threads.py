@@ -5,7 +5,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 from typing import List
 
-from orders import obey, payload
+from orders import begin, obey, payload
+
+begin(__doc__)
 
 queues: List[SimpleQueue] = []
 
