@@ -1,11 +1,13 @@
 PYTHON ?= python3
 VENV ?= .venv
+RUNS ?= 20
 
-.PHONY: help run test quick test-long fuzz check bench bench-peers siege clean interop screenshots
+.PHONY: help run test quick test-long fuzz check shuffle bench bench-peers siege clean interop screenshots
 
 help:
 	@echo "run: the clock on port 6500; test: everything; quick: without browser, Redis, packages;"
 	@echo "check: ruff and mypy; fuzz, test-long, interop: more tests; screenshots: the README's;"
+	@echo "shuffle: the quick tests in random order, RUNS=20 times;"
 	@echo "bench, bench-peers, siege: measurements; clean: take away what these made"
 
 run:
@@ -14,9 +16,17 @@ run:
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
 
+QUICK = $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py package.py readme.py \
+	interop.py bridges.py)
+
 quick: $(VENV)/ready
-	$(VENV)/bin/python -m pytest $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py \
-		package.py readme.py interop.py bridges.py)
+	$(VENV)/bin/python -m pytest $(QUICK)
+
+shuffle: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet pytest-random-order
+	for run in $$(seq $(RUNS)); do \
+		$(VENV)/bin/python -m pytest $(QUICK) --random-order-bucket=global || exit; \
+	done
 
 test-long: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m long
