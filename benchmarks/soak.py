@@ -4,10 +4,9 @@ One is restarted every minute under load, by SIGTERM and by `kill -9` in turn; t
 resident, lives for the whole run. Programs publish to both; clients watch both, and are cut, cut
 themselves, stall and come back; peers that mean no good come and go.
 
-What a client must get is what the history file has, read by a connection of this process: every
-row that it wants, once, in order, as it was published; or a gap that says which not, and then only
-rows that had left the log. Every event that was acknowledged must be a row. At the end of each
-minute all is quiet: then each client must have everything, and the resident be as it was.
+What a client must get is what the history file has: see checker.py. At the end of each minute all
+is quiet: then each client must have everything, and the resident be as it was. The figures of a
+line are of that minute; the last three are of the resident.
 """
 import json
 import os
@@ -17,225 +16,87 @@ import re
 import selectors
 import signal
 import socket
-import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from bisect import bisect_left
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
+from checker import HISTORY, Checker, Decoder, Report, Row, Truth, parse_id
 from load import GET, HERE, cpu_clock, describe, memory
 
-sys.path.insert(0, str(HERE.parent / "tests"))
-
-from wire import Decoder, Event     # noqa: E402  the strict parser, which shares no code with us
-
-HISTORY = 1024          # of both servers: some ten seconds of events
-KEPT = 10 * HISTORY     # rows that the file keeps, and that are remembered here
 CHANNELS = ("news", "mail", "chat")
-CLIENTS = 24            # of each server
+CLIENTS = 30            # of each server
 PUBLISHERS = 2          # of each server
 POSTS = 10.0            # a second, of each publisher; of 2.5 events in the mean
-TROUBLE = 20.0          # seconds between two troubles that a client makes, in the mean
+TROUBLE = 15.0          # seconds between two troubles that a client makes, in the mean
 STALL = 35.0            # seconds that a client reads nothing, at most; at 30 it is dropped
 DROPPED = 25.0          # seconds of a stall from which on that is no surprise
 QUIET = 9.0             # seconds of each minute without load
 GRACE = 15.0            # seconds for anything to come about
 WARM_UP = 2             # minutes until the resident is as it must stay
-GROWTH = 2048           # KiB: what two page caches of SQLite may still grow by
+GROWTH = 2048           # KiB that it may grow by: SQLite's page caches fill, 2 MiB each at most
 TOKEN = "soak"
 RESET = b"\1\0\0\0\0\0\0\0"     # for SO_LINGER: close with a reset
 COLUMNS = ("acknowledged", "unanswered", "deliveries", "gaps", "restarts", "cuts", "resets",
            "stalls", "rough", "faults")
-Id = Tuple[int, int]
+State = Tuple[int, int, int]    # descriptors, threads, KiB of memory
 
 
-class Report:
-    """What was counted, and what was wrong. Any thread may call it."""
+class Server:
+    """A server process that keeps its port over restarts."""
 
-    def __init__(self) -> None:
-        self.counts: Counter = Counter()
-        self._lock = threading.Lock()
-
-    def count(self, what: str, number: int = 1) -> None:
-        with self._lock:
-            self.counts[what] += number
-
-    def fault(self, text: str) -> None:
-        self.count("faults")
-        if self.counts["faults"] <= 200:
-            print(f"FAULT {time.strftime('%H:%M:%S')}: {text}", flush=True)
-
-
-class Row(NamedTuple):
-    """A row of the history file."""
-    id: Id
-    channel: Optional[str]
-    event: Optional[str]
-    data: str               # begins with: publisher, number, how many of its POST follow, and had
-
-
-class Truth:
-    """The rows of the file, in order, each with a place that it keeps; the oldest are forgotten."""
-
-    def __init__(self, path: Path, report: Report) -> None:
-        self._path = path
+    def __init__(self, name: str, path: Path, report: Report) -> None:
+        self.name = name
+        self.is_resident = name == "resident"
+        self.log = path.with_name(f"{name}.log")
         self._report = report
-        self._file = self._open()
-        self._rows: List[Row] = []
-        self._base = 0                              # the place of the first of them
-        self._last: Dict[str, Tuple[int, int]] = {}     # publisher: number, how many follow
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            self.port: int = sock.getsockname()[1]
+        self._command = [
+            sys.executable, str(HERE.parent / "sse_server.py"), "--port", str(self.port), "--quiet",
+            "--interval", "0", "--history", str(HISTORY), "--history-file", str(path),
+            "--publish-token", TOKEN]
+        self.start()
 
-    def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{self._path}?mode=ro", uri=True, timeout=GRACE)
+    def __enter__(self) -> "Server":
+        return self
 
-    @property
-    def end(self) -> int:
-        """The place after the newest row."""
-        return self._base + len(self._rows)
+    def __exit__(self, *exc_info) -> None:
+        """Make sure that no process is left."""
+        self.process.kill()
+        self.process.wait()
 
-    def read(self) -> None:
-        """Read what is new, and forget what is old."""
-        for row in self._after(self._file, self._rows[-1].id if self._rows else (0, -1)):
-            self._check_order(row)
-            self._rows.append(row)
-        if len(self._rows) > 2 * KEPT:
-            self._base += len(self._rows) - KEPT
-            del self._rows[:-KEPT]
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL,
+                                            stdout=subprocess.PIPE, stderr=log)
+        if not self.process.stdout.readline():
+            raise RuntimeError(f"{self.name} does not start: {self.log.read_text()[-2000:]}")
 
-    @staticmethod
-    def _after(file: sqlite3.Connection, last: Id) -> List[Row]:
-        rows = file.execute("select ms, n, channel, event, data from event where (ms, n) > (?, ?) "
-                            "order by ms, n", last).fetchall()
-        return [Row((ms, n), *texts) for ms, n, *texts in rows]
-
-    def _check_order(self, row: Row) -> None:
-        """A publisher's events must be in its order, each once, and of a POST all or none."""
-        publisher, *numbers = row.data.split(" ", 4)[:4]
-        number, follow, had = map(int, numbers)
-        last, due = self._last.get(publisher, (-1, 0))
-        if (number, follow) != (last + 1, due - 1) if due else number <= last or follow != had - 1:
-            self._report.fault(f"file: {row.id} {row.data[:40]!r} follows number {last} of it, "
-                               f"of whose POST {due} are due")
-        self._last[publisher] = number, follow
-
-    def row(self, place: int) -> Optional[Row]:
-        """Return the row at a place, None if there is none yet. Raises KeyError if forgotten."""
-        if place >= self.end:
-            self.read()
-        if place < self._base:
-            raise KeyError(place)
-        return self._rows[place - self._base] if place < self.end else None
-
-    def place(self, event_id: Id) -> int:
-        """Return the place of the first row that has this id or a higher one."""
-        if not self._rows or event_id > self._rows[-1].id:
-            self.read()
-        return self._base + bisect_left(self._rows, (event_id,))
-
-    def has(self, event_id: Id) -> bool:
-        row = self.row(self.place(event_id))
-        return row is not None and row.id == event_id
-
-    def confirm(self, row: Row) -> None:
-        """What was acknowledged must be there, as it was published."""
-        found = self.row(self.place(row.id))
-        if found != row:
-            self._report.fault(f"file: acknowledged {row}, and there is {found}")
-
-    def close(self) -> None:
-        self._file.close()
-
-    def verify(self) -> None:
-        """All that was ever read must still be there, for one who opens the file now."""
-        self.read()
-        known = self._rows[-KEPT * 3 // 4:]
-        fresh = self._open()
-        if known and self._after(fresh, (known[0].id[0], known[0].id[1] - 1)) != known:
-            self._report.fault("file: it has not the rows any more that it had")
-        self._file.close()
-        self._file = fresh
-
-
-class Checker:
-    """Check what one client gets: all that it wants from where it began, once, in order."""
-
-    def __init__(self, truth: Truth, report: Report, name: str, channels: FrozenSet[str]) -> None:
-        self._truth = truth
-        self._report = report
-        self._name = name
-        self._channels = channels
-        self._place = 0                 # in the truth: of the first row that it has not had
-        self.last_id: Optional[Id] = None       # None: it has not begun
-
-    def _fault(self, text: str) -> None:
-        self._report.fault(f"{self._name}, last id {self.last_id}: {text}")
-
-    def begin(self, event_id: Id) -> None:
-        """It was told that it stands after this event."""
-        if not self._truth.has(event_id):
-            self._fault(f"it is told to stand at {event_id}, which is no event")
-        self.last_id, self._place = event_id, self._truth.place((event_id[0], event_id[1] + 1))
-
-    def due(self) -> Optional[Row]:
-        """Return the next row that it wants, None if it has all."""
+    def stop(self, by: int) -> None:
+        """Send a signal, of which it must end as it should."""
+        self.process.send_signal(by)
         try:
-            row = self._truth.row(self._place)
-            while row and row.channel is not None and row.channel not in self._channels:
-                self._place += 1
-                row = self._truth.row(self._place)
-        except KeyError:
-            self._fault(f"it has not had row {self._place}, long ago")
-            self._place = self._truth.end
-            return self.due()
-        return row
+            status = self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        self.process.stdout.close()
+        if status != (0 if by == signal.SIGTERM else -by):
+            self._report.fault(f"{self.name}: signal {by}, status {status}")
 
-    def take(self, event: Event) -> None:
-        """It got this."""
-        if event.name == "gap":
-            self._take_gap(**json.loads(event.data))
-            return
-        due, given = self.due(), parse_id(event.id)
-        if due is None or given != due.id:
-            is_old = self.last_id is None or given <= self.last_id
-            self._fault(f"it gets {given} {'again or out of order' if is_old else 'too early'}, "
-                        f"due is {due and due.id}")
-            self._place = max(self._place, self._truth.place((given[0], given[1] + 1)))
-        else:
-            self._place += 1
-            if (event.name, event.data) != (due.event or "message", due.data):
-                self._fault(f"it gets {event}, published was {due}")
-        self.last_id = given
-        self._report.count("deliveries")
-
-    def _take_gap(self, after: str, resumed: Optional[str], reason: str) -> None:
-        """What is skipped must lie between the ids, and have left the log."""
-        self._report.count("gaps")
-        due, told = self.due(), f"gap from {after} to {resumed}, {reason}"
-        if self.last_id is None or due is None or resumed is None:
-            self._fault(f"{told}: nothing is missing")
-            return
-        if not self.last_id <= parse_id(after) < due.id or not self._truth.has(parse_id(resumed)):
-            self._fault(f"{told}: due is {due.id}")
-        end, skipped = self._truth.place(parse_id(resumed)), -1
-        while due and self._place < end:
-            skipped = self._place
-            self._place += 1
-            due = self.due()
-        if skipped < 0 or self._truth.end - skipped <= HISTORY:
-            self._fault(f"{told}: that much has not left the log")
-
-
-def parse_id(text: str) -> Id:
-    milliseconds, _, number = text.partition("-")
-    return int(milliseconds), int(number)
+    def state(self) -> State:
+        folder = f"/proc/{self.process.pid}"
+        descriptors, threads = (len(os.listdir(f"{folder}/{what}")) for what in ("fd", "task"))
+        return descriptors, threads, memory(self.process.pid) // 1024
 
 
 class Client:
@@ -244,15 +105,12 @@ class Client:
     The selector has its socket while it reads.
     """
 
-    def __init__(self, soak: "Soak", server: "Server", number: int) -> None:
+    def __init__(self, soak: "Soak", server: Server, number: int) -> None:
         self._soak, self._server, self._draw = soak, server, soak.draw
-        channels = CHANNELS[:number % 4] if number % 2 else ()
         self._name = f"{server.name} client {number}"
-        self._channels = frozenset(channels)
+        self._channels = CHANNELS[:number % 4] if number % 2 else ()
         self._is_old = number % 6 == 5              # speaks HTTP/1.0
-        query = "?" + "&".join(f"channel={channel}" for channel in channels)
-        self._head = GET.replace(b"/token", f"/{query}".encode())
-        self._small = number % 3 == 0               # its buffer is small, so a stall is felt
+        self._is_small = number % 3 == 0            # its buffer is, so the server feels a stall
         self._sock: Optional[socket.socket] = None
         self._stalled_at: Optional[float] = None
         self._may_be_dropped = False                # it stalled for long
@@ -261,8 +119,8 @@ class Client:
 
     def _forget(self) -> None:
         """Be as one that was never there."""
-        self._stream = Decoder(not self._is_old)
-        self.checker = Checker(self._soak.truth, self._soak.report, self._name, self._channels)
+        self._stream = Decoder()
+        self._checker = Checker(self._soak.truth, self._soak.report, self._name, self._channels)
 
     def act(self, now: float, is_quiet: bool) -> None:
         """Do what is due: connect, read on after a stall, make trouble."""
@@ -279,16 +137,18 @@ class Client:
             self._draw.choice((self._cut, self._cut, self._stall))(now)
 
     def _connect(self) -> None:
-        head = self._head.replace(b"HTTP/1.1", b"HTTP/1.0") if self._is_old else self._head
+        query = "&".join(f"channel={channel}" for channel in self._channels)
+        head = GET.replace(b"/token", f"/?{query}".encode())
+        head = head.replace(b"HTTP/1.1", b"HTTP/1.0") if self._is_old else head
         if self._stream.last_id:
             head = head[:-2] + f"Last-Event-ID: {self._stream.last_id}\r\n\r\n".encode()
         self._stream = Decoder(not self._is_old, self._stream.last_id)
-        self._sock = socket.socket()
         self._may_be_dropped = False
-        if self._small:
+        self._sock = socket.socket()
+        if self._is_small:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._sock.settimeout(GRACE)
         try:
-            self._sock.settimeout(GRACE)
             self._sock.connect(("127.0.0.1", self._server.port))
             self._sock.sendall(head)
             self._soak.selector.register(self._sock, selectors.EVENT_READ, self)
@@ -310,35 +170,31 @@ class Client:
         self._stalled_at, self._next_at = now, now + self._draw.uniform(1, STALL)
 
     def receive(self) -> None:
+        """Take what there is, and have it checked."""
         try:
             data = self._sock.recv(65536)
+            self._stream.feed(data)
+            if not data:
+                self._lose("the stream ended")
+            elif self._stream.head and self._stream.status != 200:
+                self._lose(self._stream.head[0])
+            else:
+                self._check()
         except OSError as error:
             self._lose(str(error))
-            return
-        if not data:
-            self._lose("the stream ended")
-            return
-        try:
-            self._stream.feed(data)
-            if self._stream.head and self._stream.status != 200:
-                self._lose(self._stream.head[0])
-                return
-            self._take()
         except AssertionError as error:
-            self._soak.report.fault(f"{self._name}: not to be read: {error}")
+            self._soak.report.fault(f"{self._name}: {error}")
             self.close()
 
-    def _take(self) -> None:
-        """Have the checker look at what has arrived."""
-        stream = self._stream
-        if stream.payloads and self.checker.last_id is None:
+    def _check(self) -> None:
+        stream, checker = self._stream, self._checker
+        if stream.payloads and not checker.last_id:
             told = re.match(rb"id: ([0-9]+-[0-9]+)\nretry:", stream.payloads[0])
-            assert told, f"it is not told where it stands: {stream.payloads[0]!r}"
-            self.checker.begin(parse_id(told[1].decode()))
+            assert told, f"it is not told where it stands, but {stream.payloads[0]!r}"
+            checker.begin(parse_id(told[1].decode()))
         for event in stream.events:
-            self.checker.take(event)
-        if self.checker.last_id:
-            assert parse_id(stream.last_id) == self.checker.last_id, "an id without an event"
+            checker.take(event)
+        assert not checker.last_id or parse_id(stream.last_id) == checker.last_id, "id, no event"
         stream.payloads.clear()
         stream.events.clear()
 
@@ -349,10 +205,10 @@ class Client:
         self.close()
 
     def is_current(self) -> bool:
-        return bool(self._sock and self.checker.last_id and not self.checker.due())
+        return bool(self._sock and self._checker.last_id and not self._checker.due())
 
-    def describe(self) -> str:
-        due = self.checker.due() if self.checker.last_id else "a beginning"
+    def __str__(self) -> str:
+        due = self._checker.due() if self._checker.last_id else "a beginning"
         return f"{self._name}, {'connected' if self._sock else 'away'}: due is {due}"
 
     def close(self) -> None:
@@ -365,94 +221,44 @@ class Client:
         self._next_at = time.monotonic() + self._draw.uniform(0.05, 0.5)
 
 
-class Server:
-    """A server process that keeps its port over restarts."""
-
-    def __init__(self, name: str, path: Path, report: Report) -> None:
-        self.name = name
-        self.is_resident = name == "resident"
-        self.log = path.with_name(f"{name}.log")
-        self._report = report
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            self.port: int = sock.getsockname()[1]
-        self._command = [
-            sys.executable, str(HERE.parent / "sse_server.py"), "--port", str(self.port), "--quiet",
-            "--interval", "0", "--history", str(HISTORY), "--history-file", str(path),
-            "--publish-token", TOKEN]
-        self.start()
-
-    def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL,
-                                            stdout=subprocess.PIPE, stderr=log)
-        if not self.process.stdout.readline():
-            raise RuntimeError(f"{self.name} does not start: {self.log.read_text()[-2000:]}")
-
-    def restart(self, by: int) -> None:
-        if self.stop(by) != (0 if by == signal.SIGTERM else -by):
-            self._report.fault(f"{self.name}: signal {by}, status {self.process.returncode}")
-        self._report.count("restarts")
-        self.start()
-
-    def stop(self, by: int) -> int:
-        self.process.send_signal(by)
-        try:
-            return self.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-        finally:
-            self.process.stdout.close()
-
-    def state(self) -> Tuple[int, int, int]:
-        """Return descriptors, threads and KiB of memory."""
-        folder = f"/proc/{self.process.pid}"
-        descriptors, threads = (len(os.listdir(f"{folder}/{what}")) for what in ("fd", "task"))
-        return descriptors, threads, memory(self.process.pid) // 1024
-
-
 class Publisher:
     """Post events, one or some at a time, on a kept connection. It never repeats one."""
 
-    def __init__(self, name: str, server: Server, soak: "Soak") -> None:
-        self._name, self._server, self._soak = name, server, soak
+    def __init__(self, soak: "Soak", server: Server, number: int) -> None:
+        self._name, self._server, self._soak = f"{server.name}-{number}", server, soak
         self._draw = random.Random(soak.draw.random())
         self._number = 0
 
     def run(self, until: float) -> None:
         """Publish until a time on the monotonic clock. In a thread of its own."""
         connection = HTTPConnection("127.0.0.1", self._server.port, timeout=GRACE)
-        while time.monotonic() < until:
-            self.post(connection)
-            time.sleep(self._draw.expovariate(POSTS))
+        while time.monotonic() < until and not self._soak.over.is_set():
+            self._post(connection)
+            self._soak.over.wait(self._draw.expovariate(POSTS))
         connection.close()
 
-    def post(self, connection: HTTPConnection) -> None:
+    def _post(self, connection: HTTPConnection) -> None:
         size = self._draw.choice((1, 1, 1, 2, 3, 7))
         drafts = [self._draft(size - 1 - index, size) for index in range(size)]
-        lines = "\n".join(json.dumps(draft) for draft in drafts)
+        query = "&".join(f"{key}={drafts[0][key]}" for key in drafts[0] if key != "data")
+        lines = "\n".join(map(json.dumps, drafts)).encode()
         try:
-            if size > 1:
-                connection.request("POST", f"/{TOKEN}", lines.encode(),
-                                   {"Content-Type": "application/x-ndjson"})
-            else:
-                query = "&".join(f"{key}={drafts[0][key]}" for key in drafts[0] if key != "data")
+            if size == 1:
                 connection.request("POST", f"/{TOKEN}?{query}", drafts[0]["data"].encode())
+            else:
+                kind = {"Content-Type": "application/x-ndjson"}
+                connection.request("POST", f"/{TOKEN}", lines, kind)
             response = connection.getresponse()
-            answer = response.read()
+            status, answer = response.status, response.read()
         except (OSError, HTTPException) as error:
-            self._not_taken(size, repr(error), connection)
+            status, answer = 0, repr(error).encode()
+        if status == 200:
+            self._acknowledged(drafts, json.loads(answer))
             return
-        if response.status != 200:
-            self._not_taken(size, f"{response.status} {answer!r}", connection)
-            if response.status != 503:      # of a server that is stopping
-                self._soak.report.fault(f"publisher {self._name}: {response.status} {answer!r}")
-            return
-        ids = json.loads(answer)["ids"] if size > 1 else [json.loads(answer)["id"]]
-        self._soak.report.count("acknowledged", size)
-        for event_id, draft in zip(ids, drafts):
-            self._soak.acknowledged.put(Row(parse_id(event_id), draft.get("channel"),
-                                            draft.get("event"), draft["data"]))
+        self._soak.report.count("unanswered", size)     # they may be published, or not
+        connection.close()
+        if self._server.is_resident or status not in (0, 503):      # the other may be stopping
+            self._soak.report.fault(f"publisher {self._name}: {status} {answer!r}")
 
     def _draft(self, follow: int, size: int) -> Dict[str, str]:
         self._number += 1
@@ -464,56 +270,49 @@ class Publisher:
             draft["event"] = "custom"
         return draft
 
-    def _not_taken(self, size: int, why: str, connection: HTTPConnection) -> None:
-        """The answer is missing: they may be published or not. The resident always answers."""
-        if self._server.is_resident:
-            self._soak.report.fault(f"publisher {self._name}: {why}")
-        self._soak.report.count("unanswered", size)
-        connection.close()
+    def _acknowledged(self, drafts: List[Dict[str, str]], answer: dict) -> None:
+        self._soak.report.count("acknowledged", len(drafts))
+        for event_id, draft in zip(answer.get("ids") or [answer["id"]], drafts):
+            self._soak.acknowledged.put(Row(parse_id(event_id), draft.get("channel"),
+                                            draft.get("event"), draft["data"]))
 
 
 class Rough:
     """Peers that mean no good, some twenty a second: none may cost the others anything."""
 
-    def __init__(self, servers: List[Server], soak: "Soak") -> None:
-        self._servers, self._report = servers, soak.report
+    def __init__(self, soak: "Soak") -> None:
+        self._soak = soak
         self._draw = random.Random(soak.draw.random())
         self._slow: List[socket.socket] = []        # send their heads byte by byte
 
     def run(self, until: float) -> None:
         """Come and go until a time on the monotonic clock. In a thread of its own."""
-        while time.monotonic() < until:
-            self._report.count("rough")
-            try:
-                self._come()
-            except OSError:     # the server was quicker, or is being restarted
-                pass
-            self._dribble()
-            time.sleep(self._draw.expovariate(20))
-        self._keep(0)
+        while time.monotonic() < until and not self._soak.over.is_set():
+            self._soak.report.count("rough")
+            for act in (self._come, *[lambda sock=sock: sock.send(b"G") for sock in self._slow]):
+                try:
+                    act()
+                except OSError:     # the server was quicker, or is being restarted
+                    pass
+            self._leave(10)
+            self._soak.over.wait(self._draw.expovariate(20))
+        self._leave(0)
 
     def _come(self) -> None:
-        head = GET + b"X" * self._draw.randrange(100)
-        sock = socket.create_connection(("127.0.0.1", self._draw.choice(self._servers).port), GRACE)
+        port = self._draw.choice(self._soak.servers).port
+        sock = socket.create_connection(("127.0.0.1", port), GRACE)
         if self._draw.random() < 0.1:
             self._slow.append(sock)
             return
         with sock:
             sock.sendall(self._draw.choice((
-                b"", GET, head, GET[:self._draw.randrange(len(GET))], self._draw.randbytes(300),
+                b"", GET, GET[:self._draw.randrange(len(GET))], self._draw.randbytes(300),
                 b"POST /soak HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf", b"A" * 9000)))
             if self._draw.random() < 0.5:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
-    def _dribble(self) -> None:
-        for sock in self._slow:
-            try:
-                sock.send(b"G" if self._draw.random() < 0.3 else b"")
-            except OSError:
-                pass
-        self._keep(10)
-
-    def _keep(self, number: int) -> None:
+    def _leave(self, number: int) -> None:
+        """Close the slow ones but for so many."""
         while len(self._slow) > number:
             self._slow.pop(0).close()
 
@@ -521,52 +320,51 @@ class Rough:
 class Soak:
     """The whole of it, by minutes. All but publishers, restarts and rough peers is one thread."""
 
-    def __init__(self, path: Path, seed: int) -> None:
+    def __init__(self, servers: List[Server], path: Path, report: Report, seed: int) -> None:
+        self.servers = servers                      # the resident, and the one that is restarted
+        self.report = report
+        self.truth = Truth(path, report)
         self.draw = random.Random(seed)
-        self.report = Report()
         self.selector = selectors.DefaultSelector()
         self.acknowledged: "queue.SimpleQueue[Row]" = queue.SimpleQueue()
-        self.servers = [Server(name, path, self.report) for name in ("resident", "restarted")]
-        self.truth = Truth(path, self.report)
-        self._publishers = [Publisher(f"{server.name}-{number}", server, self)
-                            for server in self.servers for number in range(PUBLISHERS)]
-        self._publishers[0].run(time.monotonic() + 0.2)     # so there is a place to begin at
-        self._clients = [Client(self, server, number)
-                         for server in self.servers for number in range(CLIENTS)]
-        self._rough = Rough(self.servers, self)
-        self._pool = ThreadPoolExecutor(PUBLISHERS * 2 + 2)
-        self._restarts = 0
-        self.states: List[Tuple[int, int, int]] = []    # of the resident, by minutes
+        self.states: List[State] = []               # of the resident, by minutes
+        self.over = threading.Event()
+        numbered = [(server, number) for server in servers for number in range(CLIENTS)]
+        self._clients = [Client(self, *each) for each in numbered]
+        self._workers = [Publisher(self, *each) for each in numbered if each[1] < PUBLISHERS]
+        self._workers[0].run(time.monotonic() + 0.2)    # so there is an event to begin after
+        self._workers.append(Rough(self))
+        self._pool = ThreadPoolExecutor(len(self._workers) + 1)
 
     def minute(self, seconds: float) -> None:
         """Load for most of it, with a restart; then quiet, when all must be as it should."""
-        until = time.monotonic() + seconds - min(QUIET, seconds / 2)
-        work = [self._pool.submit(worker.run, until) for worker in (*self._publishers, self._rough)]
+        quiet = min(QUIET, seconds / 2)
+        ends = time.monotonic() + seconds
+        work = [self._pool.submit(worker.run, ends - quiet) for worker in self._workers]
         work.append(self._pool.submit(self._restart, self.draw.uniform(1, seconds / 2)))
-        self._turn_until(lambda: all(each.done() for each in work), 10 * GRACE + seconds)
+        self._turn_until(lambda: all(each.done() for each in work), seconds + 10 * GRACE)
         for each in work:
             each.result()
-        ends = time.monotonic() + min(QUIET, seconds / 2)
-        if not self._turn_until(lambda: all(client.is_current() for client in self._clients),
-                                GRACE, is_quiet=True):
-            for client in self._clients:
-                if not client.is_current():
-                    self.report.fault(client.describe())
+        self._turn_until(lambda: all(each.is_current() for each in self._clients), GRACE, True)
+        for client in self._clients:
+            if not client.is_current():
+                self.report.fault(str(client))
         self.truth.verify()
-        self._turn_until(lambda: time.monotonic() > ends, GRACE, is_quiet=True)
+        self._turn_until(lambda: time.monotonic() > ends, GRACE, True)
         self._look()
 
     def _restart(self, pause: float) -> None:
-        time.sleep(pause)
-        self._restarts += 1
-        self.servers[1].restart(signal.SIGTERM if self._restarts % 2 else signal.SIGKILL)
+        if self.over.wait(pause):
+            return
+        self.servers[1].stop(signal.SIGKILL if len(self.states) % 2 else signal.SIGTERM)
+        self.servers[1].start()
+        self.report.count("restarts")
 
-    def _turn_until(self, condition, seconds: float, is_quiet: bool = False) -> bool:
-        """Let clients act and receive until something is so; say whether it came in time."""
+    def _turn_until(self, condition: Callable[[], bool], seconds: float,
+                    is_quiet: bool = False) -> None:
+        """Let clients act and receive until something is so, or time is up."""
         deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
+        while not condition() and time.monotonic() < deadline:
             for key, _ in self.selector.select(0.05):
                 key.data.receive()
             while not self.acknowledged.empty():
@@ -574,21 +372,20 @@ class Soak:
             now = time.monotonic()
             for client in self._clients:
                 client.act(now, is_quiet)
-        return True
 
     def _look(self) -> None:
         """The resident must be as it was after the first minutes."""
-        resident = self.servers[0]
+        state = self.servers[0].state
         if len(self.states) >= WARM_UP:
             usual = self.states[WARM_UP - 1][:2]
-            self._turn_until(lambda: resident.state()[:2] == usual, GRACE, is_quiet=True)
-            if resident.state()[:2] != usual:
-                self.report.fault(f"descriptors, threads: {resident.state()[:2]}, were {usual}")
-        self.states.append(resident.state())
+            self._turn_until(lambda: state()[:2] == usual, GRACE, True)
+            if state()[:2] != usual:
+                self.report.fault(f"descriptors, threads: {state()[:2]}, were {usual}")
+        self.states.append(state())
 
     def growth(self) -> int:
         """Return the KiB by which the resident grew: medians of five minutes, first and last."""
-        sizes = [state[2] for state in self.states[WARM_UP:]]
+        sizes = [kib for _, _, kib in self.states[WARM_UP:]]
         return int(statistics.median(sizes[-5:]) - statistics.median(sizes[:5])) if sizes else 0
 
     def end(self) -> None:
@@ -596,44 +393,40 @@ class Soak:
         for client in self._clients:
             client.close()
         for server in self.servers:
-            if server.process.poll() is not None or server.stop(signal.SIGTERM):
-                self.report.fault(f"{server.name}: status {server.process.returncode}")
+            server.stop(signal.SIGTERM)
             for line in server.log.read_text().splitlines()[:20]:
                 self.report.fault(f"{server.name} says: {line}")
         if self.growth() > GROWTH:
             self.report.fault(f"the resident grew by {self.growth()} KiB")
 
-    def kill(self) -> None:
-        """Make sure that no process is left."""
-        for server in self.servers:
-            server.process.kill()
-            server.process.wait()
-
-
-def say(*cells: object) -> None:
-    print("|", " | ".join(map(str, cells)), "|", flush=True)
+    def close(self) -> None:
+        """Have all threads end, wherever they are."""
+        self.over.set()
+        self._pool.shutdown()
+        self.truth.close()
 
 
 def run(soak: Soak, minutes: float) -> None:
-    """Run all minutes, and print a line of the table for each, and one for all."""
+    """Run all minutes; print a line of the table for each, and one for all."""
     number = max(1, round(minutes))
-    columns = (*COLUMNS, "descriptors", "threads", "KiB")
-    say("minute", *columns)
-    say(*["---:"] * (len(columns) + 1))
+    columns = ("minute", *COLUMNS, "descriptors", "threads", "KiB")
+    say(*columns)
+    say(*["---:"] * len(columns))
     before: Counter = Counter()
     for minute in range(1, number + 1):
         soak.minute(60 * minutes / number)
         now = soak.report.counts.copy()
         say(minute, *(now[what] - before[what] for what in COLUMNS), *soak.states[-1])
         before = now
-    resident = cpu_clock(soak.servers[0].process.pid)
+    resident = cpu_clock(soak.servers[0].process.pid) / 60 / minutes
     soak.end()
     say("all", *(soak.report.counts[what] for what in COLUMNS), *soak.states[-1])
-    seconds = 60 * minutes
-    print(f"\nThe resident after {min(WARM_UP, number)} minutes, and at the end: descriptors, "
-          f"threads, KiB {soak.states[min(WARM_UP, number) - 1]}, {soak.states[-1]}; it grew by "
-          f"{soak.growth()} KiB. CPU: it {resident / seconds:.0%} of a core, its clients and the "
-          f"checks {time.process_time() / seconds:.0%}.")
+    print(f"\nThe resident grew by {soak.growth()} KiB. CPU: it {resident:.0%} of a core, all "
+          f"clients and the checks {time.process_time() / 60 / minutes:.0%}.")
+
+
+def say(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def main() -> None:
@@ -648,13 +441,15 @@ def main() -> None:
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     print(f"seed {seed}, {options.minutes:g} minutes, Python {sys.version.split()[0]}\n")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder, "events.db"), seed)
-        try:
-            run(soak, options.minutes)
-        finally:
-            soak.kill()
-    sys.exit(1 if soak.report.counts["faults"] else 0)
+    report = Report()
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "events.db")
+        servers = [stack.enter_context(Server(name, path, report))
+                   for name in ("resident", "restarted")]
+        soak = Soak(servers, path, report, seed)
+        stack.callback(soak.close)
+        run(soak, options.minutes)
+    sys.exit(1 if report.counts["faults"] else 0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from wire import Event
 
 sys.path.insert(0, str(TOP / "benchmarks"))
 
-from soak import HISTORY, Checker, Report, Row, Truth     # noqa: E402
+from checker import HISTORY, Checker, Report, Row, Truth     # noqa: E402
 
 
 class Case:
@@ -24,7 +24,7 @@ class Case:
         self.file.execute("pragma synchronous = off")
         self.file.execute("create table event(ms, n, channel, event, data, primary key (ms, n))")
         self.truth = Truth(path, self.report)
-        self.client = Checker(self.truth, self.report, "client", frozenset({"news"}))
+        self.client = Checker(self.truth, self.report, "client", ("news",))
         self.rows = [self.add(number) for number in range(8)]
         self.client.begin(self.rows[0].id)
 
