@@ -42,7 +42,8 @@ DROPPED = 25.0          # seconds of a stall from which on that is no surprise
 QUIET = 9.0             # seconds of each minute without load
 GRACE = 15.0            # seconds for anything to come about
 WARM_UP = 2             # minutes until the resident is as it must stay
-GROWTH = 2048           # KiB that it may grow by: SQLite's page caches fill, 2 MiB each at most
+GROWTH = 4096           # KiB that it may grow by: two page caches of SQLite fill, up to 2 MiB each,
+                        # and Python frees its memory by the MiB
 TOKEN = "soak"
 RESET = b"\1\0\0\0\0\0\0\0"     # for SO_LINGER: close with a reset
 COLUMNS = ("acknowledged", "unanswered", "deliveries", "gaps", "restarts", "cuts", "resets",
@@ -82,7 +83,7 @@ class Server:
             raise RuntimeError(f"{self.name} does not start: {self.log.read_text()[-2000:]}")
 
     def stop(self, by: int) -> None:
-        """Send a signal, of which it must end as it should."""
+        """End it by a signal, as it should end by that."""
         self.process.send_signal(by)
         try:
             status = self.process.wait(GRACE)
