@@ -132,6 +132,7 @@ class Client:
             self._connect()
         elif self._stalled_at:
             self._may_be_dropped = now - self._stalled_at > DROPPED
+            self._soak.report.count("long stalls", self._may_be_dropped)
             self._stalled_at = None
             self._soak.selector.register(self._sock, selectors.EVENT_READ, self)
         elif not is_quiet:
@@ -390,13 +391,19 @@ class Soak:
         return int(statistics.median(sizes[-5:]) - statistics.median(sizes[:5])) if sizes else 0
 
     def end(self) -> None:
-        """Stop all in order; neither server may have warned of anything."""
+        """Stop all in order; neither server may have warned of anything but long stalls."""
         for client in self._clients:
             client.close()
+        drops = 0
         for server in self.servers:
             server.stop(signal.SIGTERM)
-            for line in server.log.read_text().splitlines()[:20]:
-                self.report.fault(f"{server.name} says: {line}")
+            for line in server.log.read_text().splitlines():
+                is_drop = line.endswith(" dropped: stalled")
+                drops += is_drop
+                if not is_drop:
+                    self.report.fault(f"{server.name} says: {line}")
+        if drops > self.report.counts["long stalls"]:
+            self.report.fault(f"{drops} drops for stalls")
         if self.growth() > GROWTH:
             self.report.fault(f"the resident grew by {self.growth()} KiB")
 
