@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= 20
 
-.PHONY: help run test quick test-long fuzz check shuffle bench bench-peers siege clean interop screenshots
+.PHONY: help run test quick test-long fuzz check shuffle bench bench-peers siege soak clean interop screenshots
 
 help:
 	@echo "run: the clock on port 6500; test: everything; quick: without browser, Redis, packages;"
 	@echo "check: ruff and mypy; fuzz, test-long, interop: more tests; screenshots: the README's;"
 	@echo "shuffle: the quick tests in random order, RUNS=20 times;"
-	@echo "bench, bench-peers, siege: measurements; clean: take away what these made"
+	@echo "bench, bench-peers, siege: measurements; soak: an hour of hard life;"
+	@echo "clean: take away what these made"
 
 run:
 	$(PYTHON) sse_server.py --port 6500
@@ -55,6 +56,9 @@ bench: $(VENV)/ready
 
 siege:
 	$(PYTHON) benchmarks/siege.py
+
+soak:
+	$(PYTHON) benchmarks/soak.py
 
 interop: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet httpx httpx-sse sseclient-py psycopg
