@@ -189,11 +189,10 @@ def catch_signals() -> tuple[socket.socket, socket.socket]:
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
-    if hasattr(signal, "SIGTTIN"):      # a read just after the terminal was given to another job
-        signal.signal(signal.SIGTTIN, signal.SIG_IGN)       # fails then, and does not stop us
-    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)
-    for signum in (signal.SIGINT, signal.SIGTERM, hang_up):
-        if signum != hang_up or signal.getsignal(signum) != signal.SIG_IGN:     # as nohup has it
+    # A read just after the terminal was given to another job fails then, and does not stop us
+    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:   # by nohup
             signal.signal(signum, lambda *_: None)      # that it came is read from the socket
     return wakee, waker
 
