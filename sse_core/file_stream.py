@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from sse_core.broadcast import Unavailable
 from sse_core.frames import Draft, Id, format_id
-from sse_core.log import MAX_LOG, MIN_HISTORY
-from sse_core.shared import Row, SharedLog
+from sse_core.log import MAX_LOG
+from sse_core.shared import MIN_KEPT, Row, SharedLog
 
 if TYPE_CHECKING:       # who has no such file does without
     import sqlite3
@@ -26,7 +26,6 @@ APPLICATION, SCHEMA = 0x73736531, 1     # what the file says that it is, and in 
 POLL, IDLE_POLL = 0.01, 0.05    # seconds between two looks for what others write, when they just
 SLOWER = 1.01                   # did and 4 s later; it grows by this factor. A look costs 120 us
 READ_COUNT, READ_BYTES = 512, 1 << 20       # rows, and bytes of data, that are read at once
-MIN_KEPT = 10000        # rows that the file keeps at least, for ten times that much history
 BUSY_TIME = 2.0         # seconds to wait for another process that writes; it may be stopped
 BUSY_PAUSE = 0.002      # seconds between two tries meanwhile, at most, at random
 
@@ -56,19 +55,17 @@ class Unusable(Exception):
 class FileStream(SharedLog):
     """An SQLite file, followed by one thread; any thread may call `publish`.
 
-    history: rows it begins with; ten times as many are kept. sync: what is published outlives a
-    power failure, too. Raises ValueError, one line that says what to do, for a file that is not
-    ours or cannot be used; it is left as it was.
+    history: see SharedLog. sync: what is published outlives a power failure, too. Raises
+    ValueError, one line that says what to do, for a file that is not ours or cannot be used; it is
+    left as it was.
     """
     _away = "the history file cannot be used now (%s); trying until it can"
     _back, _skips = "the history file is back", "the history file has rows"
 
     def __init__(self, path: str | os.PathLike[str], history: int, sync: bool) -> None:
-        super().__init__()
+        super().__init__(history)
         import sqlite3
         self._faults = (sqlite3.Error, OSError, Unusable)
-        self._history = max(MIN_HISTORY, history)
-        self._kept = max(MIN_KEPT, 10 * history)
         self._changed = threading.Condition()   # guards the next three; a commit has ended
         self._orders: list[_Order] = []         # that nobody commits yet
         self._taken: list[_Order] = []          # that one thread commits now

@@ -11,7 +11,7 @@ from typing import Any
 
 from sse_core.broadcast import Unavailable
 from sse_core.frames import Draft, Id, format_id, parse_id
-from sse_core.log import MAX_LOG, MIN_HISTORY
+from sse_core.log import MAX_LOG
 from sse_core.shared import Row, SharedLog
 
 BLOCK = 250             # milliseconds that Redis waits for entries before it answers with none
@@ -25,14 +25,14 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 class RedisStream(SharedLog):
     """A Redis stream, followed by one thread; any thread may call `publish`.
 
-    url: redis://HOST:PORT/DB. key: of the stream. history: how many entries it begins with. Needs
-    the package `redis`; ValueError without it, or for a URL that cannot be.
+    url: redis://HOST:PORT/DB. key: of the stream. history: see SharedLog. Needs the package
+    `redis`; ValueError without it, or for a URL that cannot be.
     """
     _away, _back = "%s; trying again until it is back", "Redis is back"
     _skips = "the Redis stream has entries"
 
     def __init__(self, url: str, key: str, history: int) -> None:
-        super().__init__()
+        super().__init__(history)
         try:
             import redis
             from redis.backoff import NoBackoff
@@ -53,7 +53,6 @@ class RedisStream(SharedLog):
             raise ValueError(f"the URL of Redis has an option that cannot be: {error}") from None
         self._faults, self._refused = (redis.RedisError,), redis.ResponseError
         self._key = key
-        self._history = max(MIN_HISTORY, history)
         # What follows belongs to the thread that follows, and to `load` before there is one
         self._gone = 0                          # entries that were gone when it was empty
         self._known: OrderedDict[Id, int] = OrderedDict()   # read last: id, hash of the row
@@ -67,7 +66,7 @@ class RedisStream(SharedLog):
         for draft in drafts:
             fields = {name: value for name, value in draft._asdict().items()
                       if value or name == "data"}
-            pipe.xadd(self._key, fields, maxlen=max(10000, 10 * self._history), approximate=True)
+            pipe.xadd(self._key, fields, maxlen=self._kept, approximate=True)
         try:
             return [new.decode() for new in pipe.execute()]
         except self._faults as error:

@@ -22,6 +22,7 @@ from sse_core.broadcast import ID_LENGTH, LOOK, Broadcast, Unavailable
 from sse_core.frames import Draft, Id
 from sse_core.log import MIN_HISTORY, Log
 
+MIN_KEPT = 10000        # rows that are kept at least
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0       # seconds between two tries, growing; less, at random
 Row = tuple[Any, ...]       # ms, n, and as bytes, or None: channel, event, data
 
@@ -38,13 +39,16 @@ class Event(NamedTuple):
 class SharedLog:
     """A log that is shared with other servers, and how it is followed, of whatever kind it is.
 
-    Of each kind are `publish` and what stands last. Any thread may call `publish` and look at
-    `trouble`; all else belongs to the thread that follows, and to `load` before there is one.
+    history: rows it begins with; ten times as many are kept. Of each kind are `publish` and what
+    stands last. Any thread may call `publish` and look at `trouble`; all else belongs to the thread
+    that follows, and to `load` before there is one.
     """
     _faults: tuple[type[Exception], ...]    # that a kind raises while it cannot be used
     _away, _back, _skips = "%s", "", ""     # what the logger is told, in its words
 
-    def __init__(self) -> None:
+    def __init__(self, history: int) -> None:
+        self._history = max(MIN_HISTORY, history)
+        self._kept = max(MIN_KEPT, 10 * history)
         self.trouble: str | None = None         # why it cannot be used now
         self._last: Row | None = None           # the newest one that was read; None: it was empty
         self._loaded = False                    # the log has the rows from before this server
