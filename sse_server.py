@@ -93,8 +93,7 @@ def _abandon_all() -> None:
         server._abandon()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(after_in_child=_abandon_all)
 
 
 class _Listener(socketserver.ThreadingTCPServer):

@@ -39,13 +39,8 @@ EVERYTHING = Grant(("*",))
 class Access:
     """The rules for all requests to one server. They never change, so any thread may ask.
 
-    tokens: of those who may watch; none, and no jwt_key: everybody may.
-    publish_tokens: of those who may publish by POST; none, and no jwt_key: nobody may.
-    authorize: says who may watch, in place of tokens: True, False, or the channels granted.
-    origins: of the pages that may read answers and publish; none: every page may.
-    scheme, host: http or https, and where it listens: pages of its own may always publish.
-    allowed_hosts: names and addresses that requests may be for; none: any.
-    jwt_key: of tokens that say themselves what they grant, see signed.py.
+    Options as of SSEServer. scheme, host: http or https, and where it listens: pages of its own may
+    always publish.
 
     Raises ValueError for what would let in anybody or nobody, TypeError for a str as a list.
     """

@@ -78,7 +78,7 @@ class Answers:
         """
         self._access.check_host(request)
         if request.method == "OPTIONS":
-            return http1.answer(204, fields=self._preflight(request))
+            return _whole(request, b"", TEXT, self._preflight(request), status=204)
         if request.path == "/favicon.ico":
             raise Refusal(404, "There is no icon here.")
         if self._page and request.path == "/" and request.accepts("text/html"):
@@ -148,10 +148,8 @@ class Answers:
 
     def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
         """Return the answer that says what was wrong; the request is None if it is unreadable."""
-        fields = [*refusal.fields, *self._access.cross_origin(request), _date()]
-        head_only = request is not None and request.method == "HEAD"
-        return http1.answer(refusal.status, f"{refusal.text}\n".encode(), fields,
-                            head_only=head_only)
+        fields = [*refusal.fields, *self._access.cross_origin(request)]
+        return _whole(request, f"{refusal.text}\n".encode(), TEXT, fields, status=refusal.status)
 
     def _health(self, request: Request) -> bytes:
         """Return 200 `ok`. Raises Refusal with the reason if events are not taken."""
@@ -173,14 +171,15 @@ class Answers:
         return [*self._access.cross_origin(request),
                 f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
                 "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, "
-                "Last-Event-ID", "Access-Control-Max-Age: 86400", _date()]
+                "Last-Event-ID", "Access-Control-Max-Age: 86400"]
 
 
-def _whole(request: Request, body: bytes, content_type: str, fields: Sequence[str] = (), *,
-           keep_alive: bool = False) -> bytes:
-    """Return a good answer with a body; to a HEAD request, its head."""
-    return http1.answer(200, body, [*fields, _date()], content_type=content_type,
-                        keep_alive=keep_alive, head_only=request.method == "HEAD")
+def _whole(request: Request | None, body: bytes, content_type: str, fields: Sequence[str], *,
+           status: int = 200, keep_alive: bool = False) -> bytes:
+    """Return an answer with a body; to a HEAD request, its head."""
+    is_head = request is not None and request.method == "HEAD"
+    head = http1.head(status, content_type, len(body), [*fields, _date()], keep_alive)
+    return head if is_head else head + body
 
 
 def _date() -> str:

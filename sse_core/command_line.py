@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import select
 import signal
@@ -15,6 +14,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, NoReturn, TextIO
 
@@ -27,23 +27,20 @@ STATUS_EVERY = 1.0          # seconds between two status lines
 logger = logging.getLogger("sse_server")
 
 
-def _number(kind: Callable[[str], float], fits: Callable[[float], bool],
-            description: str) -> Callable[[str], float]:
+def _number(kind: Callable[[str], float], limit: float, what: str) -> Callable[[str], float]:
     """Return a function that converts an option's value, or raises the error argparse reports."""
     def convert(text: str) -> float:
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan        # which fits nowhere
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
-        return value
+            if 0 <= value < limit:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return convert
 
 
-port_number = _number(int, lambda port: 0 <= port < 65536, "a port from 0 to 65535")
-whole_number = _number(int, lambda value: 0 <= value < 1 << 31, "a whole number from 0 on")
-seconds = _number(float, lambda value: 0 <= value < 1e6, "a number of seconds from 0 on")
+port_number = _number(int, 1 << 16, "a port from 0 to 65535")
+whole_number = _number(int, 1 << 31, "a whole number from 0 on")
+seconds = _number(float, 1e6, "a number of seconds from 0 on")
 
 
 NEEDS = {"json": "stdin", "wait_clients": "stdin", "stream": "redis", "sync": "history_file",
@@ -192,11 +189,10 @@ def catch_signals() -> tuple[socket.socket, socket.socket]:
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
-    if hasattr(signal, "SIGTTIN"):      # a read just after the terminal was given to another job
-        signal.signal(signal.SIGTTIN, signal.SIG_IGN)       # fails then, and does not stop us
-    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)
-    for signum in (signal.SIGINT, signal.SIGTERM, hang_up):
-        if signum != hang_up or signal.getsignal(signum) != signal.SIG_IGN:     # as nohup has it
+    # A read just after the terminal was given to another job fails then, and does not stop us
+    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:   # by nohup
             signal.signal(signum, lambda *_: None)      # that it came is read from the socket
     return wakee, waker
 

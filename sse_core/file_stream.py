@@ -6,19 +6,18 @@ adds the rows: who has read all rows up to an id has missed none. Any tool may r
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Callable
 
 from sse_core.broadcast import Unavailable
 from sse_core.frames import Draft, Id, format_id
-from sse_core.log import MAX_LOG, MIN_HISTORY
-from sse_core.shared import Event, Shared
+from sse_core.log import MAX_LOG
+from sse_core.shared import MIN_KEPT, Row, SharedLog
 
 if TYPE_CHECKING:       # who has no such file does without
     import sqlite3
@@ -27,10 +26,8 @@ APPLICATION, SCHEMA = 0x73736531, 1     # what the file says that it is, and in 
 POLL, IDLE_POLL = 0.01, 0.05    # seconds between two looks for what others write, when they just
 SLOWER = 1.01                   # did and 4 s later; it grows by this factor. A look costs 120 us
 READ_COUNT, READ_BYTES = 512, 1 << 20       # rows, and bytes of data, that are read at once
-MIN_KEPT = 10000        # rows that the file keeps at least, for ten times that much history
 BUSY_TIME = 2.0         # seconds to wait for another process that writes; it may be stopped
 BUSY_PAUSE = 0.002      # seconds between two tries meanwhile, at most, at random
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0       # seconds between two tries after a fault, growing
 
 _WHOLE = "integer check (typeof({0}) = 'integer' and {0} between 0 and 999999999999999)"
 _CREATE = (f"create table event(ms {_WHOLE.format('ms')}, n {_WHOLE.format('n')}, channel text, "
@@ -47,7 +44,6 @@ _ADVICE = (             # what to do, by a part of what SQLite says
     ("readonly", "let this user write to it and to its folder"),
     ("unable to open", "it must be a file that this user may read and write, its folder, too"),
     ("full", "make room on the disk"), ("locked", "end the process that holds it"))
-Row = tuple[Any, ...]       # ms, n, and as bytes, or None: channel, event, data
 
 logger = logging.getLogger("sse_server")
 
@@ -56,20 +52,20 @@ class Unusable(Exception):
     """The file is not for us, or not there any more."""
 
 
-class FileStream:
-    """An SQLite file, followed by one thread; any thread may call `publish` and `wake`.
+class FileStream(SharedLog):
+    """An SQLite file, followed by one thread; any thread may call `publish`.
 
-    history: rows it begins with; ten times as many are kept. sync: what is published outlives a
-    power failure, too. Raises ValueError, one line that says what to do, for a file that is not
-    ours or cannot be used; it is left as it was.
+    history: see SharedLog. sync: what is published outlives a power failure, too. Raises
+    ValueError, one line that says what to do, for a file that is not ours or cannot be used; it is
+    left as it was.
     """
+    _away = "the history file cannot be used now (%s); trying until it can"
+    _back, _skips = "the history file is back", "the history file has rows"
 
     def __init__(self, path: str | os.PathLike[str], history: int, sync: bool) -> None:
+        super().__init__(history)
         import sqlite3
         self._faults = (sqlite3.Error, OSError, Unusable)
-        self._history = max(MIN_HISTORY, history)
-        self._kept = max(MIN_KEPT, 10 * history)
-        self.trouble: str | None = None         # why the file cannot be used now, if so
         self._changed = threading.Condition()   # guards the next three; a commit has ended
         self._orders: list[_Order] = []         # that nobody commits yet
         self._taken: list[_Order] = []          # that one thread commits now
@@ -83,19 +79,15 @@ class FileStream:
         # And this belongs to the thread that follows, and to `load` before there is one
         self._reader = _File(path, sync)
         self._news = threading.Event()          # there may be something to read
-        self._loaded = False                    # the log has the rows from before this server
-        self._since = math.inf                  # milliseconds since the epoch: its start
-        self._file: Id | None = None            # which it was, when that was read
-        self._last: Id | None = None            # of the newest row that was read, if there was one
+        self._is_own = True                     # it may be from this process
+        self._file: Id | None = None            # which it was, when the newest rows were read
         self._highest: Id = (0, 0)              # that was ever read
         self._seen: tuple[Any, ...] = ()        # connection, and its version that was read whole
         self._poll = IDLE_POLL
-        self._pause = 0.0                       # before the next try; 0: no fault was met
-        self._warned = False                    # of a row that is no event
         try:
             connection = self._reader.connection()
             _insist(lambda: connection.execute("begin immediate"), BUSY_TIME)
-            self._newest(connection)
+            _fetch(connection, _NEWEST, (), self._history, MAX_LOG)
         except self._faults as fault:
             raise ValueError(f"cannot use the file {os.fspath(path)}: {_reason(fault)}") from None
         finally:
@@ -128,10 +120,6 @@ class FileStream:
             raise Unavailable(f"the history file does not take events now ({order.error})")
         return order.ids
 
-    def wake(self) -> None:
-        """Make the thread that follows look at once, at the file and at its flag."""
-        self._news.set()
-
     def _take(self) -> list[_Order]:
         """Return all orders, which this thread must commit now. Requires holding `_changed`."""
         self._committing = threading.get_ident()
@@ -159,7 +147,7 @@ class FileStream:
             for order in orders:
                 order.ids = [str(format_id(next(ids))) for _ in order.drafts]
             error, self.trouble = "", None
-            self.wake()
+            self._news.set()
         except self._faults as fault:
             error = self.trouble = _reason(fault)
         finally:
@@ -202,45 +190,53 @@ class FileStream:
 
     # For the thread that follows
 
-    def load(self, shared: Shared, now: float) -> None:
-        """Fill the log with the newest rows, if they can be had. now: seconds since the epoch."""
-        self._turn(shared)
-        self._since = now * 1000        # what comes later and is loaded later is for clients, too
+    def _read(self) -> tuple[list[Row] | None, bool]:
+        """Look for rows that follow the last one; see SharedLog.
 
-    def follow(self, shared: Shared, stopping: threading.Event) -> None:
-        """Add what comes to the log, until the flag is set, whatever happens to the file."""
-        pause, is_own = 0.0, True
-        try:
-            while not stopping.is_set():
-                pause = self._turn(shared, is_own)
-                is_own = self._news.wait(pause)
-                self._news.clear()
-        finally:
-            self._reader.close()
-            self._closed = True
-            self._try_to_write(wait=True)       # which closes
-
-    def _turn(self, shared: Shared, is_own: bool = True) -> float:
-        """Read on, and write if that failed before. Returns the seconds until the next turn.
-
-        is_own: what is new may be from this process.
+        That is read again with them, in one statement, so that none can go in between.
         """
-        pause = 0.0
-        try:
-            pause = self._read(shared, is_own)
-        except self._faults as fault:
-            self.trouble = _reason(fault)
-            self._reader.close()
-        else:
-            if self.trouble:
-                self._try_to_write()
-        trouble, away = self.trouble, self._pause > 0
-        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE) if trouble else 0.0
-        if trouble and not away:
-            logger.warning("the history file cannot be used now (%s); trying until it can", trouble)
-        if away and not trouble:
-            logger.warning("the history file is back")
-        return self._pause or pause
+        seen = self._version()
+        self._poll = min(SLOWER * self._poll, IDLE_POLL)
+        if seen == self._seen:
+            return [], True
+        self._poll = self._poll if self._is_own else POLL       # somebody has committed
+        connection, last = seen[0], self._last and self._last[:2]
+        rows, is_all = _fetch(connection, _FROM, last or (0, -1), READ_COUNT, READ_BYTES)
+        if last:    # another file may have it, too: a copy from before what was lost
+            is_lost = not rows or rows.pop(0)[:2] != last or self._file != self._reader.identity
+        else:       # nothing to stand on: it may not be another file, nor have been trimmed
+            is_lost = self._seen[:1] != (connection,) or bool(rows) and bool(
+                connection.execute(_OLDEST_ID, (MIN_KEPT - 1,)).fetchone())
+        if is_lost:
+            logger.warning("rows of the history file are gone, or it is another one: a gap is told")
+            return None, True
+        self._seen = seen if is_all else self._seen
+        self._stand_on(rows[-1] if rows else self._last)
+        return rows, is_all
+
+    def _newest(self) -> list[Row]:
+        seen = self._version()
+        rows = _fetch(seen[0], _NEWEST, (), self._history, MAX_LOG)[0][::-1]
+        new = [row for row in rows if row[:2] > self._highest]
+        self._seen, self._file = seen, self._reader.identity
+        self._stand_on(rows[-1] if rows else None)
+        return new
+
+    def _version(self) -> tuple[sqlite3.Connection, Any]:
+        connection = self._reader.connection()
+        return connection, connection.execute("pragma data_version").fetchone()
+
+    def _stand_on(self, row: Row | None) -> None:
+        self._last = row
+        self._highest = max(self._highest, row[:2]) if row else self._highest
+
+    def _failed(self, fault: Exception) -> str:
+        self._reader.close()
+        return _reason(fault)
+
+    def _recover(self) -> None:
+        if self.trouble:
+            self._try_to_write()
 
     def _try_to_write(self, wait: bool = False) -> None:
         """Commit what there is, or nothing, if no other thread does; or wait for that."""
@@ -252,81 +248,14 @@ class FileStream:
         if is_free:
             self._commit(orders, 0.0)
 
-    def _read(self, shared: Shared, is_own: bool) -> float:
-        """Add what is new, a batch at most. Returns the seconds until the next look."""
-        began, connection = shared.clock(), self._reader.connection()
-        seen = connection, connection.execute("pragma data_version").fetchone()
-        self._poll = min(SLOWER * self._poll, IDLE_POLL)
-        if seen != self._seen:      # somebody has committed
-            self._poll = self._poll if is_own else POLL
-            if not self._read_on(shared, connection):
-                return 0.0
-            self._seen = seen
-        shared.complete(began)
-        return self._poll
+    def _rest(self, stopping: threading.Event, seconds: float) -> None:
+        self._is_own = self._news.wait(seconds)
+        self._news.clear()
 
-    def _read_on(self, shared: Shared, connection: sqlite3.Connection) -> bool:
-        """Add the rows after the last one, if that is still there. Returns whether these are all.
-
-        The last one is read again with them, in one statement, so that none can go in between.
-        """
-        rows, is_all = _fetch(connection, _FROM, self._last or (0, -1), READ_COUNT, READ_BYTES)
-        before, self._file = self._file, self._reader.identity
-        if self._last:      # another file may have it, too: a copy from before what was lost
-            is_lost = not rows or rows.pop(0)[:2] != self._last or self._file != before
-        else:       # nothing to stand on: it may not be another file, nor have been trimmed
-            is_lost = self._seen[:1] != (connection,) or bool(rows) and bool(
-                connection.execute(_OLDEST_ID, (MIN_KEPT - 1,)).fetchone())
-        if is_lost or not self._loaded:
-            rows, is_all = self._begin(shared, connection), True
-        elif rows:
-            self._stand_on(rows[-1])
-        for event in self._events(rows):
-            shared.add(event)
-        return is_all
-
-    def _begin(self, shared: Shared, connection: sqlite3.Connection) -> list[Row]:
-        """Load the newest rows, or tell a gap before them. Returns those that are to be added.
-
-        These came after the start; or, after a gap, have ids above those that were read.
-        """
-        after, highest, rows = self._last, self._highest, self._newest(connection)
-        if not self._loaded:
-            old = sum(row[0] < self._since for row in rows)
-            shared.preload(list(self._events(rows[:old])))
-            self._loaded = True
-            return rows[old:]
-        rows = [row for row in rows if row[:2] > highest]
-        resumed = next(self._events(rows), None)
-        logger.warning("rows of the history file are gone, or it is another one: a gap is told")
-        shared.tell_gap(after, resumed and resumed.id)
-        return rows
-
-    def _newest(self, connection: sqlite3.Connection) -> list[Row]:
-        """Return the newest rows, and stand on the last of them."""
-        rows = _fetch(connection, _NEWEST, (), self._history, MAX_LOG)[0][::-1]
-        self._stand_on(rows[-1] if rows else None)
-        return rows
-
-    def _stand_on(self, row: Row | None) -> None:
-        self._last = row and (row[0], row[1])
-        self._highest = max(self._highest, self._last or self._highest)
-
-    def _events(self, rows: Iterable[Row]) -> Iterator[Event]:
-        """Yield the rows that are events; skip the others, with one warning."""
-        for ms, n, *texts in rows:
-            try:
-                channel, event, data = (text if text is None else text.decode() for text in texts)
-                payload = Draft(data or "", event, channel).encoded()
-                if data is None:
-                    raise ValueError("data is null")
-            except ValueError:
-                if not self._warned:
-                    logger.warning("the history file has rows without data or with a bad name; "
-                                   "they are skipped")
-                self._warned = True
-            else:
-                yield Event((ms, n), payload, channel)
+    def _close(self) -> None:
+        self._reader.close()
+        self._closed = True
+        self._try_to_write(wait=True)       # which closes
 
 
 class _Order:

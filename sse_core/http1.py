@@ -257,14 +257,12 @@ def _check_framing(request: Request) -> None:
         raise Refusal(501, "The only Transfer-Encoding taken here is chunked.")
 
 
-def answer(status: int, body: bytes = b"", fields: Iterable[str] = (), *,
-           content_type: str = "text/plain; charset=utf-8", keep_alive: bool = False,
-           head_only: bool = False) -> bytes:
-    """Return a whole answer as bytes: status line, length, what becomes of the connection, body."""
+def head(status: int, content_type: str, length: int, fields: Iterable[str],
+         keep_alive: bool) -> bytes:
+    """Return the head of an answer: status line, length, what becomes of the connection."""
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     if status != 204:           # RFC 9110 section 8.6: no Content-Length there
-        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+        lines += [f"Content-Type: {content_type}", f"Content-Length: {length}"]
     lines += ["Connection: keep-alive", "Keep-Alive: timeout=10"] if keep_alive else [
         "Connection: close"]
-    lines += [*fields, "", ""]
-    return "\r\n".join(lines).encode() + (b"" if head_only else body)
+    return "\r\n".join([*lines, *fields, "", ""]).encode()

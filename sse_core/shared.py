@@ -2,19 +2,31 @@
 
 What is published goes to the shared log, and what comes back from it is sent: so every server
 sends the same, in one order. All that is known of such a log is SharedLog.
+
+Nobody is told that a log lost rows: it may be trimmed past the place where one stands, be made
+anew, or be restored older. So with each read goes a look whether the row at that place is still the
+same. If not, a gap is told, and it goes on with the newest rows that were not read before.
 """
 from __future__ import annotations
 
+import logging
 import math
+import random
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from sse_core import frames
 from sse_core.broadcast import ID_LENGTH, LOOK, Broadcast, Unavailable
 from sse_core.frames import Draft, Id
 from sse_core.log import MIN_HISTORY, Log
+
+MIN_KEPT = 10000        # rows that are kept at least
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0       # seconds between two tries, growing; less, at random
+Row = tuple[Any, ...]       # ms, n, and as bytes, or None: channel, event, data
+
+logger = logging.getLogger("sse_server")
 
 
 class Event(NamedTuple):
@@ -24,21 +36,129 @@ class Event(NamedTuple):
     channel: str | None
 
 
-class SharedLog(Protocol):
-    """What a Redis stream and an SQLite file have in common."""
-    trouble: str | None     # why it cannot be used now; any thread may read it
+class SharedLog:
+    """A log that is shared with other servers, and how it is followed, of whatever kind it is.
 
-    def publish(self, drafts: Sequence[Draft]) -> list[str]:
-        """Add events, all or none, and return their ids. Any thread may call it.
+    history: rows it begins with; ten times as many are kept. Of each kind are `publish` and what
+    stands last. Any thread may call `publish` and look at `trouble`; all else belongs to the thread
+    that follows, and to `load` before there is one.
+    """
+    _faults: tuple[type[Exception], ...]    # that a kind raises while it cannot be used
+    _away, _back, _skips = "%s", "", ""     # what the logger is told, in its words
 
-        Raises Unavailable while that cannot be.
-        """
+    def __init__(self, history: int) -> None:
+        self._history = max(MIN_HISTORY, history)
+        self._kept = max(MIN_KEPT, 10 * history)
+        self.trouble: str | None = None         # why it cannot be used now
+        self._last: Row | None = None           # the newest one that was read; None: it was empty
+        self._loaded = False                    # the log has the rows from before this server
+        self._since = math.inf                  # milliseconds since the epoch: its start
+        self._poll = 0.0                        # seconds from a read of all to the next one
+        self._pause = 0.0                       # before the next try; 0: no fault was met
+        self._warned = False                    # of a row that is no event
 
     def load(self, shared: Shared, now: float) -> None:
-        """Preload the newest events, if they can be had. now: seconds since the epoch."""
+        """Fill the log with the newest rows, if they can be had. now: seconds since the epoch."""
+        self._turn(shared)
+        self._since = now * 1000        # what comes later and is loaded later is for clients, too
 
     def follow(self, shared: Shared, stopping: threading.Event) -> None:
         """Add those that come, in order, until the flag is set, whatever happens to the log."""
+        try:
+            while not stopping.is_set():
+                self._rest(stopping, self._turn(shared))
+        finally:
+            self._close()
+
+    def _turn(self, shared: Shared) -> float:
+        """Read on, and say when that cannot be. Returns the seconds until the next turn."""
+        pause = 0.0
+        try:
+            pause = self._poll if self._read_on(shared) else 0.0
+            self._recover()
+        except self._faults as fault:
+            self.trouble = self._failed(fault)
+        trouble, away = self.trouble, self._pause > 0
+        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE) if trouble else 0.0
+        if trouble and not away:
+            logger.warning(self._away, trouble)
+        if away and not trouble:
+            logger.warning(self._back)
+        return self._pause * random.uniform(0.5, 1.0) or pause
+
+    def _read_on(self, shared: Shared) -> bool:
+        """Add what is new, a batch at most. Returns whether that was all."""
+        began = shared.clock()
+        rows, is_all = self._read() if self._loaded else (None, True)
+        if rows is None:
+            rows = self._begin(shared)
+        for event in self._events(rows):
+            shared.add(event)
+        if is_all:
+            shared.complete(began)
+        return is_all
+
+    def _begin(self, shared: Shared) -> list[Row]:
+        """Load the newest rows, or tell a gap before them. Returns those that are to be added."""
+        after, rows = self._last and self._last[:2], self._newest()
+        if self._loaded:
+            resumed = next(self._events(rows), None)
+            shared.tell_gap(after, resumed and resumed.id)
+            return rows
+        old = sum(row[0] < self._since for row in rows)
+        events = list(self._events(rows[:old]))
+        del rows[:old]      # before the log holds the same once more
+        shared.preload(events)
+        self._loaded = True
+        return rows
+
+    def _events(self, rows: Iterable[Row]) -> Iterator[Event]:
+        """Yield the rows that are events; skip the others, with one warning."""
+        for ms, n, *texts in rows:
+            try:
+                channel, event, data = (text if text is None else text.decode() for text in texts)
+                payload = Draft(data or "", event, channel).encoded()
+                if data is None:
+                    raise ValueError("there is no data")
+            except ValueError:
+                if not self._warned:
+                    logger.warning("%s without data or with a bad name; they are skipped",
+                                   self._skips)
+                self._warned = True
+            else:
+                yield Event((ms, n), payload, channel)
+
+    # Of each kind
+
+    def publish(self, drafts: Sequence[Draft]) -> list[str]:
+        """Add events that have been checked, all or none, and return their ids.
+
+        Raises Unavailable while that cannot be.
+        """
+        raise NotImplementedError
+
+    def _read(self) -> tuple[list[Row] | None, bool]:
+        """Return rows after the last one, None if some are lost; and whether these are all."""
+        raise NotImplementedError
+
+    def _newest(self) -> list[Row]:
+        """Return the newest rows, without those that were read before; stand behind them."""
+        raise NotImplementedError
+
+    def _failed(self, fault: Exception) -> str:
+        """Let go of what a read has broken, and return what is wrong, in a line."""
+        raise NotImplementedError
+
+    def _recover(self) -> None:
+        """It could be read: note that there is no trouble, if so."""
+        self.trouble = None
+
+    def _rest(self, stopping: threading.Event, seconds: float) -> None:
+        """Wait until the next turn."""
+        stopping.wait(seconds)
+
+    def _close(self) -> None:
+        """Let go of what it has open."""
 
 
 class Shared(Broadcast):
