@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 
 import pytest
 
-LIMIT = 300     # seconds for one test, while none is known
+LIMIT = 120     # seconds for the beginning, the end, and a test of which none is known
 
 
 class Inside:
@@ -25,6 +25,12 @@ class Inside:
             with open(order["marks"], "r+b") as file:
                 self._marks = mmap.mmap(file.fileno(), 0)
 
+        self._watch(LIMIT)
+
+    def _watch(self, seconds: float) -> None:
+        """End this process if it takes longer than this until the next call."""
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
     def _note(self, **note: object) -> None:
         print(json.dumps(note), file=self._notes)
 
@@ -38,7 +44,7 @@ class Inside:
     def pytest_collection_modifyitems(self, items: List[Any]) -> None:
         if self._order["tests"] is not None:
             known = {item.nodeid: item for item in items}
-            items[:] = [known[test] for test in self._order["tests"]]
+            items[:] = [known[test] for test in self._order["tests"] if test in known]
 
     def pytest_collection_finish(self) -> None:
         self._note_done("")
@@ -46,16 +52,15 @@ class Inside:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._note(begun=nodeid)
         self._began = time.monotonic()
-        limit = self._order["limits"].get(nodeid, 300)
-        faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+        self._watch(self._order["limits"].get(nodeid, LIMIT))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
             self._note(failed=report.nodeid)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        faulthandler.cancel_dump_traceback_later()
         self._note_done(nodeid)
+        self._watch(LIMIT)      # the end can hang, too
 
 
 if __name__ == "__main__":

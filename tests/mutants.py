@@ -30,6 +30,8 @@ MODULES = ["publisher.py", "sse_server.py",
            *(str(path.relative_to(TOP)) for path in sorted((TOP / "sse_core").glob("*.py")))]
 SHARE, FEWEST, MOST = 0.1, 10, 40       # of the sites of a module, unless --per-module says it
 SLOWER, SLACK = 3, 20   # a test is killed by time after so many times its own, and so many seconds
+LONGEST = 1200          # seconds for all tests
+NOTHING_RUN = 5         # as pytest says it: a mutant can give tests other names
 PATIENCE = 8            # seconds, in place of those of tests/helpers.py, for what never comes
 SWITCH_INTERVAL = "1e-6"        # seconds, for mutants without a lock
 EQUIVALENT = TOP / "tests" / "equivalent_mutants.txt"
@@ -70,8 +72,9 @@ class Copy:
             "    _marks = mmap.mmap(_file.fileno(), 0)\n").encode())
         return marker.places
 
-    def run(self, arguments: List[str], **order: Any) -> Tuple[int, List[Dict[str, Any]], str]:
-        """Run pytest. Returns its status, the notes, and what it wrote."""
+    def run(self, arguments: List[str], timeout: float, **order: Any
+            ) -> Tuple[int, List[Dict[str, Any]], str]:
+        """Run pytest. Returns its status, -1 after so many seconds; the notes; what it wrote."""
         self._scratch.mkdir()
         files = {name: str(self._files / name) for name in ("order", "notes", "output")}
         Path(files["order"]).write_text(json.dumps({
@@ -84,7 +87,7 @@ class Copy:
                     [sys.executable, "tests/mutant_run.py", files["order"]],
                     cwd=self._tree, stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True,
-                    timeout=sum(order.get("limits", {"": 600}).values()) + 60,
+                    timeout=timeout,
                     env={**os.environ, "TMPDIR": str(self._scratch)}).returncode
         except subprocess.TimeoutExpired:
             status = -1
@@ -159,7 +162,7 @@ def record(copy: Copy, arguments: List[str]) -> Record:
     if not kept.exists():
         print("recording which tests run which statements", flush=True)
         places = copy.leave_marks()
-        status, notes, output = copy.run(arguments, marks=str(copy.marks))
+        status, notes, output = copy.run(arguments, LONGEST, marks=str(copy.marks))
         for module in MODULES:
             copy.write(module, (TOP / module).read_bytes())
         if status:
@@ -178,19 +181,20 @@ def judge(copy: Copy, mutant: Mutant, recorded: Record, confirm: bool) -> Tuple[
     if mutant.operator == "lock":
         arguments += ["--switch-interval", SWITCH_INTERVAL]
     limits = {test: SLOWER * recorded.seconds[test] + SLACK for test in tests}
+    longest = sum(limits.values()) - SLACK * (len(tests) - 3)     # and the begin and end
     copy.write(mutant.module, mutant.source())
     try:
-        status, notes, _ = copy.run(arguments, tests=tests, limits=limits)
+        status, notes, _ = copy.run(arguments, longest, tests=tests, limits=limits)
     finally:
         copy.write(mutant.module, (TOP / mutant.module).read_bytes())
-    if not status:
+    if status in (0, NOTHING_RUN):
         return "ALIVE", f"{len(tests)} tests"
     failed = [note["failed"] for note in notes if "failed" in note]
     begun = [note["begun"] for note in notes if "begun" in note]
     if not begun:
-        return "killed", "the import"
+        return "killed", "the collection of the tests"
     recorded.killed(begun[-1])
-    if confirm and copy.run(arguments, tests=begun[-1:], limits=limits)[0]:
+    if confirm and copy.run(arguments, longest, tests=begun[-1:], limits=limits)[0]:
         return "ALIVE", f"{begun[-1]} fails without it, too"
     return "killed", begun[-1] + ("" if failed else " (time, or a crash)")
 
@@ -286,6 +290,8 @@ def main() -> None:
     add("pytest", nargs="*", help="the tests, in place of the quick ones")
     options = parser.parse_args()
     mutants = choose(options)
+    if not mutants:
+        parser.error("there is no such mutant")
     if options.list or options.only:
         print(*(f"{mutant.id}\n{mutant.key()}" for mutant in mutants), sep="\n\n")
     if not options.list:
