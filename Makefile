@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= 20
 
-.PHONY: help run test quick test-long fuzz check shuffle bench bench-peers siege soak clean interop screenshots
+.PHONY: help run test quick test-long fuzz check shuffle bench bench-peers siege soak clean interop screenshots mutants
 
 help:
 	@echo "run: the clock on port 6500; test: everything; quick: without browser, Redis, packages;"
 	@echo "check: ruff and mypy; fuzz, test-long, interop: more tests; screenshots: the README's;"
+	@echo "mutants: do the quick tests notice what is broken? MUTANTS=\"--module log.py\": of one file;"
 	@echo "shuffle: the quick tests in random order, RUNS=20 times;"
 	@echo "bench, bench-peers, siege: measurements; soak: an hour of hard life;"
 	@echo "clean: take away what these made"
@@ -34,6 +35,9 @@ test-long: $(VENV)/ready
 
 fuzz: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -k fuzz --fuzz 100 -o faulthandler_timeout=0
+
+mutants: $(VENV)/ready
+	$(VENV)/bin/python tests/mutants.py --confirm $(MUTANTS)
 
 check: $(VENV)/checkers
 	$(VENV)/bin/ruff check sse_server.py publisher.py sse_core

@@ -15,6 +15,14 @@ from sse_server import SSEServer                 # noqa: E402
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=1,
                      help="how many times as long the fuzz tests are")
+    parser.addoption("--switch-interval", type=float,
+                     help="seconds between two switches of threads, for tests of locks")
+
+
+def pytest_configure(config):
+    interval = config.getoption("--switch-interval")
+    if interval:
+        sys.setswitchinterval(interval)
 
 
 def descriptors() -> set:

@@ -1,0 +1,292 @@
+"""Each lock keeps its promise: while one thread is in the middle, another waits.
+
+One thread is stopped inside the lock, by a clock or a function that it calls there. Another that
+does not wait is done in a moment; on a busy machine it may take longer: then a test finds less, but
+fails never.
+"""
+import fcntl
+import os
+import socket
+import ssl
+import threading
+from contextlib import closing, suppress
+from types import SimpleNamespace
+
+import pytest
+
+from helpers import PATIENCE, handshakes, wait_until
+from sse_core.broadcast import Broadcast
+from sse_core.clients import Opening, Subscription
+from sse_core.file_stream import FileStream, _File
+from sse_core.frames import Draft, parse_id
+from sse_core.handshake import Handshake, Handshakes
+from sse_core.shared import Shared
+from sse_server import SSEServer
+from test_threads import run
+
+MOMENT = 0.05
+OPENING = Opening(b"HEAD", Subscription(frozenset(), True))
+
+
+class Door:
+    """Stops one thread where it is called, until the other has had its moment."""
+
+    def __init__(self, call) -> None:
+        self.arrived, self.opened = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=call)
+
+    def enter(self) -> None:
+        """Have the one thread stand in it."""
+        self.thread.start()
+        assert self.arrived.wait(PATIENCE)
+
+    def __call__(self, *_) -> float:
+        if threading.current_thread() is self.thread:
+            self.arrived.set()
+            self.opened.wait(PATIENCE)
+        return 1000.0
+
+
+def waits(door, call, enter=True) -> bool:
+    """Say whether a call in another thread waits until the door is opened, and no longer.
+
+    enter: somebody stands in the door before; else the call sees to it.
+    """
+    other = threading.Thread(target=call)
+    if enter:
+        door.enter()
+    other.start()
+    assert door.arrived.wait(PATIENCE)
+    other.join(MOMENT)
+    has_waited = other.is_alive()
+    door.opened.set()
+    other.join(PATIENCE), door.thread.join(PATIENCE)
+    return has_waited and not other.is_alive()
+
+
+@pytest.fixture
+def pair():
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    with ours, peer:
+        yield ours, peer
+
+
+@pytest.fixture
+def sock(pair):
+    return pair[0]
+
+
+BROADCAST = {
+    "publish": lambda broadcast, _: broadcast.publish("x"),
+    "drain": lambda broadcast, _: broadcast.drain(),
+    "register": lambda broadcast, client: broadcast.register(client.sock, OPENING),
+    "describe_clients": lambda broadcast, _: broadcast.describe_clients(),
+    "stop": lambda broadcast, _: broadcast.stop(),
+    "close": lambda broadcast, _: broadcast.close(),
+    "has_work": lambda broadcast, _: broadcast.has_work(),
+    "take": lambda broadcast, _: broadcast.take(),
+    "moved": lambda broadcast, _: broadcast.moved([]),
+    "due": lambda broadcast, client: broadcast.due(client),
+    "place_arrived": lambda broadcast, _: broadcast.place_arrived([]),
+    "done": lambda broadcast, _: broadcast.done(),
+    "greeted": lambda broadcast, _: broadcast.clients.greeted(1),
+    "set_lagging": lambda broadcast, client: broadcast.clients.set_lagging(client, 1000.0),
+    "caught_up": lambda broadcast, client: broadcast.clients.caught_up(client, 1000.0),
+    "remove": lambda broadcast, client: broadcast.clients.remove(client)}
+SHARED = {
+    "preload": lambda shared: shared.preload([]),
+    "complete": lambda shared: shared.complete(1.0),
+    "tell_gap": lambda shared: shared.tell_gap(None, None)}
+
+
+@pytest.mark.parametrize("first", ["publish", "describe_clients"])
+@pytest.mark.parametrize("second", BROADCAST)
+def test_nobody_is_in_the_broadcast_while_another_is(sock, first, second):
+    """The first has read the newest id, or is going through the clients: it asks for the time."""
+    door = Door(lambda: BROADCAST[first](broadcast, client))
+    broadcast = Broadcast(clock=door, wall=lambda: 1000.0)
+    broadcast.register(sock, OPENING)
+    client, = broadcast.take()[0]
+    client.rest, client.group = b"", SimpleNamespace(current={})
+    if (first, second) == ("publish", "drain"):
+        broadcast.fanned_out = 1        # nobody does it here
+        client.cursor = 1
+    assert waits(door, lambda: BROADCAST[second](broadcast, client))
+
+
+def test_two_that_publish_at_once_get_two_ids_in_the_order_of_the_log():
+    door = Door(lambda: ids.append(broadcast.publish("first")))
+    broadcast, ids = Broadcast(clock=door, wall=lambda: 1000.0), []
+    assert waits(door, lambda: ids.append(broadcast.publish("second")))
+    assert sorted(ids, key=parse_id) == ids and len(set(ids)) == 2
+    assert [frame.id for frame in broadcast.take()[1]] == [*map(parse_id, ids)]
+
+
+def test_many_that_publish_and_register_are_all_counted(sock):
+    broadcast = Broadcast(history=10000, max_clients=100)
+    ids, taken = [], []
+
+    def publish():
+        for _ in range(200):
+            ids.append(broadcast.publish("x"))
+
+    def register():
+        for _ in range(50):
+            taken.append(broadcast.register(sock, OPENING))
+    run(*[publish] * 4, *[register] * 4)
+    assert len(set(ids)) == broadcast.figures()["events"] == 800
+    assert taken.count(True) == len(broadcast.close()) == 100
+
+
+def test_who_takes_all_clients_does_not_while_another_goes_through_them():
+    door = Door(lambda: broadcast.describe_clients())
+    broadcast = Broadcast(clock=door)
+    broadcast.wake = door.enter         # after the stop, which would have waited for it
+    assert waits(door, broadcast.close, enter=False)
+
+
+class Stream:
+    """A shared log that does something at each publish."""
+    trouble = None
+
+    def __init__(self, do=lambda: None) -> None:
+        self.do = do
+
+    def publish(self, drafts) -> list:
+        self.do()
+        return ["1-0"] * len(drafts)
+
+
+@pytest.mark.parametrize("second", SHARED)
+def test_nobody_changes_the_log_of_a_shared_one_while_another_is_in_it(second):
+    door = Door(lambda: shared.describe_clients())
+    shared = Shared(Stream(), clock=door)
+    assert waits(door, lambda: SHARED[second](shared))
+
+
+def test_who_waits_for_clients_looks_alone_whether_there_is_room():
+    door, came = Door(lambda: shared.describe_clients()), []
+    shared = Shared(Stream(lambda: came.append(door.opened.is_set())), clock=door)
+    assert waits(door, lambda: shared.publish("x", wait=True)) and came == [True]
+
+
+def test_who_has_published_and_waits_says_so_alone():
+    door = Door(lambda: shared.describe_clients())
+    shared = Shared(Stream(door.enter), clock=door)
+    assert waits(door, lambda: shared.publish("x", wait=True), enter=False)
+
+
+class Status(int):
+    """A number whose hash takes a while: it is counted in a dictionary."""
+    door = None
+
+    def __hash__(self) -> int:
+        self.door()
+        return int(self)
+
+
+HANDSHAKES = {
+    "hold": lambda others, _: others.hold(1, 0),
+    "refused": lambda others, _: others.refused(400),
+    "refusals": lambda others, _: others.refusals,
+    "begin": lambda others, _: others._begin(others.newcomer),
+    "next": lambda others, handshake: others._next(handshake),
+    "renewed": lambda others, handshake: others.renewed(handshake),
+    "cut_all": lambda others, _: others.cut_all()}
+
+
+@pytest.mark.parametrize("second", HANDSHAKES)
+def test_nobody_counts_requests_while_another_does(pair, second):
+    others = Handshakes(SimpleNamespace(), lambda *_: True, None)
+    door = Status.door = Door(lambda: others.refused(Status(400)))
+    handshake = Handshake(pair[0], "", others)
+    others._unfinished[handshake] = threading.Thread(target=int)
+    others._unfinished[handshake].start()
+    others.newcomer = Handshake(pair[0].dup(), "", others)
+    pair[1].close()         # whose thread ends at once
+    assert waits(door, lambda: HANDSHAKES[second](others, handshake))
+    wait_until(lambda: not handshakes())
+    others.newcomer.close()
+    assert others._refused[400] == 1 + (second == "refused")
+
+
+def test_many_that_hold_bodies_and_are_refused_are_all_counted():
+    others = Handshakes(SimpleNamespace(), lambda *_: True, None)
+
+    def count():
+        for _ in range(500):
+            others.refused(404)
+            others.hold(0, others.hold(7, 0))
+    run(*[count] * 8)
+    assert others.refusals == {"404": 4000} and others._held == 0
+
+
+@pytest.mark.parametrize("second", ["cut", "close", "work"])
+def test_nobody_cuts_or_closes_a_socket_while_it_becomes_a_clients(pair, second):
+    door = Door(lambda: handshake._hand_over(OPENING))
+    handshake = Handshake(pair[0], "", Handshakes(SimpleNamespace(), lambda *_: bool(door()), None))
+    calls = {"cut": handshake.cut, "close": handshake.close,
+             "work": lambda: handshake._work(lambda: None)}
+    assert waits(door, calls[second])
+    assert pair[0].send(b"x") and pair[1].recv(1) == b"x"
+
+
+def test_nobody_cuts_a_socket_while_it_becomes_one_of_tls(pair):
+    class Context(ssl.SSLContext):
+        def wrap_socket(self, *arguments, **options):
+            door()
+            return super().wrap_socket(*arguments, **options)
+
+    def begin():
+        with suppress(OSError):     # it is cut
+            handshake._start_tls(Context(ssl.PROTOCOL_TLS_SERVER))
+    pair[1].send(b"x")
+    handshake = Handshake(pair[0], "", Handshakes(SimpleNamespace(), lambda *_: True, None))
+    door = Door(begin)
+    assert waits(door, handshake.cut)
+    handshake.close()
+
+
+@pytest.mark.parametrize("call", ["publish", "try_to_write"])
+def test_nobody_takes_orders_to_a_file_while_another_does(tmp_path, call):
+    stream = FileStream(tmp_path / "events.db", 10, False)
+    calls = {"publish": lambda: stream.publish([Draft("x")]), "try_to_write": stream._try_to_write}
+    other = threading.Thread(target=calls[call])
+    with stream._changed:
+        other.start()
+        other.join(MOMENT)
+        assert stream._committing is None and not stream._orders and not stream._taken
+    other.join(PATIENCE)
+    stream._writer.close()
+
+
+def test_nobody_opens_a_file_while_another_process_does(tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with closing(_File(tmp_path / "events.db", False)) as file:
+        other = threading.Thread(target=file.connection)
+        other.start()
+        other.join(MOMENT)
+        has_waited = other.is_alive()
+        os.close(folder)
+        other.join(PATIENCE)
+        assert has_waited
+
+
+class Slow(SSEServer):
+    door = None
+
+    def _start(self) -> None:
+        self.door()
+        super()._start()
+
+
+@pytest.mark.parametrize("second", ["start", "stop"])
+def test_nobody_starts_or_stops_a_server_while_another_starts_it(second):
+    server = Slow(port=0)
+    server.door = Door(server.start)
+    try:
+        assert waits(server.door, getattr(server, second))
+    finally:
+        server.stop()
