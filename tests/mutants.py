@@ -172,31 +172,47 @@ def record(copy: Copy, arguments: List[str]) -> Record:
     return Record(*json.loads(kept.read_text()))
 
 
-def judge(copy: Copy, mutant: Mutant, recorded: Record, confirm: bool) -> Tuple[str, str]:
-    """Return "killed", "ALIVE" or "UNRUN", and by what."""
-    tests = recorded.tests_of(mutant)
-    if not tests:
-        return "UNRUN", "no test runs it"
+def attempt(copy: Copy, mutant: Mutant, recorded: Record, tests: List[str], is_broken: bool
+            ) -> Tuple[int, List[Dict[str, Any]]]:
+    """Run tests until one fails, with the mutant or without. Returns pytest's status; notes."""
     arguments = ["-x", "-q", *dict.fromkeys(test.split("::")[0] for test in tests)]
     if mutant.operator == "lock":
         arguments += ["--switch-interval", SWITCH_INTERVAL]
     limits = {test: SLOWER * recorded.seconds[test] + SLACK for test in tests}
-    longest = sum(limits.values()) - SLACK * (len(tests) - 3)     # and the begin and end
-    copy.write(mutant.module, mutant.source())
+    timeout = sum(limits.values()) - SLACK * (len(tests) - 3)       # and the begin and end
+    if is_broken:
+        copy.write(mutant.module, mutant.source())
     try:
-        status, notes, _ = copy.run(arguments, longest, tests=tests, limits=limits)
+        return copy.run(arguments, timeout, tests=tests, limits=limits)[:2]
     finally:
         copy.write(mutant.module, (TOP / mutant.module).read_bytes())
-    if status in (0, NOTHING_RUN):
-        return "ALIVE", f"{len(tests)} tests"
-    failed = [note["failed"] for note in notes if "failed" in note]
-    begun = [note["begun"] for note in notes if "begun" in note]
-    if not begun:
-        return "killed", "the collection of the tests"
-    recorded.killed(begun[-1])
-    if confirm and copy.run(arguments, longest, tests=begun[-1:], limits=limits)[0]:
-        return "ALIVE", f"{begun[-1]} fails without it, too"
-    return "killed", begun[-1] + ("" if failed else " (time, or a crash)")
+
+
+def judge(copy: Copy, mutant: Mutant, recorded: Record, confirm: bool) -> Tuple[str, str]:
+    """Return "killed", "ALIVE" or "UNRUN", and by what.
+
+    confirm: a test that failed must do so again, and not without the mutant; else it is left out.
+    """
+    tests = recorded.tests_of(mutant)
+    if not tests:
+        return "UNRUN", "no test runs it"
+    by_chance: List[str] = []
+    while tests:
+        status, notes = attempt(copy, mutant, recorded, tests, True)
+        if status in (0, NOTHING_RUN):
+            break
+        begun = [note["begun"] for note in notes if "begun" in note][-1:]
+        if not begun:
+            return "killed", "the collection of the tests"
+        if not confirm or (attempt(copy, mutant, recorded, begun, True)[0]
+                           and not attempt(copy, mutant, recorded, begun, False)[0]):
+            recorded.killed(begun[0])
+            is_told = any("failed" in note for note in notes)
+            return "killed", begun[0] + ("" if is_told else " (time, or a crash)")
+        by_chance += begun
+        tests = [test for test in tests if test not in begun]
+    return "ALIVE", ", ".join([f"{len(tests)} tests", *(f"{each} fails by chance"
+                                                        for each in by_chance)])
 
 
 def equivalents() -> Dict[str, str]:
@@ -285,7 +301,7 @@ def main() -> None:
     add("--only", metavar="ID", help="this one, and show what it changes")
     add("--list", action="store_true", help="say which there would be")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time")
-    add("--confirm", action="store_true", help="run the test that killed without the mutant, too")
+    add("--confirm", action="store_true", help="count no test that fails by chance")
     add("--out", metavar="FILE", help="for the results, JSON in lines")
     add("pytest", nargs="*", help="the tests, in place of the quick ones")
     options = parser.parse_args()
