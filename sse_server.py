@@ -412,7 +412,6 @@ class SSEServer(_Listener):
 
     def _abandon(self) -> None:
         """In a forked child, close what the parent has: nobody here would serve it."""
-        _running.discard(self)
         self._lifecycle = threading.RLock()     # a thread that is not here may hold the old one
         self._started = self._stopped = True
         self._stopping.set()

@@ -28,6 +28,11 @@ def test_what_is_no_text_is_a_type_error(event, said):
         server.publish(*event)
 
 
+def test_the_brackets_of_an_address_are_taken_off():
+    with SSEServer("[127.0.0.1]", 0) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+
+
 def test_an_ipv6_address_may_have_its_brackets():
     try:
         with SSEServer("[::1]", 0) as server:

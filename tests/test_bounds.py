@@ -1,4 +1,5 @@
 """What one peer can cost: every bound is hit once."""
+import errno
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 import sse_server
 from helpers import GET, PATIENCE, TOP, Client, ask, connect, get, handshakes, wait_until
-from sse_core import handshake, http1
+from sse_core import frames, handshake, http1
 from sse_server import SSEServer
 
 
@@ -57,14 +58,20 @@ def test_more_than_max_clients_are_refused_and_later_taken():
             assert three.open().stream.status == 200
 
 
-def test_an_event_source_over_max_clients_is_told_to_come_back_much_later():
+@pytest.mark.parametrize("jitter, pause", [(0.5, 10000), (1.0, 20000), (1.5, 30000)])
+def test_an_event_source_over_max_clients_is_told_to_come_back_ten_times_later(
+        monkeypatch, jitter, pause):
     """A 503 would make a browser's EventSource give up for good."""
+    def uniform(low, high):
+        assert (low, high) == (0.5, 1.5)
+        return jitter
+    monkeypatch.setattr(frames.random, "uniform", uniform)
     request = GET.replace(b"Host", b"Accept: text/event-stream\r\nHost")
     with SSEServer(port=0, max_clients=0, retry=2.0) as server:
         with Client(server.port, request) as client:
             stream = client.read_to_end()
             assert stream.status == 200 and stream.ended and not stream.events
-            assert len(stream.retries) == 1 and 10000 <= stream.retries[0] <= 30000
+            assert stream.retries == [pause]
         with Client(server.port, request.replace(b"HTTP/1.1", b"HTTP/1.0")) as client:
             assert client.read_to_end().retries and client.stream.partial == b""
 
@@ -178,6 +185,20 @@ def test_out_of_descriptors_pauses_warns_once_serves_on_and_recovers():
         errors = process.stderr.read()
         assert process.wait(PATIENCE) == 0
     assert errors.count("\n") == 1 and "cannot accept (Too many open files)" in errors
+
+
+@pytest.mark.parametrize("number, warned, paused", [
+    (errno.ECONNABORTED, 0, False), (errno.ENFILE, 1, True), (errno.EMFILE, 1, True)])
+def test_a_connection_that_was_given_up_is_no_trouble_of_ours(server, caplog, number, warned,
+                                                             paused):
+    began = time.monotonic()
+    server._accept_failed(OSError(number, "it failed"))
+    assert (time.monotonic() - began >= sse_server.ACCEPT_PAUSE) == paused
+    assert caplog.text.count("cannot accept") == warned
+    caplog.clear()
+    server.stop()
+    server._accept_failed(OSError(number, "it was shut down"))
+    assert not caplog.records
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/sys/net/core/somaxconn"), reason="not Linux")

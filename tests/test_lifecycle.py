@@ -252,6 +252,36 @@ os.waitpid(child, 0)
         assert client.read_to_end().ended and process.wait(PATIENCE) == 0
 
 
+def test_a_fork_while_another_thread_publishes_does_not_hang_the_child(tmp_path):
+    """That thread is not in the child, and will never let go of what it holds there."""
+    with program("""
+import os
+import threading
+from sse_server import NotRunning
+server = SSEServer(port=0).start()
+print(server.port, flush=True)
+held, forked = threading.Event(), threading.Event()
+def hold():
+    with server._broadcast._mutex, server._handshakes._lock, server._lifecycle:
+        held.set()
+        forked.wait()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    try:
+        server.publish("to nobody")
+    except NotRunning:
+        server.stop()
+        os._exit(7)
+forked.set()
+_, status = os.waitpid(child, 0)
+print(status >> 8, flush=True)
+server.stop()
+""", tmp_path) as (process, _):
+        assert process.stdout.readline() == "7\n" and process.wait(PATIENCE) == 0
+
+
 def faulty(monkeypatch, thread: str) -> None:
     """Have a thread of every server that is made from now on meet a fault."""
     def fault(*_):

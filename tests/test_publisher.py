@@ -1,4 +1,5 @@
 """The publisher without its thread: turned by hand, over socket pairs, by a clock of the test's."""
+import errno
 import json
 import logging
 import math
@@ -425,6 +426,35 @@ def test_heartbeats_go_only_to_those_who_were_sent_nothing(bench):
         b.pass_time(5)
     assert (early.take().comments, late.take().comments) == (1, 1)
     assert early.stream.last_id == ""
+
+
+def test_who_took_a_heartbeat_whole_lags_behind_nothing(bench):
+    b = bench(heartbeat=10.0)
+    peer = b.peer()
+    b.turn()
+    b.now += 20
+    b.turn()
+    assert peer.take().comments == 1 and b.publisher.figures()["lagging"] == 0
+
+
+def test_a_client_that_the_system_watches_no_more_is_dropped_and_counted(bench, caplog,
+                                                                       monkeypatch):
+    b = bench()
+    first = b.peer()
+    b.turn()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "too many watches")
+    with monkeypatch.context() as patch:
+        patch.setattr(b.publisher._selector, "register", full)
+        late = b.peer(peer="10.0.0.1:7")
+        b.publish("x")
+        b.turn()
+    assert late.sock.recv(100) == b"" and first.data() == ["x"]
+    figures = b.publisher.figures()
+    assert figures["drops"]["unwatched"] == 1 and figures["clients"] == 1
+    assert figures["deliveries"] == 1
+    assert [record.getMessage() for record in caplog.records] == ["10.0.0.1:7 dropped: unwatched"]
 
 
 def test_heartbeats_to_http_1_0_are_comments_without_a_chunk(bench):
