@@ -48,10 +48,10 @@ NEEDS = {"json": "stdin", "wait_clients": "stdin", "stream": "redis", "sync": "h
 
 # A flag with what it takes; its type, `list` if it can be repeated; the default; the help
 FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
-    ("--host HOST", str, "127.0.0.1", "address to listen on (default 127.0.0.1)"),
-    ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default 6500)"),
+    ("--host HOST", str, "127.0.0.1", "address to listen on (default %(default)s)"),
+    ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default %(default)g)"),
     ("--interval SECONDS", seconds, 1.0,
-     "time between two ticks of the clock; 0: no clock (default 1)"),
+     "time between two ticks of the clock; 0: no clock (default %(default)g)"),
     ("--stdin", bool, False, "each line of standard input is an event, in place of the clock; "
      "after the last one, everyone served, the server stops"),
     ("--json", bool, False,
@@ -65,7 +65,7 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
     ("--sync", bool, False, "what is in that file survives a power failure, too; slower"),
     ("--reuse-port", bool, False, "let other servers that say so listen on the same port"),
     ("--patience SECONDS", seconds, 5.0,
-     "how long --stdin waits for a slow client that makes no progress (default 5; 0: not at all)"),
+     "how long --stdin waits for a slow client that makes no progress (default %(default)g; 0: not at all)"),
     ("--token TOKEN", list, [],
      "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
     ("--publish-token TOKEN", list, [],
@@ -81,12 +81,12 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
     ("--cert FILE", str, None, "certificate chain for TLS, PEM"),
     ("--key FILE", str, None, "its key, if that is not in the same file"),
     ("--history FRAMES", whole_number, 1024, "events kept for clients that come back, 64 at least; "
-     "0: no ids, the wire of the original (default 1024)"),
+     "0: no ids, the wire of the original (default %(default)g)"),
     ("--heartbeat SECONDS", seconds, 15.0,
-     "silence after which a client is sent a comment; 0: never (default 15)"),
+     "silence after which a client is sent a comment; 0: never (default %(default)g)"),
     ("--retry SECONDS", seconds, 3.0,
-     "pause of a client before it reconnects, +-50 %% at random (default 3)"),
-    ("--max-clients N", whole_number, 10000, "clients at a time (default 10000)"),
+     "pause of a client before it reconnects, +-50 %% at random (default %(default)g)"),
+    ("--max-clients N", whole_number, 10000, "clients at a time (default %(default)g)"),
 )
 
 

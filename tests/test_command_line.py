@@ -1,4 +1,5 @@
 """`python sse_server.py` as people and service managers run it: every test is a real process."""
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import pytest
 import requests
 
 from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, connect, post, serving
+from sse_core.command_line import parse_arguments
+from sse_server import SSEServer
 
 FAST = ("--interval", "0.02")
 
@@ -202,3 +205,23 @@ def test_stop_is_bounded_even_with_a_client_that_does_not_read():
             assert time.monotonic() - began < 3
             assert client.read_to_end().ended
         assert deaf.sock.recv(1)
+
+
+def test_the_command_begins_where_the_library_does(monkeypatch, capsys):
+    """And --help says so."""
+    for name in ("SSE_TOKEN", "SSE_PUBLISH_TOKEN", "SSE_JWT_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    options = vars(parse_arguments([]))
+    defaults = {name: parameter.default
+                for name, parameter in inspect.signature(SSEServer).parameters.items()}
+    both = defaults.keys() & options
+    assert both == defaults.keys() - {"authorize"}
+    assert {name: options[name] or None for name in both} == {
+        name: defaults[name] or None for name in both}
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in ("host", "port", "history", "heartbeat", "retry", "max_clients", "patience"):
+        flag = "--" + name.replace("_", "-")
+        said = re.search(rf"{flag} [A-Z]+ [^()]*\(default ([^;)]*)", shown)
+        assert said and said[1] == re.sub(r"\.0$", "", str(defaults[name])), flag
