@@ -1,6 +1,13 @@
 """Arguments that cannot be meant are refused at once, with a sentence."""
+import configparser
+import os
+import sysconfig
+from pathlib import Path
+
 import pytest
 
+import sse_server
+from helpers import TOP
 from sse_server import SSEServer
 
 
@@ -26,6 +33,15 @@ def test_an_option_that_cannot_be_meant_is_refused_with_a_sentence(options, said
 def test_what_is_no_text_is_a_type_error(event, said):
     with SSEServer(port=0) as server, pytest.raises(TypeError, match=said):
         server.publish(*event)
+
+
+def test_the_page_is_looked_for_where_it_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(TOP / "setup.cfg")
+    (folder, names), = setup["options.data_files"].items()
+    for where in (sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user")):
+        assert Path(where, folder, names) in sse_server._PAGES
+    assert sse_server._PAGES[0] == TOP / "index.html"
 
 
 def test_the_brackets_of_an_address_are_taken_off():

@@ -2,6 +2,7 @@
 import json
 import random
 
+import pytest
 import requests
 
 from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, get, post, wait_until
@@ -65,3 +66,19 @@ def test_what_was_published_is_what_arrives(open_server):
             if len(decoder.events) == len(sent):
                 break
         assert [(event.name, event.data) for event in decoder.events] == sent, f"seed {seed}"
+
+
+def asked(channels: list) -> bytes:
+    return get("/?" + "&".join(f"channel={each}" for each in channels), method="HEAD")
+
+
+@pytest.mark.parametrize("channels, status", [
+    ([f"c{number}" for number in range(32)], 200), ([f"c{number}" for number in range(33)], 400),
+    (["c"] * 33, 400), (["x" * 1024], 200), (["x" * 1025], 400), (["x" * 512, "y" * 512], 200),
+    (["x" * 512, "y" * 513], 400), (["%C3%A4" * 600], 400), (["%C3%A4" * 512], 200), ([""], 400)])
+def test_a_client_has_so_many_channels_and_characters_of_their_names(open_server, channels, status):
+    answer = ask(open_server.port, asked(channels))
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    if status == 400 and channels != [""] and "%" not in channels[0]:
+        assert b"32 channels, whose names have 1024 characters in all" in ask(
+            open_server.port, asked(channels).replace(b"HEAD", b"GET"))

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, connect, post, serving
-from sse_core.command_line import parse_arguments
+from sse_core.command_line import parse_arguments, status_lines
 from sse_server import SSEServer
 
 FAST = ("--interval", "0.02")
@@ -225,3 +225,57 @@ def test_the_command_begins_where_the_library_does(monkeypatch, capsys):
         flag = "--" + name.replace("_", "-")
         said = re.search(rf"{flag} [A-Z]+ [^()]*\(default ([^;)]*)", shown)
         assert said and said[1] == re.sub(r"\.0$", "", str(defaults[name])), flag
+
+
+def test_tokens_come_from_files_too(tmp_path):
+    watch, publish, empty = (tmp_path / name for name in ("watch", "publish", "empty"))
+    watch.write_text("one\n\n  two \n")
+    publish.write_text("three\n")
+    empty.write_text(" \n")
+    files = ["--token-file", str(watch), "--publish-token-file", str(publish)]
+    options = parse_arguments(["--token", "zero", *files, "--token-file", str(publish)])
+    assert options.tokens == ["zero", "one", "two", "three"]
+    assert options.publish_tokens == ["three"]
+
+
+@pytest.mark.parametrize("flag", ["--token-file", "--publish-token-file"])
+@pytest.mark.parametrize("name, said", [("empty", "empty is empty"), ("none", "No such file")])
+def test_a_file_without_a_token_lets_in_nobody_and_does_not_start(tmp_path, capsys, flag, name,
+                                                                 said):
+    """Else a server that was to be closed would be open."""
+    (tmp_path / "empty").write_text(" \n\n")
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments([flag, str(tmp_path / name)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_signal_that_was_ignored_at_the_start_is_so_only_if_nohup_did_it():
+    """The shell ignores SIGINT for what a script runs in the background; that is no nohup."""
+    ignored = ("import signal\nfor each in (signal.SIGHUP, signal.SIGINT): "
+               "signal.signal(each, signal.SIG_IGN)")
+    with serving(*FAST, before=ignored) as server, Client(server.port) as client:
+        client.read_events(1)
+        server.process.send_signal(signal.SIGHUP)
+        client.read_events(5)
+        assert server.stop(signal.SIGINT) == 0
+        assert client.read_to_end().ended
+
+
+def test_quiet_says_only_what_the_original_does_and_else_where_to_look():
+    shown = {}
+    for loudness in ("--quiet", "--verbose"):
+        with serving(loudness) as server:
+            server.stop(signal.SIGTERM)
+            rest = server.process.stdout.read()
+            shown[loudness] = (server.output + rest).decode().splitlines()
+    assert len(shown["--quiet"]) == 2
+    assert [line.partition(":")[0] for line in shown["--verbose"][2:]] == ["Watch", "May watch"]
+
+
+def test_the_status_line_divides_by_no_time_at_all(monkeypatch):
+    """Two looks can come at one moment of a coarse clock."""
+    monkeypatch.setattr("time.monotonic", lambda: 5.0)
+    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    lines = status_lines(lambda: {"clients": 1, "events": 2, "deliveries": 0})
+    assert next(lines) == next(lines) == "1 client, 2 events, 0 deliveries/s"

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from sse_core import frames
-from sse_core.log import MAX_LOG, SCAN, Batch, Log
+from sse_core.log import MAX_CHANNELS, MAX_LOG, SCAN, Batch, Log
 from helpers import TOP
 from wire import Decoder, Event
 
@@ -224,3 +224,18 @@ def test_no_import_beyond_the_standard_library():
         imports = [line for line in lines if line.startswith(("import ", "from "))]
         used = {line.split()[1].split(".")[0] for line in imports}
         assert used <= set(names) | {"publisher", "sse_core"}, path
+
+
+def test_what_left_of_ten_thousand_channels_is_known_of_each():
+    """Beyond that, the one whose event left first is as every channel that is not known."""
+    assert MAX_CHANNELS == 10000
+    log = Log(64)
+    for number in range(MAX_CHANNELS + 2):
+        log.append(b"x", (1000 + number, 0), f"c{number}", 0.0)
+    for _ in range(MAX_CHANNELS):
+        log.evict()
+    assert log.lost(0, ["c0"]) and not log.lost(1, ["c0"])
+    assert log.lost(9999, ["c9999"]) and not log.lost(0, ["new"])
+    log.evict()
+    assert log.lost(0, ["new"]) and not log.lost(1, ["new"])
+    assert log.lost(1, ["c1"]) and not log.lost(2, ["c1"])

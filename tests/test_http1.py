@@ -147,6 +147,7 @@ REFUSED = [
     ("lower-case method", get(method=b"get"), 501),
     ("unknown method", get(method=b"BREW"), 501),
     ("long target", get(b"/" + b"a" * http1.MAX_LINE), 414),
+    ("a line of 8001 bytes", get(b"/" + b"a" * (8001 - len(b"GET / HTTP/1.1"))), 414),
     ("long line without end", b"A" * 20000, 414),
     ("long head", get(fields=H + b"A: " + b"b" * http1.MAX_HEAD + b"\r\n"), 431),
     ("many fields, one malformed", get(fields=H + b"A: b\r\n" * http1.MAX_FIELDS + b"C\r\n"), 431),
@@ -231,6 +232,9 @@ TAKEN = [
     (get(b"/" + b"a" * 7980), {"path": "/" + "a" * 7980}),
     (get(fields=H + b"A: b\r\n" * 99), {"method": "GET"}),
 ]
+
+
+TAKEN.append((get(b"/" + b"a" * (8000 - len(b"GET / HTTP/1.1"))), {"version": (1, 1)}))
 
 
 @pytest.mark.parametrize("raw, wanted", TAKEN, ids=lambda value: repr(value)[:40])

@@ -428,6 +428,42 @@ def test_heartbeats_go_only_to_those_who_were_sent_nothing(bench):
     assert early.stream.last_id == ""
 
 
+def test_who_waits_for_room_when_it_stops_is_refused_and_publishes_nothing(bench):
+    b = bench(history=64)
+    for _ in range(48):
+        b.publish("x")
+    raised = []
+
+    def publish():
+        try:
+            b.publish("late", wait=True)
+        except NotRunning as error:
+            raised.append(error)
+    b.watched = in_a_thread(publish)
+    assert b.looked.wait(5)     # it waits: nothing is fanned out
+    b.broadcast.stop()
+    b.watched.join(5)
+    assert raised and b.publisher.figures()["events"] == 48
+
+
+def test_the_list_says_how_far_behind_a_client_is(bench):
+    b = bench(history=64)
+    narrow, other = b.peer(narrow=True, channels=["a"]), b.peer(peer="10.0.0.1:7")
+    b.turn()
+    b.now += 2.0004
+    b.publish("x")
+    b.publish("y")
+    b.turn()
+    b.now += 3.25
+    b.turn()
+    lagging, current = b.broadcast.describe_clients()
+    assert lagging == {"peer": "", "since": 1000.0, "channels": 1, "lag_frames": 2,
+                       "lag_seconds": 3.25}
+    assert current == {"peer": "10.0.0.1:7", "since": 1000.0, "channels": 0, "lag_frames": 0,
+                       "lag_seconds": 0.0}
+    assert narrow.data() == [] and other.data() == ["x", "y"]
+
+
 def test_who_took_a_heartbeat_whole_lags_behind_nothing(bench):
     b = bench(heartbeat=10.0)
     peer = b.peer()

@@ -75,6 +75,26 @@ def test_what_is_no_beginning_is_a_400(server, since):
     assert answer.startswith(b"HTTP/1.1 200 " if good else b"HTTP/1.1 400 ")
 
 
+def test_the_earliest_is_what_is_kept_and_never_a_gap(server):
+    for number in range(100):
+        server.publish(str(number))
+    assert texts(server, "&last_event_id=earliest")[0].isdigit()
+
+
+def test_a_time_is_told_as_a_gap_only_if_something_newer_has_left():
+    """On the channels asked for, and in this epoch."""
+    log = Log(64, (500, 0))
+    for ms, channel in ((1000, None), (2000, "other"), (3000, None)):
+        log.append(b"x", (ms, 0), channel, 0.0)
+    log.evict()
+    log.evict()
+    assert log.locate_time(900, ()) == (2, "evicted") and log.locate_time(1000, ())[1]
+    assert log.locate_time(1001, ()) == (2, None)
+    assert log.locate_time(1001, ["other"]) == (2, "evicted")
+    log.append(b"x", (100, 0), None, 0.0)       # its ids went back: a new epoch
+    assert log.locate_time(50, ["other"]) == (3, None)
+
+
 def test_of_a_full_load_older_events_were_left_in_the_shared_log():
     log = Log(64)
     log.begin((1000, 0), -64)
