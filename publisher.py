@@ -48,7 +48,7 @@ logger = logging.getLogger("sse_server")
 class Publisher:
     """Fan one log out to all registered clients. heartbeat: see SSEServer; ValueError as there."""
 
-    def __init__(self, broadcast: Broadcast, heartbeat: float = 15.0) -> None:
+    def __init__(self, broadcast: Broadcast, heartbeat: float) -> None:
         if not 0 <= heartbeat < 1 << 31:
             raise ValueError("heartbeat must be a number from 0 on")
         self._broadcast = broadcast

@@ -44,8 +44,8 @@ class Broadcast:
     clock: monotonic seconds; wall: seconds since the epoch. Both are there for tests.
     """
 
-    def __init__(self, *, history: int = 1024, retry: float = 3.0, max_clients: int = 10000,
-                 patience: float = 5.0, clock: Callable[[], float] = time.monotonic,
+    def __init__(self, *, history: int, retry: float, max_clients: int, patience: float,
+                 clock: Callable[[], float] = time.monotonic,
                  wall: Callable[[], float] = time.time) -> None:
         if not all(0 <= option < 1 << 31 for option in (history, retry, max_clients, patience)):
             raise ValueError("history, retry, max_clients and patience must be numbers from 0 on")
@@ -188,7 +188,6 @@ class Broadcast:
         with self._mutex:
             if self._stop_by is None:
                 self._stop_by = self.clock() + seconds
-            self._moved.notify_all()
         self.wake()
 
     def abandon(self) -> None:

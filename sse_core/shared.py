@@ -164,7 +164,7 @@ class SharedLog:
 class Shared(Broadcast):
     """A Broadcast whose events, and their ids, come from a shared log. Options as there."""
 
-    def __init__(self, stream: SharedLog, *, history: int = 1024, **options: Any) -> None:
+    def __init__(self, stream: SharedLog, *, history: int, **options: Any) -> None:
         super().__init__(history=history, **options)
         self.stream = stream
         self._log = Log(history)

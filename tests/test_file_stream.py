@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 import requests
 
-from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, wait_until
+from helpers import KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, wait_until
 from sse_core import file_stream
 from sse_core.file_stream import FileStream
 from sse_core.shared import Draft, Shared
@@ -59,7 +59,7 @@ def publishing(path, history: int = 64, sync: bool = False):
     try:
         yield stream
     finally:
-        stream.follow(Shared(None), ended)
+        stream.follow(Shared(None, **KEPT), ended)
 
 
 def publisher(path, name: str, number: int) -> subprocess.Popen:

@@ -389,3 +389,5 @@ sys.exit(sse_server.main(["--port", "0", "--heartbeat", "0.1", *{source!r}]))
         errors = process.stderr.read()
         assert process.returncode == 1
         assert errors.count("Traceback") == 1 and "ZeroDivisionError: a fault" in errors
+        thread = {"publisher": "publisher", "sse_server": "accept"}.get(module, "source")
+        assert f"a fault ended the thread {thread}," in errors

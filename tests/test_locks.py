@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import PATIENCE, handshakes, wait_until
+from helpers import KEPT, PATIENCE, handshakes, wait_until
 from sse_core.broadcast import Broadcast
 from sse_core.clients import Opening, Subscription
 from sse_core.file_stream import FileStream, _File
@@ -105,7 +105,7 @@ SHARED = {
 def test_nobody_is_in_the_broadcast_while_another_is(sock, first, second):
     """The first has read the newest id, or is going through the clients: it asks for the time."""
     door = Door(lambda: BROADCAST[first](broadcast, client))
-    broadcast = Broadcast(clock=door, wall=lambda: 1000.0)
+    broadcast = Broadcast(**KEPT, clock=door, wall=lambda: 1000.0)
     broadcast.register(sock, OPENING)
     client, = broadcast.take()[0]
     client.rest, client.group = b"", SimpleNamespace(current={})
@@ -117,14 +117,14 @@ def test_nobody_is_in_the_broadcast_while_another_is(sock, first, second):
 
 def test_two_that_publish_at_once_get_two_ids_in_the_order_of_the_log():
     door = Door(lambda: ids.append(broadcast.publish("first")))
-    broadcast, ids = Broadcast(clock=door, wall=lambda: 1000.0), []
+    broadcast, ids = Broadcast(**KEPT, clock=door, wall=lambda: 1000.0), []
     assert waits(door, lambda: ids.append(broadcast.publish("second")))
     assert sorted(ids, key=parse_id) == ids and len(set(ids)) == 2
     assert [frame.id for frame in broadcast.take()[1]] == [*map(parse_id, ids)]
 
 
 def test_many_that_publish_and_register_are_all_counted(sock):
-    broadcast = Broadcast(history=10000, max_clients=100)
+    broadcast = Broadcast(**{**KEPT, "history": 10000, "max_clients": 100})
     ids, taken = [], []
 
     def publish():
@@ -141,7 +141,7 @@ def test_many_that_publish_and_register_are_all_counted(sock):
 
 def test_who_takes_all_clients_does_not_while_another_goes_through_them():
     door = Door(lambda: broadcast.describe_clients())
-    broadcast = Broadcast(clock=door)
+    broadcast = Broadcast(**KEPT, clock=door)
     broadcast.wake = door.enter         # after the stop, which would have waited for it
     assert waits(door, broadcast.close, enter=False)
 
@@ -161,19 +161,19 @@ class Stream:
 @pytest.mark.parametrize("second", SHARED)
 def test_nobody_changes_the_log_of_a_shared_one_while_another_is_in_it(second):
     door = Door(lambda: shared.describe_clients())
-    shared = Shared(Stream(), clock=door)
+    shared = Shared(Stream(), **KEPT, clock=door)
     assert waits(door, lambda: SHARED[second](shared))
 
 
 def test_who_waits_for_clients_looks_alone_whether_there_is_room():
     door, came = Door(lambda: shared.describe_clients()), []
-    shared = Shared(Stream(lambda: came.append(door.opened.is_set())), clock=door)
+    shared = Shared(Stream(lambda: came.append(door.opened.is_set())), **KEPT, clock=door)
     assert waits(door, lambda: shared.publish("x", wait=True)) and came == [True]
 
 
 def test_who_has_published_and_waits_says_so_alone():
     door = Door(lambda: shared.describe_clients())
-    shared = Shared(Stream(door.enter), clock=door)
+    shared = Shared(Stream(door.enter), **KEPT, clock=door)
     assert waits(door, lambda: shared.publish("x", wait=True), enter=False)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 import publisher
-from helpers import wait_until
+from helpers import KEPT, wait_until
 from publisher import STALL, Publisher
 from sse_core import frames
 from sse_core.broadcast import Broadcast, NotRunning, Unavailable
@@ -94,7 +94,7 @@ class Bench:
         self.watched = None                     # a thread of which it is told when it looks
         self.looked = threading.Event()         # at the clock, as who waits does at each turn
         make = partial(Shared, None) if options.pop("shared", False) else Broadcast
-        self.broadcast = make(clock=self.clock, wall=lambda: self.now, **options)
+        self.broadcast = make(clock=self.clock, wall=lambda: self.now, **{**KEPT, **options})
         self.publisher = Publisher(self.broadcast, heartbeat)
         self.publish = self.broadcast.publish
 
@@ -660,7 +660,7 @@ def test_a_client_that_joins_ahead_of_a_backlog_gets_nothing_twice(bench):
 def test_negative_options_are_a_value_error(bad):
     with pytest.raises(ValueError):
         heartbeat = bad.pop("heartbeat", 1.0)
-        Publisher(Broadcast(**bad), heartbeat)
+        Publisher(Broadcast(**{**KEPT, **bad}), heartbeat)
 
 
 def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
