@@ -235,8 +235,7 @@ class FileStream(SharedLog):
         return _reason(fault)
 
     def _recover(self) -> None:
-        if self.trouble:
-            self._try_to_write()
+        self._try_to_write()
 
     def _try_to_write(self, wait: bool = False) -> None:
         """Commit what there is, or nothing, if no other thread does; or wait for that."""

@@ -70,6 +70,7 @@ class RedisStream(SharedLog):
         try:
             return [new.decode() for new in pipe.execute()]
         except self._faults as error:
+            self.trouble = self._failed(error)
             raise Unavailable(f"Redis does not take events now ({type(error).__name__})") from None
 
     def _read(self) -> tuple[list[Row] | None, bool]:
@@ -95,15 +96,15 @@ class RedisStream(SharedLog):
         return self._new(rows), len(rows) < READ_COUNT
 
     def _newest(self) -> list[Row]:
-        page, _, self._gone = self._look("xrevrange")
+        page, _, gone = self._look("xrevrange")
         rows, size = page, 0
         while page and len(rows) < self._history and size < MAX_LOG:
             size += sum(len(row[4] or b"") for row in page)
-            last = rows[-1][:2]
-            page = self._redis.xrevrange(self._key, max=format_id(last), count=READ_COUNT + 1)
-            page = [row for row in _rows(page) if row[:2] != last]
+            page = _rows(self._redis.xrevrange(
+                self._key, max=format_id(rows[-1][:2]), count=READ_COUNT + 1))
+            page = page[1:] if page[:1] == rows[-1:] else []    # else it is another stream now
             rows += page
-        self._last = rows[0] if rows else None
+        self._last, self._gone = rows[0] if rows else None, gone    # not before all was read
         return self._new(rows[:self._history][::-1])
 
     def _look(self, command: str) -> tuple[list[Row], int, int]:
@@ -133,6 +134,14 @@ class RedisStream(SharedLog):
 
     def _failed(self, fault: Exception) -> str:
         return f"Redis is away ({type(fault).__name__})"
+
+    def _recover(self) -> None:
+        pipe = self._redis.pipeline(transaction=False)      # an event is queued, and not executed
+        pipe.execute_command("MULTI")
+        pipe.xadd(self._key, {"data": ""})
+        pipe.execute_command("DISCARD")
+        pipe.execute()
+        self.trouble = None
 
     def _close(self) -> None:
         self._redis.connection_pool.disconnect(inuse_connections=False)

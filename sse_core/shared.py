@@ -72,10 +72,11 @@ class SharedLog:
 
     def _turn(self, shared: Shared) -> float:
         """Read on, and say when that cannot be. Returns the seconds until the next turn."""
-        pause = 0.0
+        is_all = True
         try:
-            pause = self._poll if self._read_on(shared) else 0.0
-            self._recover()
+            is_all = self._read_on(shared)
+            if self.trouble:
+                self._recover()
         except self._faults as fault:
             self.trouble = self._failed(fault)
         trouble, away = self.trouble, self._pause > 0
@@ -84,7 +85,7 @@ class SharedLog:
             logger.warning(self._away, trouble)
         if away and not trouble:
             logger.warning(self._back)
-        return self._pause * random.uniform(0.5, 1.0) or pause
+        return (self._pause * random.uniform(0.5, 1.0) or self._poll) if is_all else 0.0
 
     def _read_on(self, shared: Shared) -> bool:
         """Add what is new, a batch at most. Returns whether that was all."""
@@ -150,8 +151,8 @@ class SharedLog:
         raise NotImplementedError
 
     def _recover(self) -> None:
-        """It could be read: note that there is no trouble, if so."""
-        self.trouble = None
+        """It can be read: see whether it takes events, too, and note that there is no trouble."""
+        raise NotImplementedError
 
     def _rest(self, stopping: threading.Event, seconds: float) -> None:
         """Wait until the next turn."""

@@ -225,6 +225,20 @@ def test_a_file_that_may_not_grow(path):
             assert texts(client) == [data for _, data in rows(path)] and not gaps(client)
 
 
+def test_who_cannot_write_still_reads_at_full_speed(path):
+    with watched(path, 2) as ((server, _), (client, _)):
+        post(server, "before")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (4096, -1))
+        refused(server)
+        began = time.monotonic()
+        with publishing(path) as stream:
+            for _ in range(16):
+                last = stream.publish([Draft("x")] * 500)[-1]
+            read_to_id(client, last)
+        assert time.monotonic() - began < 5 and not gaps(client)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
+
+
 def test_drafts_are_taken_all_or_none(path):
     with publishing(path) as stream:
         stream.publish([Draft("one")])

@@ -18,7 +18,8 @@ from helpers import PATIENCE, TOP, Client, wait_until
 from redis_server import store      # noqa: F401
 from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume
 from sse_core.broadcast import NotRunning
-from sse_core.shared import Event
+from sse_core.redis_stream import RedisStream
+from sse_core.shared import Event, Shared
 from sse_server import SSEServer
 
 
@@ -307,6 +308,78 @@ def test_while_redis_refuses_posts_are_503_and_then_all_goes_on(store):
         poster.post_until_taken()
         check_told(read_to(client, poster.texts[-1]), poster.texts)
         poster.close()
+
+
+@pytest.mark.parametrize("setting", ["maxmemory", "min-replicas-to-write"])
+def test_health_says_so_as_long_as_redis_is_read_and_takes_no_event(store, setting):
+    def reads() -> int:
+        return store.client.info("commandstats")["cmdstat_xread"]["calls"]
+
+    def health() -> int:
+        return requests.get(f"http://127.0.0.1:{server.port}/-/health", timeout=PATIENCE).status_code
+    with watched(store) as ((server,), (client,)):
+        post(server.port, "one").raise_for_status()
+        store.client.config_set(setting, 1)
+        assert post(server.port, "refused").status_code == 503
+        before = reads()
+        wait_until(lambda: reads() > before + 3)
+        assert health() == 503 and store.client.xlen("sse") == 1
+        store.client.config_set(setting, 0)
+        wait_until(lambda: health() == 200, timeout=2)
+        post(server.port, "two").raise_for_status()
+        assert names(read_to(client, "two")) == ["message", "message"]
+
+
+@contextmanager
+def at_the_second_page(store, monkeypatch, action):
+    """Yield what follows the stream, loaded; when it reads newest entries, action comes between."""
+    stream = RedisStream(store.url, "sse", 64)
+    shared, page = Shared(stream, history=64), stream._redis.xrevrange
+
+    def act_and_read(*values, **options):
+        monkeypatch.undo()
+        action()
+        return page(*values, **options)
+    try:
+        stream.load(shared, time.time())
+        monkeypatch.setattr(stream._redis, "xrevrange", act_and_read)
+        yield shared, lambda: shared._log.collect(shared._log.first, shared._log.next)[0]
+    finally:
+        stream._close()
+
+
+def test_a_fault_while_a_gap_is_looked_into_loses_no_gap(store, monkeypatch):
+    def fail():
+        store.client.config_set("requirepass", "secret")
+        store.client.client_kill_filter(_type="normal", skipme=True)
+    with at_the_second_page(store, monkeypatch, fail) as (shared, frames):
+        pipe = store.client.pipeline()
+        for number in range(50):
+            pipe.xadd("sse", {"data": str(number)})
+        pipe.xtrim("sse", maxlen=30, approximate=False).execute()
+        shared.stream._turn(shared)
+        assert shared.stream.trouble and not frames()
+        store.client.config_set("requirepass", "")
+        wait_until(lambda: shared.stream._turn(shared) == 0 and b"data: 49" in frames()[-1].chunk)
+        assert b"event: gap" in frames()[0].chunk and len(frames()) == 31
+
+
+def test_a_stream_that_is_made_anew_between_two_pages_is_not_mixed_with_the_old_one(
+        store, monkeypatch):
+    def make_anew():
+        store.client.delete("sse")
+        store.add("4-0", data="new")
+    with at_the_second_page(store, monkeypatch, make_anew) as (shared, frames):
+        add_many(store.client, trimmed=True, number=1)
+        pipe = store.client.pipeline()
+        pipe.delete("sse")
+        for number in range(50):
+            pipe.xadd("sse", {"data": str(number)}, id=f"5-{number}")
+        pipe.xtrim("sse", maxlen=30, approximate=False).execute()
+        for _ in range(3):
+            shared.stream._turn(shared)
+        assert [frame.id for frame in frames()] == [
+            None, *((5, number) for number in range(26, 50)), None, (4, 0)]
 
 
 def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
