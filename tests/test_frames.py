@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from sse_core import frames
-from sse_core.log import MAX_CHANNELS, MAX_LOG, SCAN, Batch, Log
+from sse_core.log import BATCH, MAX_CHANNELS, MAX_LOG, SCAN, Batch, Log
 from helpers import TOP
 from wire import Decoder, Event
 
@@ -239,3 +239,28 @@ def test_what_left_of_ten_thousand_channels_is_known_of_each():
     log.evict()
     assert log.lost(0, ["new"]) and not log.lost(1, ["new"])
     assert log.lost(1, ["c1"]) and not log.lost(2, ["c1"])
+
+
+def test_a_batch_is_64_kib_at_most_or_one_frame():
+    log = Log(64)
+    log.append(b"x" * 40, (1, 0), None, 0.0)
+    rest = BATCH - len(log.frame(0).chunk)
+    overhead = len(log.frame(0).chunk) - 40
+    for number, more in enumerate((0, 1), 1):
+        log.append(b"x" * (rest - overhead + more), (number + 1, 0), None, 0.0)
+    assert sum(len(log.frame(number).chunk) for number in (0, 1)) == BATCH
+    assert log.collect(0, 2)[1] == 2 and log.collect(0, 3)[1] == 2 and log.collect(2, 3)[1] == 3
+    log.append(b"x" * (rest - overhead + 1), (4, 0), None, 0.0)
+    assert log.collect(2, 4)[1] == 3
+
+
+@pytest.mark.parametrize("share, fit", [(1.0, 1000), (0.75, 750), (0.5, 500)])
+def test_a_share_of_the_log_is_one_of_its_bytes_and_of_its_frames(share, fit):
+    log = Log(64, size=1000)
+    log.append(b"x" * 69, (1, 0), None, 0.0)
+    used = len(log.frame(0).chunk)
+    assert log.fits(fit - used, share) and not log.fits(fit - used + 1, share)
+    log = Log(100)
+    while log.fits(10, share):
+        log.append(b"", (log.next + 1, 0), None, 0.0)
+    assert log.next == fit / 10

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from helpers import Client, ask, get
+from sse_core import http1, parameters
 from sse_core import log as log_module
 from sse_core.log import Log
 from sse_server import SSEServer
@@ -95,6 +96,37 @@ def test_a_time_is_told_as_a_gap_only_if_something_newer_has_left():
     assert log.locate_time(50, ["other"]) == (3, None)
 
 
+@pytest.mark.parametrize("since, begin", [
+    ("1s", 999_000), ("90s", 910_000), ("1.5m", 910_000), ("0.01h", 964_000), ("0.01d", 136_000),
+    ("7d", 1), ("900", 900_000), ("900.25", 900_250), ("0", 1)])
+def test_a_time_is_in_seconds_minutes_hours_or_days_ago_or_a_unix_time(since, begin):
+    request, _ = http1.parse(get(f"/?since={since}"))
+    assert parameters.start(request, 1000.0) == (f"{begin}-0", begin)
+
+
+def test_an_id_that_may_come_yet_is_waited_for_until_all_from_then_is_here():
+    log = Log(64, (5, 0))
+    log.complete_at = 7.0
+    assert log.can_locate((5, 0), 99.0) and log.can_locate(None, 99.0)
+    assert not log.can_locate((6, 0), 7.0) and log.can_locate((6, 0), 6.999)
+    log.is_loaded = False
+    assert not log.can_locate((5, 0), 0.0)
+
+
+def test_the_first_event_of_an_epoch_is_missed_if_it_has_left():
+    log = Log(64, (1, 0))
+    log.append(b"x", (10, 0), None, 0.0)
+    log.append(b"x", (3, 0), None, 0.0)         # its ids went back: a new epoch
+    log.append(b"x", (4, 0), None, 0.0)
+    log.evict(), log.evict()
+    assert log.locate((3, 0)) == (2, None) and log.locate((2, 9)) == (2, "unknown")
+    log = Log(64, (1, 0))
+    for ms in (10, 11):
+        log.append(b"x", (ms, 0), None, 0.0)
+    log.evict()
+    assert log.locate((1, 0)) == (1, "evicted") and log.locate((10, 0)) == (1, None)
+
+
 def test_of_a_full_load_older_events_were_left_in_the_shared_log():
     log = Log(64)
     log.begin((1000, 0), -64)
@@ -115,6 +147,10 @@ def test_what_latest_copies_for_a_client_is_bounded_and_the_newest_is_no_copy(mo
     assert log.locate_time(math.inf, "abcd") == (3, None)
     assert log.latest("a") == [] and log.locate_time(math.inf, "a") == (0, None)
     assert log.locate_time(math.inf, "x") == (4, None)
+    length = len(log.frame(1).chunk)
+    for bound, kept in ((2 * length, "bc"), (2 * length - 1, "c")):
+        monkeypatch.setattr(log_module, "MAX_LATEST", bound)
+        assert [each[-10:-9] for each in log.latest("abcd")] == [each.encode() for each in kept]
 
 
 def test_who_asks_for_the_latest_where_nothing_is_kept_is_told_where_it_stands(server):

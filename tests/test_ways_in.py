@@ -67,6 +67,15 @@ def test_many_events_in_one_post_are_published_in_order(server):
     assert [event.data for event in got] == [draft.data for _, draft in GOOD]
 
 
+@pytest.mark.parametrize("kind, is_list", [
+    ("application/x-ndjson", True), ("Application/X-NDJSON ; charset=utf-8", True),
+    ("application/x-ndjson;charset=utf-8", True), ("application/json", False),
+    ("application/x-ndjsonX", False), ("text/plain; application/x-ndjson", False)])
+def test_the_type_of_a_body_says_whether_its_lines_are_events(server, kind, is_list):
+    answer = post(server.port, f"/{PUBLISH_TOKEN}", b'{"data": "1"}', f"Content-Type: {kind}")
+    assert (b'"ids"' in answer, b'"id"' in answer) == (is_list, not is_list)
+
+
 @pytest.mark.parametrize("line, said", BAD[1:7], ids=range(6))
 def test_one_bad_line_and_none_is_published(server, line, said):
     with Client(server.port) as client:
