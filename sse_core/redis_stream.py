@@ -42,7 +42,7 @@ class RedisStream(SharedLog):
             raise ValueError("--redis needs the package redis: "
                              "python -m pip install redis") from None
         try:
-            urlsplit(url).port      # what it raises may quote the password
+            _ = urlsplit(url).port      # what it raises may quote the password
         except ValueError:
             raise ValueError("the URL of Redis has no host and port that can be: percent-encode "
                              "what is special in its password") from None

@@ -214,6 +214,23 @@ def test_only_so_many_requests_are_thought_about_at_a_time(monkeypatch):
             sock.close()
 
 
+def test_who_has_sent_what_we_had_no_time_to_read_is_not_cut():
+    """Nor is the accept loop held up by the time that the socket has for its peer."""
+    ours, peer = socket.socketpair()
+    ours.settimeout(PATIENCE)
+    slow = handshake.Handshake(ours, "", handshake.Handshakes(None, None, None))
+    with peer:
+        assert not slow.cut_if_idle(0.0)        # it cannot be cut yet
+        slow.safe_until = 0.0
+        peer.sendall(b"GET")
+        assert not slow.cut_if_idle(0.0)
+        assert ours.recv(3) == b"GET"
+        began = time.monotonic()
+        assert slow.cut_if_idle(0.0) and peer.recv(1) == b""
+        assert time.monotonic() - began < 1
+    slow.close()
+
+
 def test_when_nobody_can_be_cut_newcomers_queue_and_then_are_closed(monkeypatch):
     monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 2)
     monkeypatch.setattr(handshake, "MAX_QUEUE", 1)
