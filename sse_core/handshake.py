@@ -30,9 +30,10 @@ LINGER_TIME = 1.0           # seconds for a peer to take an answer, and to read 
 MAX_HANDSHAKES = 256        # unfinished requests that have a thread
 MAX_AT_WORK = 192           # of these, in `authorize` or publishing: nothing can cut those
 MAX_BODIES = 16 << 20       # bytes of bodies under way in all: 256 of 1 MiB were 282 MiB
-MAX_QUEUE = 1024            # that wait for a thread, because all are at work or in their GRACE
+MAX_QUEUE = 1024            # that wait for a thread, because all are at work, or in grace
 GRACE = 1.0                 # seconds that TLS waits for its peer to begin, and then in all, before
                             # it can be cut: peers may be busy, or far away
+MOMENT = 0.2                # seconds that a request has without TLS before it can be cut
 PIECE = 64 << 10            # bytes received at once
 
 T = TypeVar("T")
@@ -70,10 +71,10 @@ class Handshakes:
                                   name=f"handshake-{next(self._numbers)}", daemon=True)  # for ever
         with self._lock:
             if len(self._unfinished) >= MAX_HANDSHAKES:
-                self._cut_one()
                 is_taken = len(self._queue) < MAX_QUEUE
                 if is_taken:
                     self._queue.append(handshake)
+                self._make_room()
                 return is_taken
             self._unfinished[handshake] = thread
         try:
@@ -83,9 +84,14 @@ class Handshakes:
             return False
         return True
 
-    def _cut_one(self) -> None:
-        """Cut who was refused or has sent nothing, else the oldest; its thread takes the next."""
-        # TLS has its grace, but the less of it, the larger the crowd: no honest one fills the queue
+    def _make_room(self) -> None:
+        """Cut one if too few are cut for those that queue; its thread takes the next of these.
+
+        That is who was refused or has sent nothing, else the oldest.
+        """
+        if sum(each.is_cut for each in self._unfinished) >= len(self._queue):
+            return
+        # All have their grace, but the less, the larger the crowd: no honest one fills the queue
         before = time.monotonic() + GRACE * (len(self._queue) / MAX_QUEUE) ** 2
         waiting = (each for each in self._unfinished if each.safe_until <= before)
         for each in sorted(waiting, key=lambda each: not each.goes_first):
@@ -110,8 +116,7 @@ class Handshakes:
             following = self._queue.popleft() if self._queue else None
             if following:
                 self._unfinished[following] = thread
-            if self._queue:     # more came than could be cut: all had been already
-                self._cut_one()
+            self._make_room()       # more came than could be cut
             return following
 
     def renewed(self, handshake: Handshake) -> None:
@@ -134,11 +139,10 @@ class Handshakes:
         with self._lock:
             self._refused[status] = self._refused.get(status, 0) + 1
 
-    @property
-    def have_queue(self) -> bool:
-        """Whether somebody waits for a thread."""
+    def grace_ended(self) -> None:
+        """Let one that can be cut now make room for who came before."""
         with self._lock:
-            return bool(self._queue)
+            self._make_room()
 
     # Called from any thread
 
@@ -176,6 +180,7 @@ class Handshake:
         self._sock = sock
         self._is_ours = True            # False once it is registered, or closed
         self.safe_until = math.inf      # on the monotonic clock: when it can be cut
+        self.is_cut = False             # guarded by the lock of the others: it will be gone soon
         self.goes_first = True          # if one is to be cut: it sent nothing yet, or was refused
         self._peer = peer
         self._others = others           # among which it is when it has a thread
@@ -203,6 +208,7 @@ class Handshake:
                 return False
             if self.safe_until > before:    # it has just read that: so look in this order
                 return False
+        self.is_cut = True
         self.cut()
         return True
 
@@ -257,7 +263,7 @@ class Handshake:
     def run(self) -> None:
         """Answer a request, and more if the connection is kept; or register the client."""
         context = self._others.context
-        self.safe_until = self._deadline - HEAD_TIME + (GRACE if context else 0.0)
+        self.safe_until = self._deadline - HEAD_TIME + (GRACE if context else MOMENT)
         try:
             if context:
                 self._start_tls(context)
@@ -292,15 +298,14 @@ class Handshake:
         self.safe_until = time.monotonic() + grace
 
     def _patiently(self, receive: Callable[[], bytes]) -> bytes:
-        """Receive until the time is up: that of the request, or its grace if others queue."""
+        """Receive until the time is up: that of the request, or its grace if it is then cut."""
         now = time.monotonic()
         if now < self.safe_until:
             self._sock.settimeout(max(0.001, min(self.safe_until, self._deadline) - now))
             try:
                 return receive()
             except socket.timeout:
-                if self._others.have_queue:
-                    raise ConnectionAbortedError("others waited for its thread") from None
+                self._others.grace_ended()
         self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
         return receive()
 
@@ -406,7 +411,7 @@ class Handshake:
         """
         logger.debug("%s refused: %d %s", self._peer, refusal.status, refusal.text)
         self._others.refused(refusal.status)
-        self.goes_first = True
+        self.goes_first, self.safe_until = True, 0.0
         try:
             self._send(self._answers.refuse(refusal, request))
             until = time.monotonic() + LINGER_TIME
