@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import select
 import socket
 import ssl
 import threading
@@ -29,9 +30,10 @@ LINGER_TIME = 1.0           # seconds for a peer to take an answer, and to read 
 MAX_HANDSHAKES = 256        # unfinished requests that have a thread
 MAX_AT_WORK = 192           # of these, in `authorize` or publishing: nothing can cut those
 MAX_BODIES = 16 << 20       # bytes of bodies under way in all: 256 of 1 MiB were 282 MiB
-MAX_QUEUE = 1024            # that wait for a thread, because all are at work or in their GRACE
-HELLO_TIME = 0.1            # seconds that TLS has to begin before it can be cut: peers may be busy
-GRACE = 1.0                 # seconds that TLS has, once begun, before it can be cut: a round of it
+MAX_QUEUE = 1024            # that wait for a thread, because all are at work, or in grace
+GRACE = 1.0                 # seconds that TLS waits for its peer to begin, and then in all, before
+                            # it can be cut: peers may be busy, or far away
+MOMENT = 0.2                # seconds that a request has without TLS before it can be cut
 PIECE = 64 << 10            # bytes received at once
 
 T = TypeVar("T")
@@ -69,10 +71,10 @@ class Handshakes:
                                   name=f"handshake-{next(self._numbers)}", daemon=True)  # for ever
         with self._lock:
             if len(self._unfinished) >= MAX_HANDSHAKES:
-                self._cut_one()
                 is_taken = len(self._queue) < MAX_QUEUE
                 if is_taken:
                     self._queue.append(handshake)
+                self._make_room()
                 return is_taken
             self._unfinished[handshake] = thread
         try:
@@ -82,14 +84,19 @@ class Handshakes:
             return False
         return True
 
-    def _cut_one(self) -> None:
-        """Cut who was refused or has sent nothing, else the oldest; its thread takes the next."""
-        # TLS that has begun is spared, but not while a crowd waits that no honest one is
-        is_attack = len(self._queue) > MAX_QUEUE // 2
-        before = time.monotonic() + (GRACE if is_attack else 0.0)
-        waiting = [each for each in self._unfinished if each.safe_until <= before]
-        if waiting:
-            min(waiting, key=lambda each: not each.goes_first).cut()
+    def _make_room(self) -> None:
+        """Cut one if too few are cut for those that queue; its thread takes the next of these.
+
+        That is who was refused or has sent nothing, else the oldest.
+        """
+        if sum(each.is_cut for each in self._unfinished) >= len(self._queue):
+            return
+        # All have their grace, but the less, the larger the crowd: no honest one fills the queue
+        before = time.monotonic() + GRACE * (len(self._queue) / MAX_QUEUE) ** 2
+        waiting = (each for each in self._unfinished if each.safe_until <= before)
+        for each in sorted(waiting, key=lambda each: not each.goes_first):
+            if each.cut_if_idle(before):
+                break
 
     # Called by a handshake in its thread
 
@@ -109,8 +116,7 @@ class Handshakes:
             following = self._queue.popleft() if self._queue else None
             if following:
                 self._unfinished[following] = thread
-            if self._queue:     # more came than could be cut: all had been already
-                self._cut_one()
+            self._make_room()       # more came than could be cut
             return following
 
     def renewed(self, handshake: Handshake) -> None:
@@ -132,6 +138,11 @@ class Handshakes:
         """Count a request that was refused with this status."""
         with self._lock:
             self._refused[status] = self._refused.get(status, 0) + 1
+
+    def grace_ended(self) -> None:
+        """Let one that can be cut now make room for who came before."""
+        with self._lock:
+            self._make_room()
 
     # Called from any thread
 
@@ -169,11 +180,13 @@ class Handshake:
         self._sock = sock
         self._is_ours = True            # False once it is registered, or closed
         self.safe_until = math.inf      # on the monotonic clock: when it can be cut
+        self.is_cut = False             # guarded by the lock of the others: it will be gone soon
         self.goes_first = True          # if one is to be cut: it sent nothing yet, or was refused
         self._peer = peer
         self._others = others           # among which it is when it has a thread
         self._answers = others.answers
         self._received = b""            # of the request, so far
+        self._is_answered = False       # and can be cut, whatever it goes on to send
         self._is_whole = False          # the request: nothing more of it is under way
         self._held = 0                  # bytes of its body that are counted
         self._kept = False              # a request was answered, and the connection kept
@@ -187,6 +200,17 @@ class Handshake:
             self.safe_until = math.inf
             if self._is_ours:
                 _shut(self._sock, socket.SHUT_RDWR)
+
+    def cut_if_idle(self, before: float) -> bool:
+        """Cut it if it can be cut before then, and has read what came. Returns whether it did."""
+        with self._lock:
+            if self._is_ours and not self._is_answered and _has_input(self._sock):
+                return False
+            if self.safe_until > before:    # it has just read that: so look in this order
+                return False
+        self.is_cut = True
+        self.cut()
+        return True
 
     def close(self, lock: threading.Lock | None = None) -> None:
         """Close the socket, unless it is a client's."""
@@ -239,12 +263,12 @@ class Handshake:
     def run(self) -> None:
         """Answer a request, and more if the connection is kept; or register the client."""
         context = self._others.context
-        self.safe_until = time.monotonic() + (HELLO_TIME if context else 0.0)
+        self.safe_until = self._deadline - HEAD_TIME + (GRACE if context else MOMENT)
         try:
             if context:
                 self._start_tls(context)
             while self._serve():
-                self._kept, self._is_whole = True, False
+                self._kept, self._is_whole, self._is_answered = True, False, False
                 self._deadline = time.monotonic() + HEAD_TIME
                 self._others.renewed(self)
         except OSError as error:
@@ -253,20 +277,37 @@ class Handshake:
             self.close()
 
     def _start_tls(self, context: ssl.SSLContext) -> None:
-        self._wait(self._sock)
-        if not self._sock.recv(1, socket.MSG_PEEK):
+        if not self._patiently(lambda: _peek(self._sock)):
             raise ConnectionAbortedError("it sent nothing")
         self.goes_first = False
         with self._lock:
             sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
             self._sock = sock
-            self.safe_until = max(self.safe_until, time.monotonic() + GRACE)
-        self._wait(sock)
-        sock.do_handshake()
+        grace = GRACE
+        while True:
+            self.safe_until = math.inf      # the peer waits for us
+            sock.settimeout(0.0)
+            try:
+                sock.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                began = time.monotonic()
+                self.safe_until = began + grace
+                self._patiently(lambda: _peek(sock))
+                grace -= time.monotonic() - began
+        self.safe_until = time.monotonic() + grace
 
-    def _wait(self, sock: socket.socket) -> None:
-        """Let the next wait for the peer end with the time of its request."""
-        sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+    def _patiently(self, receive: Callable[[], bytes]) -> bytes:
+        """Receive until the time is up: that of the request, or its grace if it is then cut."""
+        now = time.monotonic()
+        if now < self.safe_until:
+            self._sock.settimeout(max(0.001, min(self.safe_until, self._deadline) - now))
+            try:
+                return receive()
+            except socket.timeout:
+                self._others.grace_ended()
+        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        return receive()
 
     def _work(self, work: Callable[[], T]) -> T:
         """Do what waits for no peer, so that a cut would not end it. Raises Refusal."""
@@ -349,8 +390,7 @@ class Handshake:
         try:
             if self._deadline <= time.monotonic():
                 raise socket.timeout
-            self._wait(self._sock)
-            data = self._sock.recv(PIECE)
+            data = self._patiently(lambda: self._sock.recv(PIECE))
         except socket.timeout:
             if self._kept and not self._received:   # a 408 could pass for the answer to what comes
                 return False
@@ -360,6 +400,7 @@ class Handshake:
         return bool(data)
 
     def _send(self, answer: bytes) -> None:
+        self._is_answered = True
         self._sock.settimeout(LINGER_TIME)
         self._sock.sendall(answer)
 
@@ -370,7 +411,7 @@ class Handshake:
         """
         logger.debug("%s refused: %d %s", self._peer, refusal.status, refusal.text)
         self._others.refused(refusal.status)
-        self.goes_first = True
+        self.goes_first, self.safe_until = True, 0.0
         try:
             self._send(self._answers.refuse(refusal, request))
             until = time.monotonic() + LINGER_TIME
@@ -380,6 +421,17 @@ class Handshake:
                     pass
         except OSError:         # it does not wait to be told why
             pass
+
+
+def _peek(sock: socket.socket) -> bytes:
+    """Wait for a byte, and leave it there; of TLS, too, whose own `recv` cannot."""
+    return socket.socket.recv(sock, 1, socket.MSG_PEEK)
+
+
+def _has_input(sock: socket.socket) -> bool:
+    poll = select.poll()        # MSG_DONTWAIT does wait, if the socket has a timeout
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _shut(sock: socket.socket, how: int) -> None:

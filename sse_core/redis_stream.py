@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from sse_core.broadcast import Unavailable
 from sse_core.frames import Draft, Id, format_id, parse_id
@@ -40,6 +41,11 @@ class RedisStream(SharedLog):
         except ImportError:
             raise ValueError("--redis needs the package redis: "
                              "python -m pip install redis") from None
+        try:
+            _ = urlsplit(url).port      # what it raises may quote the password
+        except ValueError:
+            raise ValueError("the URL of Redis has no host and port that can be: percent-encode "
+                             "what is special in its password") from None
         parse_url: Any = redis.connection.parse_url
         options = {"max_connections": CONNECTIONS, **parse_url(url)}
         options.update(     # over what the URL says; its own retries would add an event twice

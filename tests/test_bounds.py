@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,37 @@ def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
     assert silent[-1].recv(100).startswith(b"HTTP/1.1 200 OK")
     for sock in silent:
         sock.close()
+
+
+def test_a_request_in_two_pieces_gets_in_while_a_crowd_of_others_keeps_coming_back(
+        server, monkeypatch):
+    """Whose request came a moment after its connection was cut first, each time."""
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 8)
+    stopping = threading.Event()
+
+    def come_back():
+        while not stopping.is_set():
+            with connect(server.port) as sock:
+                sock.sendall(GET[:9])
+                sock.settimeout(0.01)
+                while not stopping.is_set():
+                    with suppress(socket.timeout):
+                        if not sock.recv(1):
+                            break
+    crowd = [threading.Thread(target=come_back) for _ in range(12)]
+    for each in crowd:
+        each.start()
+    try:
+        wait_until(lambda: handshakes() == 8)
+        for _ in range(5):
+            with Client(server.port, GET[:5]) as client:
+                time.sleep(handshake.MOMENT / 4)        # the time that the rest is on its way
+                client.sock.sendall(GET[5:])
+                assert client.open().stream.status == 200
+    finally:
+        stopping.set()
+        for each in crowd:
+            each.join()
 
 
 def test_a_dribbling_request_is_cut_by_the_total(server, monkeypatch):
@@ -237,6 +269,23 @@ def test_only_so_many_requests_are_thought_about_at_a_time(monkeypatch):
         for sock in slow:
             assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
             sock.close()
+
+
+def test_who_has_sent_what_we_had_no_time_to_read_is_not_cut():
+    """Nor is the accept loop held up by the time that the socket has for its peer."""
+    ours, peer = socket.socketpair()
+    ours.settimeout(PATIENCE)
+    slow = handshake.Handshake(ours, "", handshake.Handshakes(None, None, None))
+    with peer:
+        assert not slow.cut_if_idle(0.0)        # it cannot be cut yet
+        slow.safe_until = 0.0
+        peer.sendall(b"GET")
+        assert not slow.cut_if_idle(0.0)
+        assert ours.recv(3) == b"GET"
+        began = time.monotonic()
+        assert slow.cut_if_idle(0.0) and peer.recv(1) == b""
+        assert time.monotonic() - began < 1
+    slow.close()
 
 
 def test_when_nobody_can_be_cut_newcomers_queue_and_then_are_closed(monkeypatch):

@@ -127,6 +127,29 @@ def test_chunks_that_cannot_be_are_refused_and_publish_nothing(open_server, body
         assert client.read_events(1)[0].data == "the first"
 
 
+ONE = get(f"/{PUBLISH_TOKEN}", "Content-Length: 3", method="POST") + b"one"
+
+
+@pytest.mark.parametrize("bad, status", [
+    (CHUNKED + b"0x3\r\nbad\r\n0\r\n\r\n", 400), (CHUNKED + b"3;\nbad\r\n0\r\n\r\n", 400),
+    (ONE[:-3].replace(b"3", b"2") + b"\xff\xfe", 400), (b"garbage\r\n\r\n", 400),
+    (ONE.replace(b" HTTP", b"?chanel=a HTTP"), 400), (ONE.replace(b"h: 3", b"h: 3, 3"), 400),
+    (ONE.replace(b"Content-Length: 3", b"Transfer-Encoding: chunked, chunked"), 501),
+    (CHUNKED.replace(b"chunked", b"xchunked") + b"0\r\n\r\n", 501),
+    (ONE.replace(b"Host: x", b"Transfer-Encoding: chunked\r\nHost: x"), 400),
+    (ONE.replace(PUBLISH_TOKEN.encode(), b"wrong"), 401), (ONE.replace(b"POST", b"PUT"), 405),
+    (ONE.replace(b"POST", b"GET"), 400), (get("/", method="HEAD"), 200),
+    (get("/", method="OPTIONS"), 204), (ONE.replace(b"/1.1", b"/1.0"), 200)],
+    ids=lambda value: repr(value)[:50])
+def test_what_follows_one_that_is_refused_or_closes_is_never_done(open_server, bad, status):
+    with Client(open_server.port) as client:
+        client.open()
+        assert b"HTTP/1.1 %d " % status in ask(open_server.port, ONE + bad + b"\r\n" + ONE)
+        open_server.publish("the end")
+        done = [event.data for event in client.read_until_data("the end")]
+        assert done == ["one"] * (2 if b"HTTP/1.0" in bad else 1) + ["the end"]
+
+
 def test_a_chunked_body_that_is_cut_short_is_not_published(open_server):
     with Client(open_server.port) as client, connect(open_server.port) as sock:
         client.open()

@@ -316,7 +316,9 @@ def test_without_the_package_one_line_says_what_to_install(tmp_path):
 @pytest.mark.parametrize("url, says", [
     ("nonsense", "redis://"), ("redis://:hidden@127.0.0.1:1/0?db=x", "db"),
     ("redis://:hidden@127.0.0.1:1/0?db_=1", "db_"),
-    ("redis://:hidden@127.0.0.1:1/0?max_connections=-1", "max_connections")])
+    ("redis://:hidden@127.0.0.1:1/0?max_connections=-1", "max_connections"),
+    ("redis://:hidden/more@127.0.0.1:1/0", "percent-encode"),
+    ("redis://:hidden:6379:1", "percent-encode"), ("redis://:hidden[@h:1", "percent-encode")])
 def test_a_bad_url_is_one_line_without_its_password(url, says):
     done = subprocess.run([sys.executable, TOP / "sse_server.py", "--port", "0", "--redis", url],
                           text=True, capture_output=True, stdin=subprocess.DEVNULL,
