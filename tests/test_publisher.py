@@ -446,20 +446,33 @@ def test_who_waits_for_room_when_it_stops_is_refused_and_publishes_nothing(bench
     assert raised and b.publisher.figures()["events"] == 48
 
 
+@pytest.mark.parametrize("patience, awaited", [(0, False), (5.0, True)])
+def test_without_patience_nobody_is_waited_for_not_for_a_moment(bench, patience, awaited):
+    b = bench(history=64, patience=patience)
+    b.peer(narrow=True)
+    b.turn()
+    b.publish("x")
+    b.turn()
+    clients = b.broadcast.clients
+    assert len(clients.lagging) == 1
+    assert clients.floor(b.broadcast.fanned_out, b.now) == (0 if awaited else 1)
+    assert clients.have(1, b.now) != awaited
+
+
 def test_the_list_says_how_far_behind_a_client_is(bench):
     b = bench(history=64)
+    b.now += 0.25049
     narrow, other = b.peer(narrow=True, channels=["a"]), b.peer(peer="10.0.0.1:7")
     b.turn()
-    b.now += 2.0004
     b.publish("x")
     b.publish("y")
     b.turn()
-    b.now += 3.25
+    b.now += 3.25049
     b.turn()
     lagging, current = b.broadcast.describe_clients()
-    assert lagging == {"peer": "", "since": 1000.0, "channels": 1, "lag_frames": 2,
+    assert lagging == {"peer": "", "since": 1000.25, "channels": 1, "lag_frames": 2,
                        "lag_seconds": 3.25}
-    assert current == {"peer": "10.0.0.1:7", "since": 1000.0, "channels": 0, "lag_frames": 0,
+    assert current == {"peer": "10.0.0.1:7", "since": 1000.25, "channels": 0, "lag_frames": 0,
                        "lag_seconds": 0.0}
     assert narrow.data() == [] and other.data() == ["x", "y"]
 
