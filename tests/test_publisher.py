@@ -446,6 +446,25 @@ def test_who_waits_for_room_when_it_stops_is_refused_and_publishes_nothing(bench
     assert raised and b.publisher.figures()["events"] == 48
 
 
+def test_stop_gives_a_slow_client_a_second_and_a_fault_none(bench):
+    b = bench()
+    b.peer(narrow=True)
+    b.turn()
+    b.publish("x")
+    b.turn()
+    b.broadcast.stop()
+    b.now += 0.99
+    assert not b.broadcast.done()
+    b.broadcast.stop()      # again: it gives no second more
+    b.now += 0.01
+    assert b.broadcast.done()
+    other = bench()
+    other.peer(narrow=True)
+    other.turn()
+    other.broadcast.fail(ZeroDivisionError())
+    assert other.broadcast.done()
+
+
 @pytest.mark.parametrize("patience, awaited", [(0, False), (5.0, True)])
 def test_without_patience_nobody_is_waited_for_not_for_a_moment(bench, patience, awaited):
     b = bench(history=64, patience=patience)
@@ -1067,6 +1086,14 @@ def test_a_thread_that_is_given_the_number_of_a_publisher_that_ended_may_drain(b
     b.broadcast.stop()
     b.publisher.run()
     b.broadcast.drain()
+
+
+@pytest.mark.parametrize("call", ["drain", "refuse_inside"])
+def test_who_interrupts_his_own_publish_waits_for_nothing(bench, call):
+    b = bench()
+    b.publish("x")
+    with b.broadcast._mutex, pytest.raises(RuntimeError, match="signal handler"):
+        getattr(b.broadcast, call)()
 
 
 def test_publish_inside_a_publish_of_the_same_thread_is_refused_or_done_never_stuck(bench):
