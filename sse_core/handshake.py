@@ -33,7 +33,8 @@ MAX_BODIES = 16 << 20       # bytes of bodies under way in all: 256 of 1 MiB wer
 MAX_QUEUE = 1024            # that wait for a thread, because all are at work, or in grace
 GRACE = 1.0                 # seconds that TLS waits for its peer to begin, and then in all, before
                             # it can be cut: peers may be busy, or far away
-MOMENT = 0.2                # seconds that a request has without TLS before it can be cut
+MOMENT = 0.2                # seconds that without TLS one waits for its peer in all before it can
+                            # be cut, and each time for it to take an answer
 PIECE = 64 << 10            # bytes received at once
 
 T = TypeVar("T")

@@ -290,7 +290,7 @@ def test_who_has_sent_what_we_had_no_time_to_read_is_not_cut():
 
 
 def test_what_comes_when_the_time_is_up_is_not_received():
-    """A TLS hello in records of a byte each, one in less than a millisecond, held on for minutes."""
+    """A TLS hello in records of a byte each, a millisecond apart at most, held on for minutes."""
     ours, peer = socket.socketpair()
     late = handshake.Handshake(ours, "", handshake.Handshakes(None, None, None))
     late._deadline = time.monotonic()
