@@ -1,5 +1,6 @@
 """The publisher without its thread: turned by hand, over socket pairs, by a clock of the test's."""
 import errno
+import gc
 import json
 import logging
 import math
@@ -1162,6 +1163,7 @@ def test_the_pipe_is_closed_when_nobody_writes_to_it_any_more():
         sys.setprofile(stop_before_the_system_call)
         broadcast.wake()
     arrived, closed = threading.Event(), threading.Event()
+    gc.collect()        # what earlier tests have left is not closed meanwhile
     before = os.listdir("/dev/fd")
     broadcast = Broadcast(**KEPT)
     publisher = Publisher(broadcast, 15.0)
