@@ -65,7 +65,8 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
     ("--sync", bool, False, "what is in that file survives a power failure, too; slower"),
     ("--reuse-port", bool, False, "let other servers that say so listen on the same port"),
     ("--patience SECONDS", seconds, 5.0,
-     "how long --stdin waits for a slow client that makes no progress (default %(default)g; 0: not at all)"),
+     "how long --stdin waits for a slow client that makes no progress (default %(default)g; "
+     "0: not at all)"),
     ("--token TOKEN", list, [],
      "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
     ("--publish-token TOKEN", list, [],

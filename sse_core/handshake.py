@@ -17,7 +17,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from itertools import count
-from typing import Callable, TypeVar
+from typing import Any, Callable, ContextManager, TypeVar
 
 from sse_core import http1
 from sse_core.answers import Answers
@@ -33,7 +33,8 @@ MAX_BODIES = 16 << 20       # bytes of bodies under way in all: 256 of 1 MiB wer
 MAX_QUEUE = 1024            # that wait for a thread, because all are at work, or in grace
 GRACE = 1.0                 # seconds that TLS waits for its peer to begin, and then in all, before
                             # it can be cut: peers may be busy, or far away
-MOMENT = 0.2                # seconds that a request has without TLS before it can be cut
+MOMENT = 0.2                # seconds that without TLS one waits for its peer in all before it can
+                            # be cut, and each time for it to take an answer
 PIECE = 64 << 10            # bytes received at once
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ class Handshakes:
 
         That is who was refused or has sent nothing, else the oldest.
         """
-        if sum(each.is_cut for each in self._unfinished) >= len(self._queue):
+        if not self._queue or sum(each.is_cut for each in self._unfinished) >= len(self._queue):
             return
         # All have their grace, but the less, the larger the crowd: no honest one fills the queue
         before = time.monotonic() + GRACE * (len(self._queue) / MAX_QUEUE) ** 2
@@ -176,20 +177,22 @@ class Handshake:
     """One connection, from accept until it is closed or its socket is registered."""
 
     def __init__(self, sock: socket.socket, peer: str, others: Handshakes) -> None:
-        self._lock = threading.Lock()   # guards the next three: `cut` never meets a client's socket
+        self._lock = threading.RLock()  # guards the next four: `cut` never meets a client's socket
         self._sock = sock
         self._is_ours = True            # False once it is registered, or closed
-        self.safe_until = math.inf      # on the monotonic clock: when it can be cut
-        self.is_cut = False             # guarded by the lock of the others: it will be gone soon
+        self.safe_until = math.inf      # on the monotonic clock: when it can be cut, which is only
+                                        # while it waits for its peer
+        self.is_cut = False             # it will be gone soon
         self.goes_first = True          # if one is to be cut: it sent nothing yet, or was refused
         self._peer = peer
         self._others = others           # among which it is when it has a thread
         self._answers = others.answers
         self._received = b""            # of the request, so far
-        self._is_answered = False       # and can be cut, whatever it goes on to send
+        self._is_refused = False        # and can be cut, whatever it goes on to send
         self._is_whole = False          # the request: nothing more of it is under way
         self._held = 0                  # bytes of its body that are counted
         self._kept = False              # a request was answered, and the connection kept
+        self._grace = GRACE if others.context else MOMENT   # that is left
         self._deadline = time.monotonic() + HEAD_TIME
 
     # Called from any thread
@@ -197,22 +200,20 @@ class Handshake:
     def cut(self) -> None:
         """End the connection, unless it is a client's: `run` returns soon."""
         with self._lock:
-            self.safe_until = math.inf
+            self.is_cut = True
             if self._is_ours:
                 _shut(self._sock, socket.SHUT_RDWR)
 
     def cut_if_idle(self, before: float) -> bool:
-        """Cut it if it can be cut before then, and has read what came. Returns whether it did."""
+        """Cut it if it can be cut before then, and nothing has come. Returns whether it did."""
         with self._lock:
-            if self._is_ours and not self._is_answered and _has_input(self._sock):
-                return False
-            if self.safe_until > before:    # it has just read that: so look in this order
-                return False
-        self.is_cut = True
-        self.cut()
-        return True
+            is_idle = self._is_ours and self.safe_until <= before and (
+                self._is_refused or not _has_input(self._sock, 0.0))
+            if is_idle:
+                self.cut()
+            return is_idle
 
-    def close(self, lock: threading.Lock | None = None) -> None:
+    def close(self, lock: ContextManager[Any] | None = None) -> None:
         """Close the socket, unless it is a client's."""
         with lock or self._lock:
             if self._is_ours:
@@ -262,13 +263,11 @@ class Handshake:
 
     def run(self) -> None:
         """Answer a request, and more if the connection is kept; or register the client."""
-        context = self._others.context
-        self.safe_until = self._deadline - HEAD_TIME + (GRACE if context else MOMENT)
         try:
-            if context:
-                self._start_tls(context)
+            if self._others.context:
+                self._start_tls(self._others.context)
             while self._serve():
-                self._kept, self._is_whole, self._is_answered = True, False, False
+                self._kept, self._is_whole = True, False
                 self._deadline = time.monotonic() + HEAD_TIME
                 self._others.renewed(self)
         except OSError as error:
@@ -283,45 +282,45 @@ class Handshake:
         with self._lock:
             sock = context.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
             self._sock = sock
-        grace = GRACE
-        while True:
-            self.safe_until = math.inf      # the peer waits for us
-            sock.settimeout(0.0)
-            try:
-                sock.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                began = time.monotonic()
-                self.safe_until = began + grace
-                self._patiently(lambda: _peek(sock))
-                grace -= time.monotonic() - began
-        self.safe_until = time.monotonic() + grace
+        self._grace = GRACE
+        self._patiently(sock.do_handshake)
 
-    def _patiently(self, receive: Callable[[], bytes]) -> bytes:
-        """Receive until the time is up: that of the request, or its grace if it is then cut."""
-        now = time.monotonic()
-        if now < self.safe_until:
-            self._sock.settimeout(max(0.001, min(self.safe_until, self._deadline) - now))
+    def _patiently(self, receive: Callable[[], T]) -> T:
+        """Receive, and wait for that as long as it wants more. Raises socket.timeout."""
+        self._sock.settimeout(0.0)
+        while time.monotonic() < self._deadline:
             try:
                 return receive()
-            except socket.timeout:
-                self._others.grace_ended()
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
-        return receive()
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self._wait()
+        raise socket.timeout("its time was up")
+
+    def _wait(self) -> None:
+        """Wait for the peer until the deadline. Raises ConnectionAbortedError if it is cut.
+
+        What has come stays where `cut_if_idle` sees it until it cannot be cut any more.
+        """
+        began = time.monotonic()
+        self.safe_until = began + self._grace
+        if self._grace <= 0 or not _has_input(self._sock, min(self._grace, self._deadline - began)):
+            self._others.grace_ended()
+            _has_input(self._sock, self._deadline - time.monotonic())
+        with self._lock:
+            self.safe_until = math.inf
+            if self.is_cut:
+                raise ConnectionAbortedError("it was cut")
+        self._grace -= time.monotonic() - began
 
     def _work(self, work: Callable[[], T]) -> T:
         """Do what waits for no peer, so that a cut would not end it. Raises Refusal."""
         if not self._others.at_work.acquire(blocking=False):
             raise Refusal(503, "This server has too many requests to think about. Try again "
                                "later.", ["Retry-After: 5"])
-        with self._lock:
-            before, self.safe_until = self.safe_until, math.inf
         try:
             return work()
         except OSError as error:        # of a program's function: the peer has not left
             raise RuntimeError("the request could not be thought about") from error
         finally:
-            self.safe_until = before
             self._others.at_work.release()
 
     def _serve(self) -> bool:
@@ -388,8 +387,6 @@ class Handshake:
     def _receive(self) -> bool:
         """Add to `_received`; False at the end of the stream. Raises Refusal when time is up."""
         try:
-            if self._deadline <= time.monotonic():
-                raise socket.timeout
             data = self._patiently(lambda: self._sock.recv(PIECE))
         except socket.timeout:
             if self._kept and not self._received:   # a 408 could pass for the answer to what comes
@@ -400,9 +397,10 @@ class Handshake:
         return bool(data)
 
     def _send(self, answer: bytes) -> None:
-        self._is_answered = True
+        self.safe_until = time.monotonic() + MOMENT
         self._sock.settimeout(LINGER_TIME)
         self._sock.sendall(answer)
+        self.safe_until = math.inf
 
     def _refuse(self, refusal: Refusal, request: Request | None) -> None:
         """Send a refusal. If the peer may still be sending, give it time to read that.
@@ -411,9 +409,10 @@ class Handshake:
         """
         logger.debug("%s refused: %d %s", self._peer, refusal.status, refusal.text)
         self._others.refused(refusal.status)
-        self.goes_first, self.safe_until = True, 0.0
+        self.goes_first = self._is_refused = True
         try:
             self._send(self._answers.refuse(refusal, request))
+            self.safe_until = 0.0
             until = time.monotonic() + LINGER_TIME
             if not self._is_whole:
                 _shut(self._sock, socket.SHUT_WR)
@@ -424,14 +423,15 @@ class Handshake:
 
 
 def _peek(sock: socket.socket) -> bytes:
-    """Wait for a byte, and leave it there; of TLS, too, whose own `recv` cannot."""
+    """Receive a byte, and leave it there; of TLS, too, whose own `recv` cannot."""
     return socket.socket.recv(sock, 1, socket.MSG_PEEK)
 
 
-def _has_input(sock: socket.socket) -> bool:
+def _has_input(sock: socket.socket, seconds: float) -> bool:
+    """Wait so long until there is something to be received, or an end or a fault."""
     poll = select.poll()        # MSG_DONTWAIT does wait, if the socket has a timeout
     poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(max(0, math.ceil(seconds * 1000))))
 
 
 def _shut(sock: socket.socket, how: int) -> None:

@@ -1,5 +1,6 @@
 """What one peer can cost: every bound is hit once."""
 import errno
+import math
 import os
 import socket
 import subprocess
@@ -285,6 +286,53 @@ def test_who_has_sent_what_we_had_no_time_to_read_is_not_cut():
         began = time.monotonic()
         assert slow.cut_if_idle(0.0) and peer.recv(1) == b""
         assert time.monotonic() - began < 1
+    slow.close()
+
+
+def test_what_comes_when_the_time_is_up_is_not_received():
+    """A TLS hello in records of a byte each, a millisecond apart at most, held on for minutes."""
+    ours, peer = socket.socketpair()
+    late = handshake.Handshake(ours, "", handshake.Handshakes(None, None, None))
+    late._deadline = time.monotonic()
+    with peer:
+        peer.sendall(b"x")
+        with pytest.raises(socket.timeout):
+            late._patiently(lambda: ours.recv(1))
+    late.close()
+
+
+def test_who_is_sent_100_continue_has_not_been_answered():
+    ours, peer = socket.socketpair()
+    slow = handshake.Handshake(ours, "", handshake.Handshakes(None, None, None))
+    with peer:
+        slow._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        slow.safe_until = 0.0
+        peer.sendall(b"its body")
+        assert not slow.cut_if_idle(0.0)
+    slow.close()
+
+
+def test_what_comes_while_one_is_cut_is_not_done():
+    """It was published, and nobody was told."""
+    ours, peer = socket.socketpair()
+    slow = handshake.Handshake(ours, "", handshake.Handshakes(None, None, None))
+    ends = []
+
+    def receive():
+        try:
+            ends.append(slow._patiently(lambda: ours.recv(100)))
+        except ConnectionAbortedError as error:
+            ends.append(str(error))
+    thread = threading.Thread(target=receive)
+    with peer:
+        with slow._lock:
+            thread.start()
+            wait_until(lambda: slow.safe_until < math.inf)
+            peer.sendall(b"POST")
+            thread.join(0.05)       # it has seen that, and waits for the lock
+            slow.cut()
+        thread.join()
+    assert ends == ["it was cut"]
     slow.close()
 
 

@@ -5,6 +5,7 @@ does not wait is done in a moment; on a busy machine it may take longer: then a 
 fails never.
 """
 import fcntl
+import math
 import os
 import socket
 import ssl
@@ -222,12 +223,12 @@ def test_many_that_hold_bodies_and_are_refused_are_all_counted():
     assert others.refusals == {"404": 4000} and others._held == 0
 
 
-@pytest.mark.parametrize("second", ["cut", "close", "work"])
+@pytest.mark.parametrize("second", ["cut", "close", "cut_if_idle"])
 def test_nobody_cuts_or_closes_a_socket_while_it_becomes_a_clients(pair, second):
     door = Door(lambda: handshake._hand_over(OPENING))
     handshake = Handshake(pair[0], "", Handshakes(SimpleNamespace(), lambda *_: bool(door()), None))
     calls = {"cut": handshake.cut, "close": handshake.close,
-             "work": lambda: handshake._work(lambda: None)}
+             "cut_if_idle": lambda: handshake.cut_if_idle(math.inf)}
     assert waits(door, calls[second])
     assert pair[0].send(b"x") and pair[1].recv(1) == b"x"
 

@@ -1,8 +1,10 @@
 """The publisher without its thread: turned by hand, over socket pairs, by a clock of the test's."""
 import errno
+import gc
 import json
 import logging
 import math
+import os
 import random
 import socket
 import sys
@@ -14,7 +16,7 @@ from functools import partial
 import pytest
 
 import publisher
-from helpers import KEPT, wait_until
+from helpers import KEPT, PATIENCE, wait_until
 from publisher import STALL, Publisher
 from sse_core import frames
 from sse_core.broadcast import Broadcast, NotRunning, Unavailable
@@ -1188,3 +1190,27 @@ def test_clients_that_resume_before_the_log_is_loaded_wait_for_it(bench):
     b.broadcast.add(Event((11, 0), b"data: 11\r\n\r\n", None))
     b.turn(2)
     assert new.data() == ["11"] and old.data()[-1] == "11"
+
+
+def test_the_pipe_is_closed_when_nobody_writes_to_it_any_more():
+    """Its number was given to a file between the decision to wake and the system call."""
+    def stop_before_the_system_call(_frame, event, function):
+        if event == "c_call" and function.__name__ == "write":
+            arrived.set()
+            closed.wait(PATIENCE)
+
+    def wake():
+        sys.setprofile(stop_before_the_system_call)
+        broadcast.wake()
+    arrived, closed = threading.Event(), threading.Event()
+    gc.collect()        # what earlier tests have left is not closed meanwhile
+    before = os.listdir("/dev/fd")
+    broadcast = Broadcast(**KEPT)
+    publisher = Publisher(broadcast, 15.0)
+    waker = in_a_thread(wake)
+    assert arrived.wait(PATIENCE)
+    publisher.close()
+    assert len(os.listdir("/dev/fd")) == len(before) + 2
+    closed.set()
+    waker.join()
+    assert os.listdir("/dev/fd") == before

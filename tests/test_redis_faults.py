@@ -316,7 +316,8 @@ def test_health_says_so_as_long_as_redis_is_read_and_takes_no_event(store, setti
         return store.client.info("commandstats")["cmdstat_xread"]["calls"]
 
     def health() -> int:
-        return requests.get(f"http://127.0.0.1:{server.port}/-/health", timeout=PATIENCE).status_code
+        url = f"http://127.0.0.1:{server.port}/-/health"
+        return requests.get(url, timeout=PATIENCE).status_code
     with watched(store) as ((server,), (client,)):
         post(server.port, "one").raise_for_status()
         store.client.config_set(setting, 1)
