@@ -79,7 +79,7 @@ class FileStream(SharedLog):
         # And this belongs to the thread that follows, and to `load` before there is one
         self._reader = _File(path, sync)
         self._news = threading.Event()          # there may be something to read
-        self._is_own = True                     # it may be from this process
+        self._is_own = False                    # it may be from this process
         self._file: Id | None = None            # which it was, when the newest rows were read
         self._highest: Id = (0, 0)              # that was ever read
         self._seen: tuple[Any, ...] = ()        # connection, and its version that was read whole
@@ -159,8 +159,8 @@ class FileStream(SharedLog):
         """Commit drafts; without any, something all the same. Returns the ids they got."""
         connection, ids = self._writer.connection(), []
         _insist(lambda: connection.execute("begin immediate"), seconds)
-        last = _id(connection.execute(_NEWEST_ID, (0,)).fetchone() or (0, 0))
-        last, now = max(last, self._written, self._highest), int(time.time() * 1000)
+        newest = map(_id, connection.execute(_NEWEST_ID, (0,)).fetchall())
+        last, now = max(self._written, self._highest, *newest), int(time.time() * 1000)
         for _ in drafts:
             last = (now, 0) if now > last[0] else (last[0], last[1] + 1)
             ids.append(last)
@@ -201,7 +201,7 @@ class FileStream(SharedLog):
             return [], True
         self._poll = self._poll if self._is_own else POLL       # somebody has committed
         connection, last = seen[0], self._last and self._last[:2]
-        rows, is_all = _fetch(connection, _FROM, last or (0, -1), READ_COUNT, READ_BYTES)
+        rows, is_all = _fetch(connection, _FROM, last or (0, 0), READ_COUNT, READ_BYTES)
         if last:    # another file may have it, too: a copy from before what was lost
             is_lost = not rows or rows.pop(0)[:2] != last or self._file != self._reader.identity
         else:       # nothing to stand on: it may not be another file, nor have been trimmed
@@ -334,7 +334,6 @@ class _File:
     def _set_up(self, connection: sqlite3.Connection) -> None:
         """Make sure that the file is ours and can be written; make a table in an empty one."""
         connection.text_factory = bytes
-        connection.rollback()       # of a try that found it locked
         application, version, tables = (connection.execute(query).fetchone()[0] for query in (
             "pragma application_id", "pragma user_version", "select count(*) from sqlite_master"))
         is_empty = (application, version, tables) == (0, 0, 0)

@@ -145,9 +145,9 @@ class Record:
         else:
             tests = self._tests[f"{mutant.module}:{mutant.place}"]
         is_lock, is_redis = mutant.operator == "lock", "redis" in mutant.module
-        return sorted((test for test in tests if is_redis or "test_redis" not in test), key=lambda
-                      test: (not (is_lock and "test_locks" in test),
-                             (self.seconds[test] + 0.02) / (1 + self._kills[test])))
+        tests = {test for test in tests if is_redis or "test_redis" not in test} or tests
+        return sorted(tests, key=lambda test: (
+            not (is_lock and "test_locks" in test), (self.seconds[test] + 0.02) / (1 + self._kills[test])))
 
     def killed(self, test: str) -> None:
         self._kills[test] += 1

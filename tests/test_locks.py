@@ -161,19 +161,19 @@ class Stream:
 @pytest.mark.parametrize("second", SHARED)
 def test_nobody_changes_the_log_of_a_shared_one_while_another_is_in_it(second):
     door = Door(lambda: shared.describe_clients())
-    shared = Shared(Stream(), clock=door)
+    shared = Shared(Stream(), history=64, clock=door)
     assert waits(door, lambda: SHARED[second](shared))
 
 
 def test_who_waits_for_clients_looks_alone_whether_there_is_room():
     door, came = Door(lambda: shared.describe_clients()), []
-    shared = Shared(Stream(lambda: came.append(door.opened.is_set())), clock=door)
+    shared = Shared(Stream(lambda: came.append(door.opened.is_set())), history=64, clock=door)
     assert waits(door, lambda: shared.publish("x", wait=True)) and came == [True]
 
 
 def test_who_has_published_and_waits_says_so_alone():
     door = Door(lambda: shared.describe_clients())
-    shared = Shared(Stream(door.enter), clock=door)
+    shared = Shared(Stream(door.enter), history=64, clock=door)
     assert waits(door, lambda: shared.publish("x", wait=True), enter=False)
 
 

@@ -106,7 +106,7 @@ def test_a_burst_that_is_trimmed_in_its_transaction_is_told_as_a_gap(store, befo
 def test_a_burst_on_an_empty_stream_is_no_gap(store):
     with watched(store) as (_, (client,)):
         for round in range(5):
-            texts = add_many(store.client, number=1000, name=f"round {round}")
+            texts = add_many(store.client, number=1024, name=f"round {round}")
             read_to(client, texts[-1])
             assert data(client)[-len(texts):] == texts
             assert len(gaps(client.stream.events)) == round
