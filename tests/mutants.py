@@ -147,7 +147,8 @@ class Record:
         is_lock, is_redis = mutant.operator == "lock", "redis" in mutant.module
         tests = {test for test in tests if is_redis or "test_redis" not in test} or tests
         return sorted(tests, key=lambda test: (
-            not (is_lock and "test_locks" in test), (self.seconds[test] + 0.02) / (1 + self._kills[test])))
+            not (is_lock and "test_locks" in test),
+            (self.seconds[test] + 0.02) / (1 + self._kills[test])))
 
     def killed(self, test: str) -> None:
         self._kills[test] += 1
