@@ -477,8 +477,53 @@ def test_its_thread_ends_at_once(path):
         wait_until(lambda: server._broadcast._log.next)
         began = time.monotonic()
     assert time.monotonic() - began < 1 and os.listdir(path.parent) == ["events.db"]
-    with pytest.raises(NotRunning):
-        server.publish("y")
+    for wait in (False, True):
+        with pytest.raises(NotRunning):
+            server.publish("y", wait=wait)
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_what_is_no_event_is_refused_and_what_a_signal_handler_publishes_as_well(path, wait):
+    with SSEServer(port=0, history_file=str(path)) as server:
+        with pytest.raises(ValueError):
+            server.publish("x", event="a\nb", wait=wait)
+        with server._broadcast._mutex, pytest.raises(RuntimeError, match="signal handler"):
+            server._broadcast.publish("x", wait=True)
+        assert rows(path) == []
+
+
+def test_who_waits_for_slow_clients_waits_for_no_other_look_at_the_file(path):
+    with SSEServer(port=0, history_file=str(path)) as server:
+        began = time.monotonic()
+        for _ in range(100):
+            server.publish("x", wait=True)
+        assert time.monotonic() - began < 2.5       # 50 ms each would be 5 s
+
+
+def test_who_waits_until_all_is_sent_goes_on_at_once_when_all_is_read(path):
+    with publishing(path) as stream, ThreadPoolExecutor(1) as pool:
+        shared, waited = turned(stream), 0.0
+        for _ in range(10):
+            drain = pool.submit(shared.drain)
+            wait_until(lambda: shared._moved._waiters)
+            began = time.monotonic()
+            shared.complete(shared.clock())
+            drain.result(PATIENCE)
+            waited += time.monotonic() - began
+        assert waited < 0.5
+
+
+def test_who_waits_for_the_file_tries_ten_times_a_second(path, monkeypatch):
+    tries = []
+    with SSEServer(port=0, history_file=str(path)) as server, ThreadPoolExecutor(1) as pool:
+        stream = server._broadcast.stream
+        monkeypatch.setattr(stream, "publish", lambda drafts, publish=stream.publish: (
+            tries.append(time.monotonic()), publish(drafts))[1])
+        path.parent.rename(f"{path.parent}.away")
+        publish = pool.submit(server.publish, "x", wait=True)
+        wait_until(lambda: len(tries) == 5)
+        os.rename(f"{path.parent}.away", path.parent)
+        assert [(publish.result(PATIENCE), "x")] == rows(path) and tries[4] - tries[0] > 0.3
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux shares out a port")
