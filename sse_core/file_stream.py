@@ -351,6 +351,7 @@ class _File:
             connection.execute(f"pragma application_id = {APPLICATION}")
             connection.execute(f"pragma user_version = {SCHEMA}")
             connection.execute("commit")
+        connection.execute("pragma data_version").fetchone()    # a copy has no -wal and -shm yet
 
 
 @contextmanager

@@ -333,6 +333,16 @@ def test_a_restored_older_copy_brings_nothing_twice(path, tmp_path):
                 *(f"old {n}" for n in range(5)), "lost", *(f"new {n}" for n in range(5))]
 
 
+def test_a_copy_takes_events_at_once(path, tmp_path):
+    with publishing(path) as stream:
+        stream.publish([Draft("one")])
+        query(path, "vacuum into ?", str(tmp_path / "copy"))
+        stream.publish([Draft("lost")])
+        os.replace(tmp_path / "copy", path)
+        stream.publish([Draft("two")])
+        assert [data for _, data in rows(path)] == ["one", "two"]
+
+
 def test_what_a_stopped_server_missed_before_an_older_copy_came_is_a_gap(path, tmp_path):
     with watched(path, 2) as ((server, other), (_, client)):
         post(server, "before")
