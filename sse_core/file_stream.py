@@ -73,7 +73,8 @@ class FileStream(SharedLog):
         # What follows belongs to that thread
         self._writer = _File(path, sync)
         self._written: Id = (0, 0)              # the newest id that was given here
-        self._uncounted = self._kept            # rows since the last look for what to trim
+        self._uncounted = 0                     # rows since the last look for what to trim
+        self._counted: sqlite3.Connection | None = None     # in which that was
         self._floor: Id | None = None           # rows below it are trimmed, some at each commit
         self._closed = False
         # And this belongs to the thread that follows, and to `load` before there is one
@@ -179,8 +180,8 @@ class FileStream(SharedLog):
     def _trim(self, connection: sqlite3.Connection, number: int) -> None:
         """Delete some of the oldest rows beyond those kept: twice as many as came, at most."""
         self._uncounted += number
-        if self._uncounted > self._kept // 10:
-            self._uncounted = 0
+        if self._uncounted > self._kept // 10 or self._counted is not connection:
+            self._uncounted, self._counted = 0, connection
             self._floor = connection.execute(_NEWEST_ID, (self._kept - 1,)).fetchone()
         if self._floor:
             oldest = connection.execute(_OLDEST_ID, (2 * number,)).fetchone()

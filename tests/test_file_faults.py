@@ -18,7 +18,7 @@ from sse_core.broadcast import Unavailable
 from sse_core.file_stream import FileStream
 from sse_core.shared import Draft
 from test_file_stream import (  # noqa: F401
-    gaps, key, on_file, path, post, publishing, query, rows, texts, turned)
+    add_rows, gaps, key, on_file, path, post, publishing, query, rows, texts, turned)
 
 NOBODY = 65534
 
@@ -341,6 +341,18 @@ def test_a_copy_takes_events_at_once(path, tmp_path):
         os.replace(tmp_path / "copy", path)
         stream.publish([Draft("two")])
         assert [data for _, data in rows(path)] == ["one", "two"]
+
+
+def test_a_copy_is_not_trimmed_by_what_there_was_before(path, tmp_path):
+    with publishing(path) as stream:
+        add_rows(path, 10000)
+        query(path, "vacuum into ?", str(tmp_path / "copy"))
+        query(path, "insert into event select 2, n, channel, event, data from event")
+        stream.publish([Draft("x")])
+        os.replace(tmp_path / "copy", path)
+        for _ in range(10):
+            stream.publish([Draft("x")])
+            assert len(rows(path)) >= 10000
 
 
 def test_what_a_stopped_server_missed_before_an_older_copy_came_is_a_gap(path, tmp_path):

@@ -89,7 +89,7 @@ def rows(path) -> list:
         path, "select ms, n, data from event order by ms, n")]
 
 
-def fill(path, number: int) -> None:
+def add_rows(path, number: int) -> None:
     """Add so many rows to a file, as another program would."""
     query(path, "with recursive count(n) as (select 1 union all select n + 1 from count where n < ?"
                 ") insert into event select 1, n, null, null, 'x' from count", number)
@@ -199,7 +199,7 @@ def test_a_longer_history_is_kept_ten_times(path):
 @pytest.mark.parametrize("history, kept", [(64, 10000), (1200, 12000)])
 def test_who_commits_deletes_twice_as_many_rows_and_none_that_is_kept(path, history, kept):
     with publishing(path, history) as stream:
-        fill(path, kept + 30)
+        add_rows(path, kept + 30)
         for beyond in (20, 10, 20):     # then there are few enough, until a tenth is new
             stream.publish([Draft("x")] * 10)
             assert len(rows(path)) == kept + beyond
@@ -395,7 +395,7 @@ def test_a_burst_that_was_trimmed_before_an_empty_file_was_looked_at_is_a_gap(pa
         client.open()
         server.process.send_signal(signal.SIGSTOP)
         with publishing(path) as stream:
-            fill(path, 10000)
+            add_rows(path, 10000)
             stream.publish([Draft("last")])
         assert len(rows(path)) == 10000
         server.process.send_signal(signal.SIGCONT)
