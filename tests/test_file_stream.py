@@ -139,6 +139,7 @@ def test_names_and_any_text_come_back_as_they_were(path):
                                "channel=ann", data=text.encode(), timeout=PATIENCE)
     assert query(path, "select ms || '-' || n, channel, event, data from event") == [
         (answer.json()["id"], "ann", "mail", text)]
+    assert abs(key(answer.json()["id"])[0] / 1000 - time.time()) < PATIENCE
     assert query(path, "pragma application_id") == [(0x73736531,)]     # for other releases
     assert query(path, "pragma user_version") == [(1,)]
     request = b"GET /?channel=ann HTTP/1.1\r\nHost: x\r\nLast-Event-ID: 0-1\r\n\r\n"
