@@ -332,6 +332,14 @@ def test_many_threads_publish_at_once_and_a_stop_lets_them(store):
         wait_until(lambda: len(store.client.client_list()) == 1)
 
 
+def test_who_waits_for_slow_clients_waits_for_no_other_read(store):
+    with SSEServer(port=0, redis=store.url) as server:
+        began = time.monotonic()
+        for _ in range(20):
+            server.publish("x", wait=True)
+        assert time.monotonic() - began < 2.5       # 250 ms each would be 5 s
+
+
 def test_what_redis_does_not_answer_is_refused_in_time_and_not_tried_again(store):
     with Forwarder(store.port) as wire:
         store.url = wire.url
