@@ -18,7 +18,7 @@ from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, get, wait_unti
 from sse_core import file_stream
 from sse_core.broadcast import NotRunning, Unavailable
 from sse_core.file_stream import FileStream
-from sse_core.shared import Draft, Shared
+from sse_core.shared import Draft, Event, Shared
 from sse_server import SSEServer
 
 PUBLISHER = f"""if True:
@@ -431,6 +431,21 @@ def test_rows_from_before_the_start_are_no_news_even_if_they_are_read_later(tmp_
         stream._turn(shared)
         assert (shared._log.first, shared._log.next) == (-1, 1)
         assert shared._log.frame(0).id == (2000, 3000)
+
+
+def test_what_is_loaded_and_a_gap_leave_the_log_in_its_bounds(path):
+    with publishing(path) as stream:
+        events = [Event((number, 0), b"data: x\n\n", None) for number in range(1, 100)]
+        for size in range(100, 300):
+            shared = Shared(stream, history=64)
+            shared._log._size = size
+            shared.preload(events)
+            assert shared._log._bytes <= size and shared._log.last_id == shared.newest == (99, 0)
+        shared = Shared(stream, history=64)
+        shared.preload(events)
+        assert (shared._log.first, shared._log.next) == (-64, 0)
+        shared.tell_gap((99, 0), None)
+        assert (shared._log.first, shared._log.next) == (-63, 1)
 
 
 def test_rows_that_are_no_events_are_skipped_with_one_warning(path):
