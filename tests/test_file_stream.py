@@ -444,8 +444,10 @@ def test_what_is_loaded_and_a_gap_leave_the_log_in_its_bounds(path):
         shared = Shared(stream, history=64)
         shared.preload(events)
         assert (shared._log.first, shared._log.next) == (-64, 0)
-        shared.tell_gap((99, 0), None)
-        assert (shared._log.first, shared._log.next) == (-63, 1)
+        woken = []
+        shared.wake = lambda: woken.append(True)
+        shared.tell_gap((99, 0), None)      # and clients are sent it at once
+        assert (shared._log.first, shared._log.next) == (-63, 1) and woken
 
 
 def test_rows_that_are_no_events_are_skipped_with_one_warning(path):
