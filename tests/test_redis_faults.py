@@ -386,6 +386,18 @@ def test_while_redis_refuses_posts_are_503_and_then_all_goes_on(store):
         poster.close()
 
 
+def test_a_key_of_another_kind_at_the_start_is_told_until_it_is_gone(store):
+    store.client.set("sse", "x")
+    with following(store) as (server,), Client(server.port) as client:
+        client.open()
+        health = f"http://127.0.0.1:{server.port}/-/health"
+        assert "ResponseError" in requests.get(health, timeout=PATIENCE).text
+        store.client.delete("sse")
+        wait_until(lambda: requests.get(health, timeout=PATIENCE).status_code == 200)
+        store.add(data="one")
+        read_to(client, "one")
+
+
 def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
     with watched(store) as (_, (client,)):
         texts = [str(number) + "x" * (1000 << 10) for number in range(40)]
