@@ -332,6 +332,14 @@ def test_many_threads_publish_at_once_and_a_stop_lets_them(store):
         wait_until(lambda: len(store.client.client_list()) == 1)
 
 
+def test_an_idle_stream_is_asked_four_times_a_second(store):
+    with following(store):
+        wait_until(lambda: calls(store, "xread"))
+        began, before = time.monotonic(), calls(store, "xread")
+        wait_until(lambda: calls(store, "xread") >= before + 5)
+        assert time.monotonic() - began > 0.8
+
+
 def test_who_waits_for_slow_clients_waits_for_no_other_read(store):
     with SSEServer(port=0, redis=store.url) as server:
         began = time.monotonic()
