@@ -73,13 +73,14 @@ class FileStream(SharedLog):
         # What follows belongs to that thread
         self._writer = _File(path, sync)
         self._written: Id = (0, 0)              # the newest id that was given here
-        self._uncounted = self._kept            # rows since the last look for what to trim
+        self._uncounted = 0                     # rows since the last look for what to trim
+        self._counted: sqlite3.Connection | None = None     # in which that was
         self._floor: Id | None = None           # rows below it are trimmed, some at each commit
         self._closed = False
         # And this belongs to the thread that follows, and to `load` before there is one
         self._reader = _File(path, sync)
         self._news = threading.Event()          # there may be something to read
-        self._is_own = True                     # it may be from this process
+        self._is_own = False                    # it may be from this process
         self._file: Id | None = None            # which it was, when the newest rows were read
         self._highest: Id = (0, 0)              # that was ever read
         self._seen: tuple[Any, ...] = ()        # connection, and its version that was read whole
@@ -159,8 +160,8 @@ class FileStream(SharedLog):
         """Commit drafts; without any, something all the same. Returns the ids they got."""
         connection, ids = self._writer.connection(), []
         _insist(lambda: connection.execute("begin immediate"), seconds)
-        last = _id(connection.execute(_NEWEST_ID, (0,)).fetchone() or (0, 0))
-        last, now = max(last, self._written, self._highest), int(time.time() * 1000)
+        newest = map(_id, connection.execute(_NEWEST_ID, (0,)).fetchall())
+        last, now = max(self._written, self._highest, *newest), int(time.time() * 1000)
         for _ in drafts:
             last = (now, 0) if now > last[0] else (last[0], last[1] + 1)
             ids.append(last)
@@ -179,8 +180,8 @@ class FileStream(SharedLog):
     def _trim(self, connection: sqlite3.Connection, number: int) -> None:
         """Delete some of the oldest rows beyond those kept: twice as many as came, at most."""
         self._uncounted += number
-        if self._uncounted > self._kept // 10:
-            self._uncounted = 0
+        if self._uncounted > self._kept // 10 or self._counted is not connection:
+            self._uncounted, self._counted = 0, connection
             self._floor = connection.execute(_NEWEST_ID, (self._kept - 1,)).fetchone()
         if self._floor:
             oldest = connection.execute(_OLDEST_ID, (2 * number,)).fetchone()
@@ -201,7 +202,7 @@ class FileStream(SharedLog):
             return [], True
         self._poll = self._poll if self._is_own else POLL       # somebody has committed
         connection, last = seen[0], self._last and self._last[:2]
-        rows, is_all = _fetch(connection, _FROM, last or (0, -1), READ_COUNT, READ_BYTES)
+        rows, is_all = _fetch(connection, _FROM, last or (0, 0), READ_COUNT, READ_BYTES)
         if last:    # another file may have it, too: a copy from before what was lost
             is_lost = not rows or rows.pop(0)[:2] != last or self._file != self._reader.identity
         else:       # nothing to stand on: it may not be another file, nor have been trimmed
@@ -333,7 +334,6 @@ class _File:
     def _set_up(self, connection: sqlite3.Connection) -> None:
         """Make sure that the file is ours and can be written; make a table in an empty one."""
         connection.text_factory = bytes
-        connection.rollback()       # of a try that found it locked
         application, version, tables = (connection.execute(query).fetchone()[0] for query in (
             "pragma application_id", "pragma user_version", "select count(*) from sqlite_master"))
         is_empty = (application, version, tables) == (0, 0, 0)
@@ -351,6 +351,7 @@ class _File:
             connection.execute(f"pragma application_id = {APPLICATION}")
             connection.execute(f"pragma user_version = {SCHEMA}")
             connection.execute("commit")
+        connection.execute("pragma data_version").fetchone()    # a copy has no -wal and -shm yet
 
 
 @contextmanager

@@ -50,8 +50,7 @@ class RedisStream(SharedLog):
         options = {"max_connections": CONNECTIONS, **parse_url(url)}
         options.update(     # over what the URL says; its own retries would add an event twice
             socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2,
-            decode_responses=False, encoding="utf-8", encoding_errors="strict",
-            retry=Retry(NoBackoff(), 0))
+            decode_responses=False, encoding="utf-8", retry=Retry(NoBackoff(), 0))
         try:
             self._redis: Any = redis.Redis(connection_pool=redis.ConnectionPool(**options))
             self._redis.connection_pool.make_connection()       # it connects to nothing yet
@@ -95,7 +94,6 @@ class RedisStream(SharedLog):
         if rows and self._last is None:
             first, length, gone = self._look("xrange")
             is_lost = first[:1] != rows[:1] or gone != self._gone or length > self._history
-            rows = first
         if is_lost:
             return None, True
         self._last = rows[-1] if rows else self._last

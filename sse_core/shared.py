@@ -14,6 +14,7 @@ import math
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Event(NamedTuple):
     channel: str | None
 
 
-class SharedLog:
+class SharedLog(ABC):
     """A log that is shared with other servers, and how it is followed, of whatever kind it is.
 
     history: rows it begins with; ten times as many are kept. Of each kind are `publish` and what
@@ -131,24 +132,28 @@ class SharedLog:
 
     # Of each kind
 
+    @abstractmethod
     def publish(self, drafts: Sequence[Draft]) -> list[str]:
         """Add events that have been checked, all or none, and return their ids.
 
         Raises Unavailable while that cannot be.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self) -> tuple[list[Row] | None, bool]:
         """Return rows after the last one, None if some are lost; and whether these are all."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _newest(self) -> list[Row]:
         """Return the newest rows, without those that were read before; stand behind them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _failed(self, fault: Exception) -> str:
         """Let go of what a read has broken, and return what is wrong, in a line."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Let go of what it has open."""
 
     def _recover(self) -> None:
         """It can be read: see whether it takes events, too, and note that there is no trouble."""
@@ -157,9 +162,6 @@ class SharedLog:
     def _rest(self, stopping: threading.Event, seconds: float) -> None:
         """Wait until the next turn."""
         stopping.wait(seconds)
-
-    def _close(self) -> None:
-        """Let go of what it has open."""
 
 
 class Shared(Broadcast):
@@ -173,9 +175,9 @@ class Shared(Broadcast):
         self.newest = self._log.last_id
         # Of those who wait: how many events at once, which fit into the share of who does not wait
         self._piece = max(MIN_HISTORY, history) // 4
-        self._own: Id = (0, 0)      # the newest id that they published, and the time after that
+        self._own = self.newest     # the newest id that they published, and the time after that
         self._own_at = -math.inf
-        self._arrived: Id = (0, 0)  # the id that came back last
+        self._arrived = self.newest         # the id that came back last
 
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
         """Publish to the shared log, all or none; with `wait`, in pieces, each when it takes them.
@@ -207,7 +209,7 @@ class Shared(Broadcast):
                 time.sleep(LOOK)
             else:
                 with self._mutex:
-                    self._own = max(self._own, frames.parse_id(ids[-1]) or (0, 0))
+                    self._own = max(self._own, frames.parse_id(ids[-1]) or self._own)
                     self._own_at = self.clock()
                 return ids
 

@@ -144,7 +144,8 @@ class Record:
             tests = tests or self._tests[mutant.module]
         else:
             tests = self._tests[f"{mutant.module}:{mutant.place}"]
-        is_lock, is_redis = mutant.operator == "lock", "redis" in mutant.module
+        is_lock = mutant.operator == "lock"
+        is_redis = mutant.module in ("sse_core/redis_stream.py", "sse_core/shared.py")
         return sorted((test for test in tests if is_redis or "test_redis" not in test), key=lambda
                       test: (not (is_lock and "test_locks" in test),
                              (self.seconds[test] + 0.02) / (1 + self._kills[test])))

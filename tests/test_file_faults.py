@@ -18,7 +18,7 @@ from sse_core.broadcast import Unavailable
 from sse_core.file_stream import FileStream
 from sse_core.shared import Draft
 from test_file_stream import (  # noqa: F401
-    gaps, key, on_file, path, post, publishing, query, rows, texts)
+    add_rows, gaps, key, on_file, path, post, publishing, query, rows, texts, turned)
 
 NOBODY = 65534
 
@@ -96,7 +96,7 @@ BAD = {
     "both": (lambda path: database(path, "pragma journal_mode = wal", "create table other(x)",
                                    "pragma application_id = 7"), "another program"),
     "newer": (lambda path: ours(path, "pragma user_version = 2"), "newer version"),
-    "damaged": (damage, "malformed"),
+    "damaged": (damage, "malformed: restore a copy"),
     "no table": (lambda path: ours(path, "drop table event"), "no such table"),
     "a folder": (lambda path: path.mkdir(), "must be a file"),
     "no folder": (lambda path: path.parent.rmdir(), "folder does not exist: make it"),
@@ -347,6 +347,28 @@ def test_a_restored_older_copy_brings_nothing_twice(path, tmp_path):
                 *(f"old {n}" for n in range(5)), "lost", *(f"new {n}" for n in range(5))]
 
 
+def test_a_copy_takes_events_at_once(path, tmp_path):
+    with publishing(path) as stream:
+        stream.publish([Draft("one")])
+        query(path, "vacuum into ?", str(tmp_path / "copy"))
+        stream.publish([Draft("lost")])
+        os.replace(tmp_path / "copy", path)
+        stream.publish([Draft("two")])
+        assert [data for _, data in rows(path)] == ["one", "two"]
+
+
+def test_a_copy_is_not_trimmed_by_what_there_was_before(path, tmp_path):
+    with publishing(path) as stream:
+        add_rows(path, 10000)
+        query(path, "vacuum into ?", str(tmp_path / "copy"))
+        query(path, "insert into event select 2, n, channel, event, data from event")
+        stream.publish([Draft("x")])
+        os.replace(tmp_path / "copy", path)
+        for _ in range(10):
+            stream.publish([Draft("x")])
+            assert len(rows(path)) >= 10000
+
+
 def test_what_a_stopped_server_missed_before_an_older_copy_came_is_a_gap(path, tmp_path):
     with watched(path, 2) as ((server, other), (_, client)):
         post(server, "before")
@@ -460,7 +482,9 @@ def test_a_process_that_is_stopped_in_mid_transaction_and_then_killed(path):
         try:
             assert holder.stdout.readline() == b"held\n"
             began = time.monotonic()
-            assert post(server, "refused").status_code == 503
+            with ThreadPoolExecutor(2) as pool:     # of which one waits for the other, too
+                answers = list(pool.map(post, [server] * 2, ["refused"] * 2))
+            assert [answer.status_code for answer in answers] == [503] * 2
             assert 1.5 < time.monotonic() - began < 5 and "locked" in health(server).text
         finally:
             holder.kill()
@@ -470,6 +494,35 @@ def test_a_process_that_is_stopped_in_mid_transaction_and_then_killed(path):
         for client in clients:
             read_to(client, "after")
             assert texts(client) == ["before", "after"]
+
+
+def test_who_reads_on_waits_for_no_other_process(path):
+    with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
+        shared = turned(stream)
+        other.execute("begin immediate")
+        with pytest.raises(Unavailable, match="locked"):
+            stream.publish([Draft("x")])
+        began = time.monotonic()
+        stream._turn(shared)
+        assert time.monotonic() - began < 0.8 and "locked" in stream.trouble
+        other.rollback()
+        stream._turn(shared)
+        assert stream.trouble is None
+
+
+def test_a_file_that_is_away_is_tried_at_longer_and_longer_times(tmp_path, caplog):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with publishing(folder / "events.db") as stream:
+        shared = turned(stream)
+        folder.rename(tmp_path / "away")
+        for longest in (0.1, 0.2, 0.4, 0.8, *[1.0] * 30):
+            assert longest / 2 <= stream._turn(shared) <= longest
+        (tmp_path / "away").rename(folder)
+        assert stream._turn(shared) <= 0.05
+    told = [record.getMessage() for record in caplog.records if record.name == "sse_server"]
+    assert [next(part for part in ("cannot be used", "a gap is told", "is back") if part in each)
+            for each in told] == ["cannot be used", "a gap is told", "is back"]
 
 
 def test_a_stop_does_not_wait_for_a_file_with_a_fault(path):

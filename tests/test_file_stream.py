@@ -14,10 +14,11 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 import requests
 
-from helpers import KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, wait_until
+from helpers import KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, get, wait_until
 from sse_core import file_stream
+from sse_core.broadcast import NotRunning, Unavailable
 from sse_core.file_stream import FileStream
-from sse_core.shared import Draft, Shared
+from sse_core.shared import Draft, Event, Shared
 from sse_server import SSEServer
 
 PUBLISHER = f"""if True:
@@ -88,6 +89,19 @@ def rows(path) -> list:
         path, "select ms, n, data from event order by ms, n")]
 
 
+def add_rows(path, number: int) -> None:
+    """Add so many rows to a file, as another program would."""
+    query(path, "with recursive count(n) as (select 1 union all select n + 1 from count where n < ?"
+                ") insert into event select 1, n, null, null, 'x' from count", number)
+
+
+def turned(stream: FileStream, now: float = 0.0) -> Shared:
+    """Return what a stream has loaded its rows into, and is turned by hand for."""
+    shared = Shared(stream, **{**KEPT, "history": 64})
+    stream.load(shared, now)
+    return shared
+
+
 def texts(client: Client) -> list:
     return [event.data for event in client.stream.events]
 
@@ -125,6 +139,9 @@ def test_names_and_any_text_come_back_as_they_were(path):
                                "channel=ann", data=text.encode(), timeout=PATIENCE)
     assert query(path, "select ms || '-' || n, channel, event, data from event") == [
         (answer.json()["id"], "ann", "mail", text)]
+    assert abs(key(answer.json()["id"])[0] / 1000 - time.time()) < PATIENCE
+    assert query(path, "pragma application_id") == [(0x73736531,)]     # for other releases
+    assert query(path, "pragma user_version") == [(1,)]
     request = b"GET /?channel=ann HTTP/1.1\r\nHost: x\r\nLast-Event-ID: 0-1\r\n\r\n"
     with on_file(path) as (server,), Client(server.port, request, last_id="0-1") as client:
         assert client.read_events(2)[1][:2] == ("mail", text)
@@ -138,6 +155,27 @@ def test_ids_grow_when_the_clock_is_set_back(path, monkeypatch):
             ids += [stream.publish([Draft("x")] * 2) for _ in range(3)]
     ids = [key(each) for pair in ids for each in pair]
     assert ids == sorted(set(ids)) and len(ids) == 24
+
+
+def test_ids_grow_in_a_file_made_anew_within_a_millisecond(path, monkeypatch):
+    monkeypatch.setattr(file_stream.time, "time", lambda now=time.time(): now)
+    with publishing(path) as stream:
+        first, = stream.publish([Draft("x")])
+        path.unlink()
+        second, = stream.publish([Draft("x")])
+        assert key(second) > key(first) and rows(path) == [(second, "x")]
+
+
+def test_the_lowest_ids_are_ids(path):
+    with SSEServer(port=0, history_file=str(path)) as server, Client(server.port) as client:
+        client.open()
+        for ms, n in ((0, 0), (0, 1), (1, 0)):
+            query(path, "insert into event values (?, ?, null, null, ?)", ms, n, f"{ms}-{n}")
+            assert client.read_until_data(f"{ms}-{n}")[-1].id == f"{ms}-{n}"
+    with SSEServer(port=0, history_file=str(path)) as server, \
+            Client(server.port, get("/?since=all")) as client:
+        client.read_until_data("1-0")
+        assert texts(client)[-2:] == ["0-1", "1-0"]
 
 
 def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path):
@@ -157,6 +195,15 @@ def test_a_longer_history_is_kept_ten_times(path):
         for _ in range(30):
             stream.publish([Draft("x")] * 500)
     assert 12000 <= len(rows(path)) <= 12000 + 1200 + 500
+
+
+@pytest.mark.parametrize("history, kept", [(64, 10000), (1200, 12000)])
+def test_who_commits_deletes_twice_as_many_rows_and_none_that_is_kept(path, history, kept):
+    with publishing(path, history) as stream:
+        add_rows(path, kept + 30)
+        for beyond in (20, 10, 20):     # then there are few enough, until a tenth is new
+            stream.publish([Draft("x")] * 10)
+            assert len(rows(path)) == kept + beyond
 
 
 def test_an_empty_file_and_a_link_are_taken(path, tmp_path):
@@ -195,6 +242,33 @@ def test_all_that_wait_for_the_file_are_committed_together(path):
     for number, (first, second) in enumerate(ids):
         assert (found[first], found[second]) == (str(number), f"{number}+")
         assert key(second) == (key(first)[0], key(first)[1] + 1)
+
+
+def test_a_stop_waits_for_the_commit_that_is_under_way(path):
+    with publishing(path) as stream, closing(sqlite3.connect(path)) as other, \
+            ThreadPoolExecutor(2) as pool:
+        other.execute("begin immediate")
+        publish = pool.submit(stream.publish, [Draft("x")])
+        wait_until(lambda: stream._committing)
+        close = pool.submit(stream._close)
+        wait_until(lambda: stream._changed._waiters)
+        other.rollback()
+        assert len(publish.result(PATIENCE)) == 1
+        close.result(PATIENCE)
+        with pytest.raises(Unavailable, match="stopped"):
+            stream.publish([Draft("y")])
+    assert os.listdir(path.parent) == ["events.db"]
+
+
+def test_a_lock_is_tried_every_few_milliseconds_until_time_is_up():
+    tries = []
+
+    def take():
+        tries.append(time.monotonic())
+        raise BlockingIOError
+    with pytest.raises(BlockingIOError):
+        file_stream._insist(take, 0.5)
+    assert 20 < len(tries) < 2000 and tries[-1] - tries[0] > 0.4
 
 
 def test_a_publish_in_a_signal_handler_is_refused_or_done(path):
@@ -322,11 +396,58 @@ def test_a_burst_that_was_trimmed_before_an_empty_file_was_looked_at_is_a_gap(pa
         client.open()
         server.process.send_signal(signal.SIGSTOP)
         with publishing(path) as stream:
-            for _ in range(30):
-                stream.publish([Draft(str(number)) for number in range(500)])
+            add_rows(path, 10000)
+            stream.publish([Draft("last")])
+        assert len(rows(path)) == 10000
         server.process.send_signal(signal.SIGCONT)
-        client.read_until_data("499")
+        client.read_until_data("last")
         assert gaps(client)[0]["after"] is None and client.stream.events[0].name == "gap"
+
+
+def test_looks_are_10_ms_apart_while_others_write_and_50_ms_some_seconds_later(path):
+    with publishing(path) as stream, publishing(path) as other:
+        shared = turned(stream)
+        assert stream._turn(shared) == 0.05
+        other.publish([Draft("x")])
+        pauses = [stream._turn(shared) for _ in range(200)]
+        assert pauses[0] == 0.01 and pauses == sorted(pauses) and pauses[-1] == 0.05
+        assert 3 < sum(pause for pause in pauses if pause < 0.05) < 5
+        for publisher, pause in ((stream, 0.05), (other, 0.01)):    # its own, it knows of
+            publisher.publish([Draft("x")])
+            stream._rest(threading.Event(), 0.0)
+            assert stream._turn(shared) == pause
+        assert shared._log.next == 3
+
+
+def test_rows_from_before_the_start_are_no_news_even_if_they_are_read_later(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with publishing(folder / "events.db") as stream:
+        folder.rename(tmp_path / "away")
+        shared = turned(stream, 2.0)
+        (tmp_path / "away").rename(folder)
+        for ms in (1999, 2000):
+            query(folder / "events.db", "insert into event values (?, 3000, null, null, 'x')", ms)
+        stream._turn(shared)
+        assert (shared._log.first, shared._log.next) == (-1, 1)
+        assert shared._log.frame(0).id == (2000, 3000)
+
+
+def test_what_is_loaded_and_a_gap_leave_the_log_in_its_bounds(path):
+    with publishing(path) as stream:
+        events = [Event((number, 0), b"data: x\n\n", None) for number in range(1, 100)]
+        for size in range(100, 300):
+            shared = Shared(stream, **{**KEPT, "history": 64})
+            shared._log._size = size
+            shared.preload(events)
+            assert shared._log._bytes <= size and shared._log.last_id == shared.newest == (99, 0)
+        shared = Shared(stream, **{**KEPT, "history": 64})
+        shared.preload(events)
+        assert (shared._log.first, shared._log.next) == (-64, 0)
+        woken = []
+        shared.wake = lambda: woken.append(True)
+        shared.tell_gap((99, 0), None)      # and clients are sent it at once
+        assert (shared._log.first, shared._log.next) == (-63, 1) and woken
 
 
 def test_rows_that_are_no_events_are_skipped_with_one_warning(path):
@@ -360,7 +481,12 @@ def test_megabytes_are_read_in_small_batches(path, monkeypatch):
             other.publish(large)
         client.read_until_data(large[-1].data)
         assert texts(client) == [draft.data for draft in large] and not gaps(client)
-    assert max(sizes) < 4 << 20
+        assert max(sizes) < (1 << 20) + 1000100
+        with publishing(path) as other:
+            sizes.clear()
+            other.publish([Draft("x")] * 400 + [Draft("end")])
+        client.read_until_data("end")
+        assert len(sizes) < 10
 
 
 def test_its_thread_ends_at_once(path):
@@ -369,6 +495,53 @@ def test_its_thread_ends_at_once(path):
         wait_until(lambda: server._broadcast._log.next)
         began = time.monotonic()
     assert time.monotonic() - began < 1 and os.listdir(path.parent) == ["events.db"]
+    for wait in (False, True):
+        with pytest.raises(NotRunning):
+            server.publish("y", wait=wait)
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_what_is_no_event_is_refused_and_what_a_signal_handler_publishes_as_well(path, wait):
+    with SSEServer(port=0, history_file=str(path)) as server:
+        with pytest.raises(ValueError):
+            server.publish("x", event="a\nb", wait=wait)
+        with server._broadcast._mutex, pytest.raises(RuntimeError, match="signal handler"):
+            server._broadcast.publish("x", wait=True)
+        assert rows(path) == []
+
+
+def test_who_waits_for_slow_clients_waits_for_no_other_look_at_the_file(path):
+    with SSEServer(port=0, history_file=str(path)) as server:
+        began = time.monotonic()
+        for _ in range(100):
+            server.publish("x", wait=True)
+        assert time.monotonic() - began < 2.5       # 50 ms each would be 5 s
+
+
+def test_who_waits_until_all_is_sent_goes_on_at_once_when_all_is_read(path):
+    with publishing(path) as stream, ThreadPoolExecutor(1) as pool:
+        shared, waited = turned(stream), 0.0
+        for _ in range(10):
+            drain = pool.submit(shared.drain)
+            wait_until(lambda: shared._moved._waiters)
+            began = time.monotonic()
+            shared.complete(shared.clock())
+            drain.result(PATIENCE)
+            waited += time.monotonic() - began
+        assert waited < 0.5
+
+
+def test_who_waits_for_the_file_tries_ten_times_a_second(path, monkeypatch):
+    tries = []
+    with SSEServer(port=0, history_file=str(path)) as server, ThreadPoolExecutor(1) as pool:
+        stream = server._broadcast.stream
+        monkeypatch.setattr(stream, "publish", lambda drafts, publish=stream.publish: (
+            tries.append(time.monotonic()), publish(drafts))[1])
+        path.parent.rename(f"{path.parent}.away")
+        publish = pool.submit(server.publish, "x", wait=True)
+        wait_until(lambda: len(tries) == 5)
+        os.rename(f"{path.parent}.away", path.parent)
+        assert [(publish.result(PATIENCE), "x")] == rows(path) and tries[4] - tries[0] > 0.3
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux shares out a port")

@@ -30,6 +30,18 @@ def test_what_is_posted_on_one_server_reaches_the_clients_of_both(store):
                 ("message", "from one"), ("message", "from two"), ("custom", "from elsewhere")]
 
 
+def test_names_are_fields_where_there_are_any(store):
+    request = b"GET /?channel=ann HTTP/1.1\r\nHost: x\r\n\r\n"
+    with following(store) as (server,), Client(server.port, request) as client:
+        client.open()
+        for query in ("", "?event=mail&channel=ann"):
+            requests.post(f"http://127.0.0.1:{server.port}/{POST}{query}", data="",
+                          timeout=PATIENCE).raise_for_status()
+        assert [event[:2] for event in client.read_events(2)] == [("message", ""), ("mail", "")]
+    assert [fields for _, fields in store.client.xrange("sse")] == [
+        {b"data": b""}, {b"data": b"", b"event": b"mail", b"channel": b"ann"}]
+
+
 def test_entries_that_are_no_events_are_skipped_with_one_warning(store):
     with following(store) as (server,), Client(server.port) as client:
         client.open()

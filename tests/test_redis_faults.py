@@ -9,17 +9,19 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, wait_until
+from helpers import KEPT, PATIENCE, TOP, Client, wait_until
 from redis_server import store      # noqa: F401
 from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume
+from sse_core import redis_stream
 from sse_core.broadcast import NotRunning
 from sse_core.redis_stream import RedisStream
-from sse_core.shared import Event, Shared
+from sse_core.shared import Draft, Event, Shared
 from sse_server import SSEServer
 
 
@@ -107,7 +109,7 @@ def test_a_burst_that_is_trimmed_in_its_transaction_is_told_as_a_gap(store, befo
 def test_a_burst_on_an_empty_stream_is_no_gap(store):
     with watched(store) as (_, (client,)):
         for round in range(5):
-            texts = add_many(store.client, number=1000, name=f"round {round}")
+            texts = add_many(store.client, number=1024, name=f"round {round}")
             read_to(client, texts[-1])
             assert data(client)[-len(texts):] == texts
             assert len(gaps(client.stream.events)) == round
@@ -277,8 +279,90 @@ def test_a_stream_restored_older_again_and_again_is_told_as_a_gap_each_time(stor
 # Redis that is there, and does not do as it should
 
 
+@contextmanager
+def publishing(store):
+    """Yield a stream that nobody follows, and close it."""
+    stream = RedisStream(store.url, "sse", 64)
+    try:
+        yield stream
+    finally:
+        stream._close()
+
+
+def calls(store, command: str) -> int:
+    """Return how often Redis was given a command."""
+    return store.client.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"]
+
+
+def test_two_events_are_a_transaction_and_one_needs_none(store):
+    with publishing(store) as stream:
+        stream.publish([Draft("one")])
+        assert calls(store, "multi") == 0
+        ids = stream.publish([Draft("two"), Draft("three")])
+        assert calls(store, "multi") == 1
+        assert [each.decode() for each, _ in store.client.xrange("sse")][1:] == ids
+
+
+def test_ten_thousand_entries_are_kept_and_hardly_more(store):
+    add_many(store.client, number=11000)
+    with publishing(store) as stream:
+        stream.publish([Draft("x")])
+    assert 10000 <= store.client.xlen("sse") <= 10100      # whole nodes of 100 are let go of
+
+
+def test_what_is_read_at_the_start_is_bounded_in_bytes(store, monkeypatch):
+    monkeypatch.setattr(redis_stream, "MAX_LOG", 100000)
+    for number in range(64):
+        store.add(data=str(number) * 5000)
+    with publishing(store) as stream:
+        assert len(stream._newest()) == 48      # by 24: those that were too many, and the next
+        monkeypatch.setattr(redis_stream, "MAX_LOG", 400000)
+        assert len(stream._newest()) == 64 - 48     # and these were read before
+
+
+def test_many_threads_publish_at_once_and_a_stop_lets_them(store):
+    with publishing(store) as stream, ThreadPoolExecutor(120) as pool:
+        store.client.client_pause(10000, all=False)
+        waiting = [pool.submit(stream.publish, [Draft(str(number))]) for number in range(120)]
+        wait_until(lambda: len(stream._redis.connection_pool._in_use_connections) == 120)
+        stream._close()
+        store.client.client_unpause()
+        assert len({each.result(PATIENCE)[0] for each in waiting}) == 120
+        stream._close()
+        wait_until(lambda: len(store.client.client_list()) == 1)
+
+
+def test_an_idle_stream_is_asked_four_times_a_second(store):
+    with following(store):
+        wait_until(lambda: calls(store, "xread"))
+        began, before = time.monotonic(), calls(store, "xread")
+        wait_until(lambda: calls(store, "xread") >= before + 5)
+        assert time.monotonic() - began > 0.8
+
+
+def test_who_waits_for_slow_clients_waits_for_no_other_read(store):
+    with SSEServer(port=0, redis=store.url) as server:
+        began = time.monotonic()
+        for _ in range(20):
+            server.publish("x", wait=True)
+        assert time.monotonic() - began < 2.5       # 250 ms each would be 5 s
+
+
+def test_what_redis_does_not_answer_is_refused_in_time_and_not_tried_again(store):
+    with Forwarder(store.port) as wire:
+        store.url = wire.url
+        with watched(store) as ((server,), (client,)):
+            post(server.port, "before").raise_for_status()
+            read_to(client, "before")
+            wire.block()
+            began = time.monotonic()
+            assert post(server.port, "refused").status_code == 503
+            assert 1.5 < time.monotonic() - began < 2.9
+            wire.open()
+
+
 @pytest.mark.parametrize("query", ["protocol=3", "decode_responses=true", "retry_on_timeout=true",
-                                   "max_connections=5"])
+                                   "max_connections=5", "encoding=utf-16"])
 def test_a_url_cannot_say_how_redis_is_spoken_to(store, query):
     store.url += f"?{query}"
     with watched(store) as (_, (client,)):
@@ -335,7 +419,7 @@ def test_health_says_so_as_long_as_redis_is_read_and_takes_no_event(store, setti
 def at_the_second_page(store, monkeypatch, action):
     """Yield what follows the stream, loaded; when it reads newest entries, action comes between."""
     stream = RedisStream(store.url, "sse", 64)
-    shared, page = Shared(stream, history=64), stream._redis.xrevrange
+    shared, page = Shared(stream, **{**KEPT, "history": 64}), stream._redis.xrevrange
 
     def act_and_read(*values, **options):
         monkeypatch.undo()
@@ -381,6 +465,18 @@ def test_a_stream_that_is_made_anew_between_two_pages_is_not_mixed_with_the_old_
             shared.stream._turn(shared)
         assert [frame.id for frame in frames()] == [
             None, *((5, number) for number in range(26, 50)), None, (4, 0)]
+
+
+def test_a_key_of_another_kind_at_the_start_is_told_until_it_is_gone(store):
+    store.client.set("sse", "x")
+    with following(store) as (server,), Client(server.port) as client:
+        client.open()
+        health = f"http://127.0.0.1:{server.port}/-/health"
+        assert "ResponseError" in requests.get(health, timeout=PATIENCE).text
+        store.client.delete("sse")
+        wait_until(lambda: requests.get(health, timeout=PATIENCE).status_code == 200)
+        store.add(data="one")
+        read_to(client, "one")
 
 
 def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
