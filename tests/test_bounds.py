@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 import sse_server
-from helpers import GET, PATIENCE, TOP, Client, ask, connect, get, handshakes, wait_until
+from helpers import (GET, PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, handshakes, post,
+                     wait_until)
 from sse_core import frames, handshake, http1
 from sse_server import SSEServer
+
+POST = get(f"/{PUBLISH_TOKEN}", "Content-Length: 5", method="POST")
 
 
 def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
@@ -29,6 +32,24 @@ def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
     assert silent[-1].recv(100).startswith(b"HTTP/1.1 200 OK")
     for sock in silent:
         sock.close()
+
+
+def test_a_connection_that_was_kept_makes_room_too(open_server, monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 1)
+    with connect(open_server.port) as kept:
+        kept.sendall(POST + b"hello")
+        assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+        with Client(open_server.port, b"") as client:
+            assert kept.recv(1) == b""
+            client.sock.sendall(GET)
+            client.open()
+
+
+def test_a_request_whose_time_is_up_is_read_no_further(open_server, monkeypatch):
+    """Though more of it is there: so a peer that never pauses gets no more time than others."""
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.0)
+    body = b"x" * (2 * http1.MAX_HEAD)
+    assert post(open_server.port, body=body).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_dribbling_request_is_cut_by_the_total(server, monkeypatch):
@@ -273,6 +294,7 @@ def test_bodies_under_way_are_bounded_in_all(monkeypatch):
         assert one.recv(1000).startswith(b"HTTP/1.1 200 ")
         assert ask(server.port, head[:-4] + b"\r\nConnection: close\r\n\r\n" + b"x" * 2000
                    ).startswith(b"HTTP/1.1 200 ")
+        assert server._handshakes._held == 0
         one.close(), two.close()
 
 

@@ -32,6 +32,8 @@ def test_a_line_over_1_mib_is_left_out_and_the_next_is_unharmed(caplog):
     for end in (b"\n", b"\r\n"):
         assert split(most + end + b"next") == [most.decode(), "next"]
     caplog.clear()
+    assert split(most + b"yy\n" + b"next") == ["next"]
+    caplog.clear()
     data = most + b"y\n" + b"next\n" + most * 3 + b"\nlast"
     pieces = (data[index:index + 65536] for index in range(0, len(data), 65536))
     assert split(data) == split(*pieces) == ["next", "last"]
