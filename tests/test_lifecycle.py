@@ -1,4 +1,5 @@
 """Start, stop and the end of a program, from any thread; and streams that end in order."""
+import importlib
 import logging
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+import publisher
 import sse_server
 from helpers import GET, PATIENCE, TOP, Client, connect, handshakes, wait_until
 from publisher import Publisher
@@ -351,6 +353,15 @@ def test_a_logging_handler_that_raises_leaves_nothing_of_stop_undone():
     server.stop()
 
 
+def test_all_that_is_logged_has_one_name():
+    """So that a program says once what it wants to be told."""
+    modules = [importlib.import_module(f"sse_core.{path.stem}")
+               for path in (TOP / "sse_core").glob("*.py")]
+    named = {module.__name__: module.logger.name for module in [publisher, sse_server, *modules]
+             if hasattr(module, "logger")}
+    assert len(named) > 5 and set(named.values()) == {"sse_server"}, named
+
+
 def test_a_fault_does_not_hide_the_exception_that_ends_a_with_block(monkeypatch):
     faulty(monkeypatch, "publisher")
     with pytest.raises(KeyError):
@@ -374,6 +385,7 @@ import functools, importlib
 def fault(*_): raise ZeroDivisionError("a fault")
 *path, name = {attribute!r}.split(".")
 setattr(functools.reduce(getattr, path, importlib.import_module({module!r})), name, fault)
+import publisher
 import sse_server
 sys.exit(sse_server.main(["--port", "0", "--heartbeat", "0.1", *{source!r}]))
 """

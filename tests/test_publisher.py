@@ -298,6 +298,22 @@ class Committing(Narrow):
         return self.sock.send(data)
 
 
+def test_of_a_record_that_tls_has_begun_all_but_the_last_byte_is_sent():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sock = Committing(ours)
+        for data in (b"a", b"ab", b"abc"):
+            if len(data) == 1:
+                with pytest.raises(BlockingIOError):
+                    sock.send(data)
+            else:
+                assert sock.send(data) == len(data) - 1
+            sock.room = 1 << 20
+            assert sock.send(data[-1:]) == 1 and theirs.recv(100) == data
+            assert sock.send(b"x" * 20_000) == 16_384 == len(theirs.recv(1 << 20))  # a whole record
+            sock.room = 0
+
+
 def test_what_tls_has_begun_is_offered_again(bench):
     """Random room and laps: what a full socket was offered first, it is offered first again."""
     seed = random.randrange(1 << 32)

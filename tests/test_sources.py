@@ -1,8 +1,10 @@
 """Where events come from: the lines of a pipe, through a real process, to their last."""
 import json
+import os
 import selectors
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -65,6 +67,22 @@ def test_a_signal_stops_a_pipe_that_is_open():
         server.process.stdin.flush()
         client.read_events(1)
         assert server.stop(15) == 0 and client.read_to_end().ended
+
+
+def test_a_pipe_that_is_silent_costs_nothing():
+    read, write = os.pipe()
+    stopping, spent = threading.Event(), []
+
+    def run():
+        sources.lines(lambda drafts, wait: None, stopping, read)
+        spent.append(time.thread_time())
+    thread = threading.Thread(target=run)
+    thread.start()
+    stopping.wait(0.5)          # the time over which the cost of waiting is measured
+    stopping.set()
+    thread.join()
+    os.close(read), os.close(write)
+    assert spent[0] < 0.05
 
 
 def drain(clients: list, counts: dict) -> None:
