@@ -1,4 +1,5 @@
 """Where events come from: the lines of a pipe, through a real process, to their last."""
+import errno
 import json
 import os
 import selectors
@@ -66,7 +67,17 @@ def test_a_signal_stops_a_pipe_that_is_open():
         server.process.stdin.write(b"one\n")
         server.process.stdin.flush()
         client.read_events(1)
+        began = time.monotonic()
         assert server.stop(15) == 0 and client.read_to_end().ended
+        assert time.monotonic() - began < 3
+
+
+def test_what_cannot_be_read_is_at_its_end(caplog):
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    assert sources.lines(lambda drafts, wait: None, threading.Event(), descriptor) == 0
+    os.close(descriptor)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"standard input: {os.strerror(errno.EBADF)}; taken for its end"]
 
 
 def test_a_pipe_that_is_silent_costs_nothing():
