@@ -1,4 +1,5 @@
 """What comes in at the door: silent, garbled and broken connections cost nobody else anything."""
+import logging
 import random
 import re
 import threading
@@ -79,6 +80,16 @@ def test_resets_at_any_moment_harm_nobody(server):
         data = [event.data for event in client.read_until_data("end")]
         assert data == [*map(str, range(0, 300, 10)), "end"], f"seed {seed}"
         wait_until(lambda: server.clients == 1)
+
+
+def test_who_leaves_during_its_request_is_one_line_of_verbose(server, caplog):
+    caplog.set_level(logging.DEBUG)
+    sock = connect(server.port)
+    sock.sendall(GET[:10])
+    wait_until(handshakes)
+    reset(sock)
+    wait_until(lambda: not handshakes())
+    assert caplog.text.count("left during its request") == len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"tokens": ["one"], "publish_tokens": ["t"]}],

@@ -303,6 +303,18 @@ def test_a_refused_request_that_wholly_came_is_not_lingered_for(server):
         sock.sendall(b"X\r\n\r\n")
         assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
         wait_until(lambda: handshakes() == 0, timeout=0.5)      # with the peer still there
+        began = time.monotonic()
+        assert ask(server.port, get("/-/health")).endswith(b"ok\n")
+        assert time.monotonic() - began < 0.5
+
+
+def test_who_is_refused_while_it_sends_may_go_on_for_a_while(server):
+    """To close would reset the connection, and could lose the answer."""
+    with connect(server.port) as sock:
+        sock.sendall(b"GET /" + b"a" * http1.MAX_LINE)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 414 ") and sock.recv(1000) == b""
+        for _ in range(3):
+            sock.sendall(b"a" * 1000)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -224,7 +224,7 @@ import os
 from sse_server import NotRunning
 server = SSEServer(port=0).start()
 print(server.port, flush=True)
-while not server.clients:
+while not (server.clients and server._handshakes._unfinished):
     pass
 child = os.fork()
 if child == 0:
@@ -242,7 +242,7 @@ server.publish("from the parent")
 server.stop()
 print("stopped", flush=True)
 os.waitpid(child, 0)
-""", tmp_path) as (process, port), Client(port) as client:
+""", tmp_path) as (process, port), Client(port, GET[:10]), Client(port) as client:
         assert process.stdout.readline() == "refused\n"
         assert process.stdout.readline() == "0\n"
         process.stdin.write("\n")
