@@ -45,6 +45,21 @@ def test_a_line_over_1_mib_is_left_out_and_the_next_is_unharmed(caplog):
     assert split(b"\xff" * 400_000 + b"\n", b"next\n") == ["next"]      # 1.2 MB as U+FFFD
 
 
+def test_lines_over_1_mib_are_not_held_and_counted(caplog):
+    splitter = sources.LineSplitter()
+    for _ in range(2):
+        for _ in range(40):
+            assert not list(splitter.feed(b"x" * 65536))
+            assert sum(map(len, splitter._held)) <= frames.MAX_EVENT + 1
+        assert not list(splitter.feed(b"\n"))
+    splitter.tell_left_out()
+    assert caplog.messages[-1] == "standard input: 2 lines were left out"
+
+
+def test_a_character_that_stands_for_what_is_not_utf_8_may_be_sent_itself(caplog):
+    assert split("\ufffd\n".encode()) == ["\ufffd"] and not caplog.records
+
+
 def test_a_pipe_is_served_to_the_end_and_then_it_stops():
     with serving("--stdin") as server:
         clients = [Client(server.port).open() for _ in range(3)]
