@@ -34,6 +34,43 @@ def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
         sock.close()
 
 
+def test_who_was_refused_or_sent_nothing_makes_room_before_the_oldest(server, monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 2)
+    unfinished = server._handshakes._unfinished
+    with connect(server.port) as half, connect(server.port) as silent:
+        half.sendall(GET[:10])
+        wait_until(lambda: [each.goes_first for each in [*unfinished]] == [False, True])
+        with connect(server.port) as refused:
+            assert silent.recv(1) == b""
+            refused.sendall(b"GET /" + b"a" * http1.MAX_LINE)
+            assert refused.recv(1000).startswith(b"HTTP/1.1 414 ")
+            with connect(server.port):
+                wait_until(lambda: len(unfinished) == 2 and [*unfinished][1].goes_first)
+                half.sendall(GET[10:])
+                assert half.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_connection_that_was_kept_is_as_old_as_its_last_request(open_server, monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 2)
+    unfinished = open_server._handshakes._unfinished
+
+    def publish():
+        used.sendall(POST + b"hello")
+        assert used.recv(1000).startswith(b"HTTP/1.1 200 ")
+    with connect(open_server.port) as used:
+        publish()
+        mine, = [*unfinished]
+        with connect(open_server.port) as half:
+            half.sendall(GET[:10])
+            wait_until(lambda: [each.goes_first for each in [*unfinished]] == [False, False]
+                       and [*unfinished][1].safe_until < time.monotonic())
+            publish()
+            wait_until(lambda: [*unfinished][-1] is mine)
+            with connect(open_server.port):
+                assert half.recv(1) == b""
+                publish()
+
+
 def test_a_connection_that_was_kept_makes_room_too(open_server, monkeypatch):
     monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 1)
     with connect(open_server.port) as kept:
@@ -298,23 +335,35 @@ def test_bodies_under_way_are_bounded_in_all(monkeypatch):
         one.close(), two.close()
 
 
-def test_a_refused_request_that_wholly_came_is_not_lingered_for(server):
-    with connect(server.port) as sock:
-        sock.sendall(b"X\r\n\r\n")
-        assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
+@pytest.mark.parametrize("request_, status", [
+    (b"X\r\n\r\n", 400), (get("/-/what"), 404), (POST + b"\xff" * 5, 400)])
+def test_a_refused_request_that_wholly_came_is_not_lingered_for(open_server, request_, status):
+    with connect(open_server.port) as sock:
+        sock.sendall(request_)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 %d " % status)
         wait_until(lambda: handshakes() == 0, timeout=0.5)      # with the peer still there
         began = time.monotonic()
-        assert ask(server.port, get("/-/health")).endswith(b"ok\n")
+        assert ask(open_server.port, get("/-/health")).endswith(b"ok\n")
         assert time.monotonic() - began < 0.5
 
 
-def test_who_is_refused_while_it_sends_may_go_on_for_a_while(server):
+@pytest.mark.parametrize("request_, status", [
+    (b"GET /" + b"a" * http1.MAX_LINE, 414), (POST.replace(b"SECRET", b"wrong"), 401)])
+def test_who_is_refused_while_it_sends_may_go_on_for_a_while(open_server, request_, status):
     """To close would reset the connection, and could lose the answer."""
-    with connect(server.port) as sock:
+    with connect(open_server.port) as sock:
+        sock.sendall(request_)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 %d " % status) and sock.recv(1000) == b""
+        until = time.monotonic() + handshake.LINGER_TIME / 4
+        wait_until(lambda: sock.send(b"a") and time.monotonic() > until)
+    wait_until(lambda: handshakes() == 0, timeout=handshake.LINGER_TIME / 4)
+
+
+def test_who_is_refused_and_sends_without_end_is_cut(server, monkeypatch):
+    monkeypatch.setattr(handshake, "LINGER_TIME", 0.2)
+    with connect(server.port) as sock, pytest.raises(OSError):
         sock.sendall(b"GET /" + b"a" * http1.MAX_LINE)
-        assert sock.recv(1000).startswith(b"HTTP/1.1 414 ") and sock.recv(1000) == b""
-        for _ in range(3):
-            sock.sendall(b"a" * 1000)
+        wait_until(lambda: not sock.send(b"a"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -112,6 +112,17 @@ servers[1].publish("last")
         assert ("KeyError" if status == 1 else "") in process.stderr.read()
 
 
+def test_an_authorize_that_never_returns_keeps_no_program_alive(tmp_path):
+    with program("""
+import threading
+asked = threading.Event()
+server = SSEServer(port=0, authorize=lambda request: asked.set() or threading.Event().wait())
+print(server.start().port, flush=True)
+asked.wait()
+""", tmp_path) as (process, port), Client(port):
+        assert process.wait(PATIENCE) == 0
+
+
 def test_a_forked_child_that_ends_leaves_the_server_to_its_parent(tmp_path):
     with program("""
 import os, threading, time
