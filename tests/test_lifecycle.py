@@ -364,6 +364,17 @@ def test_a_logging_handler_that_raises_leaves_nothing_of_stop_undone():
     server.stop()
 
 
+def test_a_server_on_which_nothing_happens_looks_for_heartbeats_and_does_nothing_else():
+    with SSEServer(port=0, heartbeat=1.6) as server, Client(server.port) as client:
+        client.open()
+        server.publish("x")
+        client.read_events(1)
+        turns = server._publisher.counters.turns + 1    # of the one that may be under way
+        began = time.monotonic()
+        wait_until(lambda: server._publisher.counters.turns >= turns + 4)
+        assert 0.5 < time.monotonic() - began < 3       # one each 0.2 s
+
+
 def test_all_that_is_logged_has_one_name():
     """So that a program says once what it wants to be told."""
     modules = [importlib.import_module(f"sse_core.{path.stem}")

@@ -444,6 +444,66 @@ def test_heartbeats_go_only_to_those_who_were_sent_nothing(bench):
     assert early.stream.last_id == ""
 
 
+def test_a_client_that_takes_no_byte_of_a_heartbeat_is_dropped_30_seconds_later(bench):
+    b = bench(heartbeat=10.0)
+    narrow = b.peer(narrow=True)
+    narrow.server_end.room = len(HEAD)
+    b.turn()
+    b.pass_time(10 + STALL - 1)
+    assert len(b.broadcast.clients) == 1
+    b.pass_time(4)
+    assert b.publisher.figures()["drops"]["stalled"] == 1 and not len(b.broadcast.clients)
+
+
+def test_a_reset_that_a_heartbeat_meets_is_counted_as_one(bench, monkeypatch):
+    b = bench(heartbeat=10.0)
+    peer, other = b.peer(narrow=True), b.peer()
+    peer.server_end.room = 1 << 20
+    b.turn()
+
+    def broken(_):
+        raise ConnectionResetError
+    monkeypatch.setattr(peer.server_end, "send", broken)
+    b.pass_time(12)
+    assert b.publisher.figures()["drops"]["reset"] == 1 and len(b.broadcast.clients) == 1
+    assert other.take().comments == 1
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("room", [0, 1 << 20])
+def test_a_stream_whose_token_expires_ends_in_order_if_it_can(bench, chunked, room):
+    b = bench()
+    ends, stays = b.peer(narrow=True, chunked=chunked, until=b.now + 5), b.peer()
+    ends.server_end.room = len(HEAD) + 5 + room
+    b.publish("hello")
+    b.turn()
+    b.pass_time(7)
+    assert b.publisher.figures()["drops"] == {**dict.fromkeys(publisher.REASONS, 0), "expired": 1}
+    assert ends.take().ended == bool(chunked and room) and len(b.broadcast.clients) == 1
+    assert len(ends.data()) == bool(room) and stays.data() == ["hello"]
+
+
+def test_who_was_woken_sleeps_again_and_waking_never_blocks(bench):
+    b = bench()
+    for _ in range(70_000):         # more than a pipe holds
+        b.publisher._wake()
+    assert b.publisher._selector.select(0)
+    b.turn(20)
+    assert not b.publisher._selector.select(0)
+    b.stop()
+    b.publisher._wake()             # it may be that it has just gone
+
+
+def test_a_backlog_is_sent_without_a_pause(bench):
+    b = bench(history=1000)
+    b.turn()
+    for _ in range(20):
+        b.publish("x" * 30_000)
+    began = time.monotonic()
+    b.turn(5)
+    assert b.broadcast.has_work() and time.monotonic() - began < 1
+
+
 def test_who_took_a_heartbeat_whole_lags_behind_nothing(bench):
     b = bench(heartbeat=10.0)
     peer = b.peer()
@@ -504,6 +564,7 @@ def test_a_heartbeat_cut_in_two_is_finished_before_the_next_frame(bench):
         b = bench(heartbeat=10.0, history=10)
         narrow = b.peer(narrow=True)
         narrow.server_end.room = 1 << 20
+        b.turn()
         id = b.publish("first")
         b.turn()
         narrow.server_end.room = cut
@@ -636,8 +697,9 @@ def test_a_client_that_joins_ahead_of_a_backlog_gets_nothing_twice(bench):
 
 
 @pytest.mark.parametrize("bad", [{"history": -1}, {"heartbeat": -1.0}, {"retry": -0.1},
-                                 {"max_clients": -1}, {"patience": -1.0}])
-def test_negative_options_are_a_value_error(bad):
+                                 {"max_clients": -1}, {"patience": -1.0},
+                                 {"heartbeat": 2.0**31}, {"heartbeat": math.nan}])
+def test_options_that_are_negative_or_no_number_are_a_value_error(bad):
     with pytest.raises(ValueError):
         heartbeat = bad.pop("heartbeat", 1.0)
         Publisher(Broadcast(**bad), heartbeat)
@@ -1069,6 +1131,29 @@ def test_publish_inside_a_publish_of_the_same_thread_is_refused_or_done_never_st
         reader.sock.close()
         b.turn()
     assert None in outcomes and any(outcomes)
+
+
+def test_figures_begin_at_nothing_and_count_frames_and_bytes_however_they_are_sent(bench):
+    b = bench(history=64)
+    figures = b.publisher.figures()
+    assert {figures[name] for name in vars(b.publisher.counters) if name != "drops"} == {0}
+    assert set(figures["drops"].values()) == {0}
+    ids = [b.publish(str(number)) for number in range(3)]
+    back, live, narrow = b.peer(last_id=ids[0]), b.peer(), b.peer(narrow=True)
+    narrow.server_end.room = 1 << 20
+    b.turn(2)
+    narrow.server_end.room = 10
+    b.publish("live")
+    b.turn()
+    narrow.server_end.room = 1 << 20
+    b.turn(2)
+    assert back.data() == ["1", "2", "live"] and live.data() == narrow.data() == ["live"]
+    figures = b.publisher.figures()
+    assert figures["deliveries"] == 5
+    assert figures["bytes"] == sum(len(peer.raw) for peer in b.peers)
+    assert figures["turns"] == 5 and figures["turn_seconds"] == 0
+    b.publisher.counters.turn_seconds = 0.1234567
+    assert b.publisher.figures()["turn_seconds"] == 0.123457
 
 
 def test_figures_count_what_was_told_and_published(bench):

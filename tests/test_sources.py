@@ -76,6 +76,15 @@ def test_a_pipe_is_served_to_the_end_and_then_it_stops():
                                   "U+FFFD\n")
 
 
+def test_lines_that_are_there_are_published_together(tmp_path):
+    (tmp_path / "lines").write_bytes(b"x\n" * 30_000)
+    batches = []
+    with open(tmp_path / "lines", "rb") as file:
+        sources.lines(lambda drafts, wait: batches.append(len(drafts)), threading.Event(),
+                      file.fileno())
+    assert sum(batches) == 30_000 and len(batches) <= 3
+
+
 def test_a_signal_stops_a_pipe_that_is_open():
     with serving("--stdin") as server, Client(server.port) as client:
         client.open()
