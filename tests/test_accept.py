@@ -60,9 +60,10 @@ def test_garbage_is_answered_and_closed(server, garbage, status):
     wait_until(lambda: server.clients == 0)
 
 
-def test_a_head_that_never_ends_is_cut(server, monkeypatch):
+@pytest.mark.parametrize("begun", [b"", b"GET / HT"])
+def test_a_head_that_never_ends_is_cut(server, monkeypatch, begun):
     monkeypatch.setattr(handshake, "HEAD_TIME", 0.2)
-    assert ask(server.port, b"GET / HT").startswith(b"HTTP/1.1 408 ")
+    assert ask(server.port, begun).startswith(b"HTTP/1.1 408 ")
 
 
 def test_resets_at_any_moment_harm_nobody(server):

@@ -89,6 +89,17 @@ def test_a_request_whose_time_is_up_is_read_no_further(open_server, monkeypatch)
     assert post(open_server.port, body=body).startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_peer_that_does_not_take_its_answer_is_cut(open_server, monkeypatch):
+    monkeypatch.setattr(handshake, "LINGER_TIME", 0.2)
+    body = b'{"data": ""}\n' * 60_000
+    head = get(f"/{PUBLISH_TOKEN}", f"Content-Length: {len(body)}",
+               "Content-Type: application/x-ndjson", method="POST")
+    with Client(open_server.port, head + body, receive_buffer=4096):
+        wait_until(handshakes)
+        wait_until(lambda: open_server.figures()["events"] == 60_000)
+        wait_until(lambda: not handshakes(), timeout=handshake.HEAD_TIME / 2)
+
+
 def test_a_dribbling_request_is_cut_by_the_total(server, monkeypatch):
     monkeypatch.setattr(handshake, "HEAD_TIME", 0.5)
     began = time.monotonic()
@@ -327,6 +338,10 @@ def test_bodies_under_way_are_bounded_in_all(monkeypatch):
         two.sendall(head + b"x" * 1900)
         answer = two.recv(1000)
         assert answer.startswith(b"HTTP/1.1 503 ") and b"too many bodies" in answer
+        with connect(server.port) as last:
+            last.sendall(head + b"x" * 1100)        # there is room for as much
+            wait_until(lambda: server._handshakes._held == 3000)
+        wait_until(lambda: server._handshakes._held == 1900)
         one.sendall(b"x" * 100)
         assert one.recv(1000).startswith(b"HTTP/1.1 200 ")
         assert ask(server.port, head[:-4] + b"\r\nConnection: close\r\n\r\n" + b"x" * 2000
