@@ -10,7 +10,7 @@ import pytest
 
 import sse_server
 from helpers import GET, PUBLISH_TOKEN, Client, ask, connect, get, handshakes, reset, wait_until
-from sse_core import handshake
+from sse_core import handshake, http1
 from sse_server import SSEServer
 from test_http1 import mutated
 
@@ -30,6 +30,20 @@ def test_a_request_may_arrive_a_byte_at_a_time(server):
         for index in range(len(GET)):
             client.sock.sendall(GET[index:index + 1])
         assert client.open().stream.status == 200
+
+
+def test_what_was_looked_at_of_a_head_is_not_looked_at_again(server, monkeypatch):
+    parse, looked = http1.parse, []
+
+    def watched(raw, seen):
+        looked.append((seen, len(raw)))
+        return parse(raw, seen)
+    monkeypatch.setattr(http1, "parse", watched)
+    with Client(server.port, GET[:10]) as client:
+        wait_until(lambda: handshakes() and looked[-1:] == [(0, 10)])
+        client.sock.sendall(GET[10:])
+        client.open()
+    assert looked[-1] == (10, len(GET))
 
 
 def test_a_client_that_stops_reading_does_not_hold_up_the_others(server):
