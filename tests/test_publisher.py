@@ -712,8 +712,11 @@ def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
     b.turn()
     for number in range(3):
         b.publish("x" * 40000, channel="a")
-    mine = b.peer(channels=["a"], last_id="0-0")
     b.publish("other", channel="b")
+    b.turn(5)
+    mine = b.peer(channels=["a"], last_id="0-0")
+    b.turn()
+    assert b.broadcast.clients.lagging
     for _ in range(10):
         b.turn()
         mine.take()
