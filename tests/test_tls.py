@@ -1,4 +1,5 @@
 """TLS: all as without it; records and handshakes hold up nobody; files that are no use are told."""
+import logging
 import socket
 import ssl
 import subprocess
@@ -8,7 +9,8 @@ import threading
 import pytest
 import requests
 
-from helpers import GET, PATIENCE, TOP, Client, connect, make_certificate, serving, wait_until
+from helpers import (GET, PATIENCE, TOP, Client, connect, handshakes, make_certificate, serving,
+                     wait_until)
 from sse_core import handshake
 from sse_server import SSEServer
 
@@ -99,6 +101,15 @@ def test_a_silent_tls_handshake_holds_up_nobody_and_is_cut(secure, monkeypatch):
     with connect(secure.port) as silent, SecureClient(secure.port) as client:
         client.open()
         assert silent.recv(1) == b""
+
+
+def test_who_closes_without_a_byte_is_no_fault_of_tls(secure, caplog):
+    caplog.set_level(logging.DEBUG)
+    with connect(secure.port):
+        wait_until(handshakes)
+    wait_until(lambda: not handshakes())
+    message, = caplog.messages
+    assert message.endswith("left during its request: it sent nothing")
 
 
 def test_a_record_that_came_in_part_costs_no_client(secure):
