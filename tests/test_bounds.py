@@ -328,6 +328,18 @@ def test_when_nobody_can_be_cut_newcomers_queue_and_then_are_closed(monkeypatch)
         closed.close()
 
 
+def test_who_has_closed_a_moment_ago_may_be_chosen_to_make_room():
+    ours, peer = socket.socketpair()
+    others = handshake.Handshakes(None, None, None)
+    closed = handshake.Handshake(ours, "", others)
+    with peer:
+        closed.safe_until = 0.0
+        others._unfinished[closed] = threading.current_thread()
+        closed.close()
+        others._cut_one()
+        assert peer.recv(1) == b""
+
+
 def test_bodies_under_way_are_bounded_in_all(monkeypatch):
     monkeypatch.setattr(handshake, "MAX_BODIES", 3000)
     with SSEServer(port=0, publish_tokens=["t"]) as server:
