@@ -229,6 +229,7 @@ class Handshake:
         request = None
         try:
             self._received = self._sock.recv(http1.MAX_HEAD, socket.MSG_DONTWAIT)
+            self.goes_first = not self._received
             request, _ = self._parse()
             if not request or request.method != "GET" or self._answers.is_slow(request):
                 return False

@@ -1,4 +1,5 @@
 """What comes in at the door: silent, garbled and broken connections cost nobody else anything."""
+import logging
 import random
 import re
 import threading
@@ -9,7 +10,7 @@ import pytest
 
 import sse_server
 from helpers import GET, PUBLISH_TOKEN, Client, ask, connect, get, handshakes, reset, wait_until
-from sse_core import handshake
+from sse_core import handshake, http1
 from sse_server import SSEServer
 from test_http1 import mutated
 
@@ -29,6 +30,20 @@ def test_a_request_may_arrive_a_byte_at_a_time(server):
         for index in range(len(GET)):
             client.sock.sendall(GET[index:index + 1])
         assert client.open().stream.status == 200
+
+
+def test_what_was_looked_at_of_a_head_is_not_looked_at_again(server, monkeypatch):
+    parse, looked = http1.parse, []
+
+    def watched(raw, seen):
+        looked.append((seen, len(raw)))
+        return parse(raw, seen)
+    monkeypatch.setattr(http1, "parse", watched)
+    with Client(server.port, GET[:10]) as client:
+        wait_until(lambda: handshakes() and looked[-1:] == [(0, 10)])
+        client.sock.sendall(GET[10:])
+        client.open()
+    assert looked[-1] == (10, len(GET))
 
 
 def test_a_client_that_stops_reading_does_not_hold_up_the_others(server):
@@ -59,9 +74,13 @@ def test_garbage_is_answered_and_closed(server, garbage, status):
     wait_until(lambda: server.clients == 0)
 
 
-def test_a_head_that_never_ends_is_cut(server, monkeypatch):
-    monkeypatch.setattr(handshake, "HEAD_TIME", 0.2)
-    assert ask(server.port, b"GET / HT").startswith(b"HTTP/1.1 408 ")
+@pytest.mark.parametrize("begun", [b"", b"GET / HT"])
+def test_a_head_that_never_ends_is_cut(server, monkeypatch, begun):
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.1)
+    began = time.monotonic()
+    with connect(server.port) as sock:
+        sock.sendall(begun)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 408 ") and time.monotonic() - began < 1
 
 
 def test_resets_at_any_moment_harm_nobody(server):
@@ -79,6 +98,16 @@ def test_resets_at_any_moment_harm_nobody(server):
         data = [event.data for event in client.read_until_data("end")]
         assert data == [*map(str, range(0, 300, 10)), "end"], f"seed {seed}"
         wait_until(lambda: server.clients == 1)
+
+
+def test_who_leaves_during_its_request_is_one_line_of_verbose(server, caplog):
+    caplog.set_level(logging.DEBUG)
+    sock = connect(server.port)
+    sock.sendall(GET[:10])
+    wait_until(handshakes)
+    reset(sock)
+    wait_until(lambda: not handshakes())
+    assert caplog.text.count("left during its request") == len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"tokens": ["one"], "publish_tokens": ["t"]}],

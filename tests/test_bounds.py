@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 import sse_server
-from helpers import GET, PATIENCE, TOP, Client, ask, connect, get, handshakes, wait_until
+from helpers import (GET, PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, handshakes, post,
+                     wait_until)
 from sse_core import frames, handshake, http1
 from sse_server import SSEServer
+
+POST = get(f"/{PUBLISH_TOKEN}", "Content-Length: 5", method="POST")
 
 
 def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
@@ -77,6 +80,77 @@ def test_a_dribbling_request_is_cut_by_the_total(server, monkeypatch):
             except socket.timeout:
                 assert time.monotonic() - began < 5
     assert answer.startswith(b"HTTP/1.1 408 ") and time.monotonic() - began >= 0.5
+
+
+def can_be_cut(unfinished) -> bool:
+    return all(each.safe_until <= time.monotonic() for each in [*unfinished])
+
+
+def test_who_was_refused_or_sent_nothing_makes_room_before_the_oldest(server, monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 2)
+    unfinished = server._handshakes._unfinished
+    with connect(server.port) as half, connect(server.port) as silent:
+        half.sendall(GET[:10])
+        wait_until(lambda: [each.goes_first for each in [*unfinished]] == [False, True])
+        wait_until(lambda: can_be_cut(unfinished))
+        with connect(server.port) as refused:
+            assert silent.recv(1) == b""
+            refused.sendall(b"GET /" + b"a" * http1.MAX_LINE)
+            assert refused.recv(1000).startswith(b"HTTP/1.1 414 ")
+            lingering = [*unfinished][1]
+            with connect(server.port):
+                wait_until(lambda: lingering not in unfinished)
+                half.sendall(GET[10:])
+                assert half.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_connection_that_was_kept_is_as_old_as_its_last_request(open_server, monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 2)
+    unfinished = open_server._handshakes._unfinished
+
+    def publish():
+        used.sendall(POST + b"hello")
+        assert used.recv(1000).startswith(b"HTTP/1.1 200 ")
+    with connect(open_server.port) as used:
+        publish()
+        mine, = [*unfinished]
+        with connect(open_server.port) as half:
+            half.sendall(GET[:10])
+            wait_until(lambda: [each.goes_first for each in [*unfinished]] == [False, False])
+            publish()
+            wait_until(lambda: [*unfinished][-1] is mine and can_be_cut(unfinished))
+            with connect(open_server.port):
+                assert half.recv(1) == b""
+                publish()
+
+
+def test_a_connection_that_was_kept_makes_room_too(open_server, monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 1)
+    with connect(open_server.port) as kept:
+        kept.sendall(POST + b"hello")
+        assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+        with Client(open_server.port, b"") as client:
+            assert kept.recv(1) == b""
+            client.sock.sendall(GET)
+            client.open()
+
+
+def test_a_request_whose_time_is_up_is_read_no_further(open_server, monkeypatch):
+    """Though more of it is there: so a peer that never pauses gets no more time than others."""
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.0)
+    body = b"x" * (2 * http1.MAX_HEAD)
+    assert post(open_server.port, body=body).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_peer_that_does_not_take_its_answer_is_cut(open_server, monkeypatch):
+    monkeypatch.setattr(handshake, "LINGER_TIME", 0.2)
+    body = b'{"data": ""}\n' * 60_000
+    head = get(f"/{PUBLISH_TOKEN}", f"Content-Length: {len(body)}",
+               "Content-Type: application/x-ndjson", method="POST")
+    with Client(open_server.port, head + body, receive_buffer=4096):
+        wait_until(handshakes)
+        wait_until(lambda: open_server.figures()["events"] == 60_000)
+        wait_until(lambda: not handshakes(), timeout=handshake.HEAD_TIME / 2)
 
 
 def test_more_than_max_clients_are_refused_and_later_taken():
@@ -366,18 +440,47 @@ def test_bodies_under_way_are_bounded_in_all(monkeypatch):
         two.sendall(head + b"x" * 1900)
         answer = two.recv(1000)
         assert answer.startswith(b"HTTP/1.1 503 ") and b"too many bodies" in answer
+        with connect(server.port) as last:
+            last.sendall(head + b"x" * 1100)        # there is room for as much
+            wait_until(lambda: server._handshakes._held == 3000)
+        wait_until(lambda: server._handshakes._held == 1900)
         one.sendall(b"x" * 100)
         assert one.recv(1000).startswith(b"HTTP/1.1 200 ")
         assert ask(server.port, head[:-4] + b"\r\nConnection: close\r\n\r\n" + b"x" * 2000
                    ).startswith(b"HTTP/1.1 200 ")
+        assert server._handshakes._held == 0
         one.close(), two.close()
 
 
-def test_a_refused_request_that_wholly_came_is_not_lingered_for(server):
-    with connect(server.port) as sock:
-        sock.sendall(b"X\r\n\r\n")
-        assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
+@pytest.mark.parametrize("request_, status", [
+    (b"X\r\n\r\n", 400), (get("/-/what"), 404), (POST + b"\xff" * 5, 400)])
+def test_a_refused_request_that_wholly_came_is_not_lingered_for(open_server, request_, status):
+    with connect(open_server.port) as sock:
+        sock.sendall(request_)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 %d " % status)
         wait_until(lambda: handshakes() == 0, timeout=0.5)      # with the peer still there
+        began = time.monotonic()
+        assert ask(open_server.port, get("/-/health")).endswith(b"ok\n")
+        assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("request_, status", [
+    (b"GET /" + b"a" * http1.MAX_LINE, 414), (POST.replace(b"SECRET", b"wrong"), 401)])
+def test_who_is_refused_while_it_sends_may_go_on_for_a_while(open_server, request_, status):
+    """To close would reset the connection, and could lose the answer."""
+    with connect(open_server.port) as sock:
+        sock.sendall(request_)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 %d " % status) and sock.recv(1000) == b""
+        until = time.monotonic() + handshake.LINGER_TIME / 4
+        wait_until(lambda: sock.send(b"a") and time.monotonic() > until)
+    wait_until(lambda: handshakes() == 0, timeout=handshake.LINGER_TIME / 4)
+
+
+def test_who_is_refused_and_sends_without_end_is_cut(server, monkeypatch):
+    monkeypatch.setattr(handshake, "LINGER_TIME", 0.2)
+    with connect(server.port) as sock, pytest.raises(OSError):
+        sock.sendall(b"GET /" + b"a" * http1.MAX_LINE)
+        wait_until(lambda: not sock.send(b"a"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -57,13 +57,16 @@ def test_authorize_decides_in_place_of_tokens_and_holds_up_nobody():
             release.wait(PATIENCE)
         if request.path == "/fault":
             raise KeyError("a fault in the program")
+        if request.path == "/gone":
+            raise ConnectionResetError("by what the program asked, not by the peer")
         return request.fields.get("cookie") == "ok"
     with SSEServer(port=0, authorize=authorize) as server, connect(server.port) as slow:
         slow.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
         with Client(server.port, b"GET /a?b=c HTTP/1.1\r\nHost: x\r\nCookie: ok\r\n\r\n") as client:
             assert client.open().stream.status == 200
         assert ask(server.port, b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 401 ")
-        assert ask(server.port, get("/fault")).startswith(b"HTTP/1.1 500 ")
+        for path in ("/fault", "/gone"):
+            assert ask(server.port, get(path)).startswith(b"HTTP/1.1 500 ")
         release.set()
         assert slow.recv(100).startswith(b"HTTP/1.1 401 ")
     assert any(request.query == {"b": ["c"]} and request.method == "GET" for request in asked)

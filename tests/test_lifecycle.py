@@ -1,4 +1,5 @@
 """Start, stop and the end of a program, from any thread; and streams that end in order."""
+import importlib
 import logging
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+import publisher
 import sse_server
 from helpers import GET, PATIENCE, TOP, Client, connect, handshakes, wait_until
 from publisher import Publisher
@@ -108,6 +110,17 @@ servers[1].publish("last")
         assert [event.data for event in stream.events] == ["last"] and stream.ended
         assert process.wait(PATIENCE) == status
         assert ("KeyError" if status == 1 else "") in process.stderr.read()
+
+
+def test_an_authorize_that_never_returns_keeps_no_program_alive(tmp_path):
+    with program("""
+import threading
+asked = threading.Event()
+server = SSEServer(port=0, authorize=lambda request: asked.set() or threading.Event().wait())
+print(server.start().port, flush=True)
+asked.wait()
+""", tmp_path) as (process, port), Client(port):
+        assert process.wait(PATIENCE) == 0
 
 
 def test_a_forked_child_that_ends_leaves_the_server_to_its_parent(tmp_path):
@@ -222,7 +235,7 @@ import os
 from sse_server import NotRunning
 server = SSEServer(port=0).start()
 print(server.port, flush=True)
-while not server.clients:
+while not (server.clients and server._handshakes._unfinished):
     pass
 child = os.fork()
 if child == 0:
@@ -240,7 +253,7 @@ server.publish("from the parent")
 server.stop()
 print("stopped", flush=True)
 os.waitpid(child, 0)
-""", tmp_path) as (process, port), Client(port) as client:
+""", tmp_path) as (process, port), Client(port, GET[:10]), Client(port) as client:
         assert process.stdout.readline() == "refused\n"
         assert process.stdout.readline() == "0\n"
         process.stdin.write("\n")
@@ -351,6 +364,26 @@ def test_a_logging_handler_that_raises_leaves_nothing_of_stop_undone():
     server.stop()
 
 
+def test_a_server_on_which_nothing_happens_looks_for_heartbeats_and_does_nothing_else():
+    with SSEServer(port=0, heartbeat=1.6) as server, Client(server.port) as client:
+        client.open()
+        server.publish("x")
+        client.read_events(1)
+        turns = server._publisher.counters.turns + 1    # of the one that may be under way
+        began = time.monotonic()
+        wait_until(lambda: server._publisher.counters.turns >= turns + 4)
+        assert 0.5 < time.monotonic() - began < 3       # one each 0.2 s
+
+
+def test_all_that_is_logged_has_one_name():
+    """So that a program says once what it wants to be told."""
+    modules = [importlib.import_module(f"sse_core.{path.stem}")
+               for path in (TOP / "sse_core").glob("[a-z]*.py")]
+    named = {module.__name__: module.logger.name for module in [publisher, sse_server, *modules]
+             if hasattr(module, "logger")}
+    assert len(named) > 5 and set(named.values()) == {"sse_server"}, named
+
+
 def test_a_fault_does_not_hide_the_exception_that_ends_a_with_block(monkeypatch):
     faulty(monkeypatch, "publisher")
     with pytest.raises(KeyError):
@@ -374,6 +407,7 @@ import functools, importlib
 def fault(*_): raise ZeroDivisionError("a fault")
 *path, name = {attribute!r}.split(".")
 setattr(functools.reduce(getattr, path, importlib.import_module({module!r})), name, fault)
+import publisher
 import sse_server
 sys.exit(sse_server.main(["--port", "0", "--heartbeat", "0.1", *{source!r}]))
 """

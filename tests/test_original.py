@@ -79,7 +79,7 @@ def test_clock_ticks_at_its_interval_and_stops_at_once():
     stopping.set()
     thread.join(1)
     assert not thread.is_alive()
-    assert ticks[4] - ticks[0] >= 0.19      # late on a busy machine, never early
+    assert 0.19 <= ticks[4] - ticks[0] < 2      # late on a busy machine, never early
 
 
 def test_every_path_is_a_good_token():

@@ -4,12 +4,13 @@ import random
 import shutil
 import socket
 import subprocess
+import time
 
 import pytest
 import requests
 
-from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, connect, get, handshakes, post
-from sse_core import frames
+from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, connect, get, handshakes, post, wait_until
+from sse_core import frames, handshake
 
 
 def test_curl_posts_and_the_answer_has_the_id(open_server):
@@ -158,6 +159,41 @@ def test_a_chunked_body_that_is_cut_short_is_not_published(open_server):
         assert sock.recv(100) == b""
         open_server.publish("the first")
         assert client.read_events(1)[0].data == "the first"
+
+
+def test_a_kept_connection_on_which_nothing_comes_is_closed_in_silence(open_server, monkeypatch):
+    """A 408 could pass for the answer to what comes; but not if that has begun."""
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.3)
+    for more, answer in ((b"", b""), (CHUNKED[:10], b"HTTP/1.1 408 ")):
+        with connect(open_server.port) as sock:
+            sock.sendall(CHUNKED + b"0\r\n\r\n")
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+            sock.sendall(more)
+            assert sock.recv(len(b"HTTP/1.1 408 ")) == answer
+
+
+def test_each_request_of_a_kept_connection_has_its_own_time(open_server, monkeypatch):
+    monkeypatch.setattr(handshake, "HEAD_TIME", 0.3)
+    until = time.monotonic() + 2 * handshake.HEAD_TIME
+    with connect(open_server.port) as sock:
+        while time.monotonic() < until:
+            sock.sendall(CHUNKED + b"0\r\n\r\n")
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("version, expects, body, answer", [
+    ("1.1", True, b"", b"HTTP/1.1 100 Continue\r\n\r\n"), ("1.1", False, b"", b"HTTP/1.1 200 "),
+    ("1.0", True, b"", b"HTTP/1.1 200 "), ("1.1", True, b"hello", b"HTTP/1.1 200 ")])
+def test_who_waits_for_a_continue_gets_it_and_nobody_else(open_server, version, expects, body,
+                                                         answer):
+    expect = ["Expect: 100-continue"] if expects else []
+    head = get(f"/{PUBLISH_TOKEN}", "Content-Length: 5", *expect, method="POST")
+    with connect(open_server.port) as sock:
+        sock.sendall(head.replace(b"/1.1", b"/" + version.encode()) + body)
+        wait_until(handshakes)      # it has read the head
+        if b"200" in answer:
+            sock.sendall(b"hello"[len(body):])
+        assert sock.recv(len(answer)) == answer
 
 
 def test_posting_is_off_unless_there_is_a_token(server):

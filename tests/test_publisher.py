@@ -201,6 +201,7 @@ def test_a_send_that_is_cut_at_any_byte_is_finished_before_the_next_frame(bench,
         assert whole.data() == narrow.data() == ["one", "two\nlines", "three", "four", "five"], cut
         assert whole.raw[-150:] == narrow.raw[-150:]
         assert not b.broadcast.clients.lagging
+        assert not b.publisher._selector.select(0)      # nor is it told that the socket takes more
 
 
 def test_a_client_that_takes_a_byte_a_turn_gets_everything(bench):
@@ -298,6 +299,22 @@ class Committing(Narrow):
             raise BlockingIOError
         self.held, self.room = b"", max(0, self.room - len(data))
         return self.sock.send(data)
+
+
+def test_of_a_record_that_tls_has_begun_all_but_the_last_byte_is_sent():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sock = Committing(ours)
+        for data in (b"a", b"ab", b"abc"):
+            if len(data) == 1:
+                with pytest.raises(BlockingIOError):
+                    sock.send(data)
+            else:
+                assert sock.send(data) == len(data) - 1
+            sock.room = 1 << 20
+            assert sock.send(data[-1:]) == 1 and theirs.recv(100) == data
+            assert sock.send(b"x" * 20_000) == 16_384 == len(theirs.recv(1 << 20))  # a whole record
+            sock.room = 0
 
 
 def test_what_tls_has_begun_is_offered_again(bench):
@@ -558,6 +575,7 @@ def test_a_heartbeat_cut_in_two_is_finished_before_the_next_frame(bench):
         b = bench(heartbeat=10.0, history=10)
         narrow = b.peer(narrow=True)
         narrow.server_end.room = 1 << 20
+        b.turn()
         id = b.publish("first")
         b.turn()
         narrow.server_end.room = cut
@@ -690,8 +708,9 @@ def test_a_client_that_joins_ahead_of_a_backlog_gets_nothing_twice(bench):
 
 
 @pytest.mark.parametrize("bad", [{"history": -1}, {"heartbeat": -1.0}, {"retry": -0.1},
-                                 {"max_clients": -1}, {"patience": -1.0}])
-def test_negative_options_are_a_value_error(bad):
+                                 {"max_clients": -1}, {"patience": -1.0},
+                                 {"heartbeat": 2.0**31}, {"heartbeat": math.nan}])
+def test_options_that_are_negative_or_no_number_are_a_value_error(bad):
     with pytest.raises(ValueError):
         heartbeat = bad.pop("heartbeat", 1.0)
         Publisher(Broadcast(**{**KEPT, **bad}), heartbeat)
@@ -703,8 +722,11 @@ def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
     b.turn()
     for number in range(3):
         b.publish("x" * 40000, channel="a")
-    mine = b.peer(channels=["a"], last_id="0-0")
     b.publish("other", channel="b")
+    b.turn(5)
+    mine = b.peer(channels=["a"], last_id="0-0")
+    b.turn()
+    assert b.broadcast.clients.lagging
     for _ in range(10):
         b.turn()
         mine.take()
@@ -1131,6 +1153,29 @@ def test_publish_inside_a_publish_of_the_same_thread_is_refused_or_done_never_st
         reader.sock.close()
         b.turn()
     assert None in outcomes and any(outcomes)
+
+
+def test_figures_begin_at_nothing_and_count_frames_and_bytes_however_they_are_sent(bench):
+    b = bench(history=64)
+    figures = b.publisher.figures()
+    assert {figures[name] for name in vars(b.publisher.counters) if name != "drops"} == {0}
+    assert set(figures["drops"].values()) == {0}
+    ids = [b.publish(str(number)) for number in range(3)]
+    back, live, narrow = b.peer(last_id=ids[0]), b.peer(), b.peer(narrow=True)
+    narrow.server_end.room = 1 << 20
+    b.turn(2)
+    narrow.server_end.room = 10
+    b.publish("live")
+    b.turn()
+    narrow.server_end.room = 1 << 20
+    b.turn(2)
+    assert back.data() == ["1", "2", "live"] and live.data() == narrow.data() == ["live"]
+    figures = b.publisher.figures()
+    assert figures["deliveries"] == 5
+    assert figures["bytes"] == sum(len(peer.raw) for peer in b.peers)
+    assert figures["turns"] == 5 and figures["turn_seconds"] == 0
+    b.publisher.counters.turn_seconds = 0.1234567
+    assert b.publisher.figures()["turn_seconds"] == 0.123457
 
 
 def test_figures_count_what_was_told_and_published(bench):

@@ -1,8 +1,11 @@
 """Where events come from: the lines of a pipe, through a real process, to their last."""
+import errno
 import json
+import os
 import selectors
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -32,12 +35,29 @@ def test_a_line_over_1_mib_is_left_out_and_the_next_is_unharmed(caplog):
     for end in (b"\n", b"\r\n"):
         assert split(most + end + b"next") == [most.decode(), "next"]
     caplog.clear()
+    assert split(most + b"yy\n" + b"next") == ["next"]
+    caplog.clear()
     data = most + b"y\n" + b"next\n" + most * 3 + b"\nlast"
     pieces = (data[index:index + 65536] for index in range(0, len(data), 65536))
     assert split(data) == split(*pieces) == ["next", "last"]
     assert [record.getMessage() for record in caplog.records] == [
         "standard input: lines over 1048576 bytes are left out"] * 2
     assert split(b"\xff" * 400_000 + b"\n", b"next\n") == ["next"]      # 1.2 MB as U+FFFD
+
+
+def test_lines_over_1_mib_are_not_held_and_counted(caplog):
+    splitter = sources.LineSplitter()
+    for _ in range(2):
+        for _ in range(40):
+            assert not list(splitter.feed(b"x" * 65536))
+            assert sum(map(len, splitter._held)) <= frames.MAX_EVENT + 1
+        assert not list(splitter.feed(b"\n"))
+    splitter.tell_left_out()
+    assert caplog.messages[-1] == "standard input: 2 lines were left out"
+
+
+def test_a_character_that_stands_for_what_is_not_utf_8_may_be_sent_itself(caplog):
+    assert split("\ufffd\n".encode()) == ["\ufffd"] and not caplog.records
 
 
 def test_a_pipe_is_served_to_the_end_and_then_it_stops():
@@ -56,13 +76,48 @@ def test_a_pipe_is_served_to_the_end_and_then_it_stops():
                                   "U+FFFD\n")
 
 
+def test_lines_that_are_there_are_published_together(tmp_path):
+    (tmp_path / "lines").write_bytes(b"x\n" * 30_000)
+    batches = []
+    with open(tmp_path / "lines", "rb") as file:
+        sources.lines(lambda drafts, wait: batches.append(len(drafts)), threading.Event(),
+                      file.fileno())
+    assert sum(batches) == 30_000 and len(batches) <= 3
+
+
 def test_a_signal_stops_a_pipe_that_is_open():
     with serving("--stdin") as server, Client(server.port) as client:
         client.open()
         server.process.stdin.write(b"one\n")
         server.process.stdin.flush()
         client.read_events(1)
+        began = time.monotonic()
         assert server.stop(15) == 0 and client.read_to_end().ended
+        assert time.monotonic() - began < 3
+
+
+def test_what_cannot_be_read_is_at_its_end(caplog):
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    assert sources.lines(lambda drafts, wait: None, threading.Event(), descriptor) == 0
+    os.close(descriptor)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"standard input: {os.strerror(errno.EBADF)}; taken for its end"]
+
+
+def test_a_pipe_that_is_silent_costs_nothing():
+    read, write = os.pipe()
+    stopping, spent = threading.Event(), []
+
+    def run():
+        sources.lines(lambda drafts, wait: None, stopping, read)
+        spent.append(time.thread_time())
+    thread = threading.Thread(target=run)
+    thread.start()
+    stopping.wait(0.5)          # the time over which the cost of waiting is measured
+    stopping.set()
+    thread.join()
+    os.close(read), os.close(write)
+    assert spent[0] < 0.05
 
 
 def drain(clients: list, counts: dict) -> None:

@@ -1,4 +1,6 @@
 """TLS: all as without it; records and handshakes hold up nobody; files that are no use are told."""
+import logging
+import socket
 import ssl
 import subprocess
 import sys
@@ -147,6 +149,25 @@ def test_a_silent_tls_handshake_holds_up_nobody_and_is_cut(secure, monkeypatch):
     with connect(secure.port) as silent, SecureClient(secure.port) as client:
         client.open()
         assert silent.recv(1) == b""
+
+
+def test_who_closes_without_a_byte_is_no_fault_of_tls(secure, caplog):
+    caplog.set_level(logging.DEBUG)
+    with connect(secure.port):
+        wait_until(handshakes)
+    wait_until(lambda: not handshakes())
+    message, = caplog.messages
+    assert message.endswith("left during its request: it sent nothing")
+
+
+def test_a_record_that_came_in_part_costs_no_client(secure):
+    with SecureClient(secure.port) as client:
+        client.open()
+        socket.socket.send(client.sock, b"\x17\x03\x03")        # below TLS: how a record begins
+        for number in (1, 2):
+            secure.publish(str(number))
+            client.read_events(number)
+        assert secure.clients == 1
 
 
 def test_plain_on_a_tls_port_and_tls_on_a_plain_port_are_turned_away(certificate):
