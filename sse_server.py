@@ -414,7 +414,6 @@ class SSEServer(_Listener):
         """In a forked child, close what the parent has: nobody here would serve it."""
         self._lifecycle = threading.RLock()     # a thread that is not here may hold the old one
         self._started = self._stopped = True
-        self._stopping.set()
         self._ended.set()
         self.socket.close()
         self._handshakes.abandon()

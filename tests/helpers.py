@@ -33,6 +33,12 @@ def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> No
         time.sleep(0.002)
 
 
+def halt(process: subprocess.Popen) -> None:
+    """Stop a process as SIGSTOP does, and wait until it is."""
+    process.send_signal(signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+
+
 def handshakes() -> int:
     """Return how many unfinished requests the servers of this process look after."""
     return sum(thread.name.startswith("handshake-") for thread in threading.enumerate())

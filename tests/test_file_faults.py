@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, wait_until
+from helpers import PATIENCE, TOP, Client, halt, wait_until
 from sse_core.broadcast import Unavailable
 from sse_core.file_stream import FileStream
 from sse_core.shared import Draft
@@ -279,7 +279,7 @@ def test_a_newcomer_makes_a_file_anew_while_others_still_have_the_old_one(path):
         read_to(client, "before")
         for round in range(3):
             query(path, "pragma user_version = 1")      # page 1 is in the -wal, too
-            server.process.send_signal(signal.SIGSTOP)
+            halt(server.process)
             path.unlink()
             with publishing(path) as stream:
                 ids = [stream.publish([Draft(f"new {round}")] * 50) for _ in range(3)]
@@ -293,7 +293,7 @@ def test_a_newcomer_makes_a_file_anew_while_others_still_have_the_old_one(path):
 
 def test_what_came_and_went_while_the_file_seemed_empty_is_a_gap(path):
     with watched(path) as ((server,), (client,)):
-        server.process.send_signal(signal.SIGSTOP)
+        halt(server.process)
         with publishing(path) as stream:
             stream.publish([Draft("never seen")])
             path.unlink()
@@ -374,7 +374,7 @@ def test_what_a_stopped_server_missed_before_an_older_copy_came_is_a_gap(path, t
         post(server, "before")
         read_to(client, "before")
         query(path, "vacuum into ?", str(tmp_path / "copy"))
-        other.process.send_signal(signal.SIGSTOP)
+        halt(other.process)
         post(server, "lost").raise_for_status()
         os.replace(tmp_path / "copy", path)
         other.process.send_signal(signal.SIGCONT)

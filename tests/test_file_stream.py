@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 import requests
 
-from helpers import KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, get, wait_until
+from helpers import KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, get, halt, wait_until
 from sse_core import file_stream
 from sse_core.broadcast import NotRunning, Unavailable
 from sse_core.file_stream import FileStream
@@ -380,7 +380,7 @@ def test_a_follower_that_was_trimmed_past_tells_a_gap(path):
         client.open()
         first = post(server, "first").json()["id"]
         client.read_until_data("first")
-        server.process.send_signal(signal.SIGSTOP)
+        halt(server.process)
         with publishing(path) as stream:
             for _ in range(30):
                 stream.publish([Draft(str(number)) for number in range(500)])
@@ -394,7 +394,7 @@ def test_a_follower_that_was_trimmed_past_tells_a_gap(path):
 def test_a_burst_that_was_trimmed_before_an_empty_file_was_looked_at_is_a_gap(path):
     with on_file(path) as (server,), Client(server.port) as client:
         client.open()
-        server.process.send_signal(signal.SIGSTOP)
+        halt(server.process)
         with publishing(path) as stream:
             add_rows(path, 10000)
             stream.publish([Draft("last")])

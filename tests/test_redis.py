@@ -12,7 +12,7 @@ import time
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, Server, need, wait_until
+from helpers import PATIENCE, TOP, Client, Server, halt, need, wait_until
 from redis_server import store      # noqa: F401
 from redis_server import POST, data, following, free_port, listens, post, resume
 
@@ -101,7 +101,7 @@ def test_a_stream_trimmed_past_our_position_is_a_gap(store):
         store.add(data="first")
         client.read_events(1)
         process = server.process
-        process.send_signal(signal.SIGSTOP)     # it falls behind by more than the stream keeps
+        halt(process)     # it falls behind by more than the stream keeps
         for number in range(100):
             store.add(data=str(number))
         store.client.xtrim("sse", maxlen=10, approximate=False)

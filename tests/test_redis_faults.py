@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import requests
 
-from helpers import KEPT, PATIENCE, TOP, Client, wait_until
+from helpers import KEPT, PATIENCE, TOP, Client, halt, wait_until
 from redis_server import store      # noqa: F401
 from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume
 from sse_core import redis_stream
@@ -498,7 +498,7 @@ def test_whatever_happens_to_redis_each_event_comes_once_or_a_gap_is_told(store)
     print(f"seed {seed}")
 
     def freeze():
-        store.process.send_signal(signal.SIGSTOP)
+        halt(store.process)
         threading.Timer(0.3, store.process.send_signal, (signal.SIGCONT,)).start()
     moves = [store.client.flushall, store.wipe, freeze, lambda: (store.kill(), store.start()),
              lambda: store.client.xtrim("sse", maxlen=draw.choice((0, 1, 5)), approximate=False),

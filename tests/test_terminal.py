@@ -91,6 +91,20 @@ def test_the_start_says_where_to_look_and_who_may(terminal):
         assert screen.until(r"1 client, \d+ events?")
 
 
+@pytest.mark.parametrize("flags, shown", [(["--quiet"], False), ([], True)])
+def test_quiet_has_no_status_line(terminal, flags, shown):
+    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core import command_line; "
+            "command_line.STATUS_EVERY = 0.1; import sse_server; "
+            f"sys.exit(sse_server.main(['--port', '0', '--interval', '0.05', *{flags!r}]))")
+    screen = terminal(sys.executable, "-c", code)
+    port = int(screen.until(r"Listening on http://127.0.0.1:(\d+)")[1])
+    with Client(port) as client:
+        client.read_events(5)       # so many looks at the terminal are done, too
+    screen.type("\n")
+    assert screen.status() == 0
+    assert ("deliveries/s" in screen.text) == shown
+
+
 def test_enter_after_the_end_of_input_still_stops_it(terminal):
     screen = terminal(*SERVER, "--quiet")
     screen.until("Listening")
