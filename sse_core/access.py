@@ -110,6 +110,9 @@ class Access:
 
     def admit_list(self, request: Request) -> None:
         """Raise Refusal for who may not see the clients one by one: only publishers may."""
+        if not self._publish_tokens:
+            raise Refusal(403, "The list is for who has a publish token: "
+                               "the server was started without --publish-token.")
         if not request.has_token(self._publish_tokens):
             raise _unknown("publish token")
 

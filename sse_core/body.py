@@ -50,8 +50,8 @@ class Body:
 
     def _expect(self, length: int) -> None:
         if len(self.data) + length > MAX_EVENT:
-            raise Refusal(413, f"The body is longer than {MAX_EVENT} bytes, the most that an event "
-                               "holds.")
+            raise Refusal(413, f"The body is longer than {MAX_EVENT} bytes, the most for an event, "
+                               "or for a list of them.")
         self._left = length
 
     def _take_line(self) -> None:
