@@ -23,11 +23,14 @@ POST = get(f"/{PUBLISH_TOKEN}", "Content-Length: 5", method="POST")
 
 def test_the_oldest_unfinished_request_makes_room(server, monkeypatch):
     monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 10)
+    monkeypatch.setattr(handshake, "MOMENT", 0.0)
     silent = []
     for number in range(30):
         silent.append(connect(server.port))
         if number < 10:
             wait_until(lambda: handshakes() == number + 1)
+            waiting = server._handshakes._unfinished
+            wait_until(lambda: all(each.safe_until < math.inf for each in [*waiting]))
         else:
             assert silent[number - 10].recv(1) == b""       # the oldest, at once
     silent[-1].sendall(GET)
@@ -98,6 +101,7 @@ def test_who_was_refused_or_sent_nothing_makes_room_before_the_oldest(server, mo
             refused.sendall(b"GET /" + b"a" * http1.MAX_LINE)
             assert refused.recv(1000).startswith(b"HTTP/1.1 414 ")
             lingering = [*unfinished][1]
+            wait_until(lambda: can_be_cut([lingering]))
             with connect(server.port):
                 wait_until(lambda: lingering not in unfinished)
                 half.sendall(GET[10:])
