@@ -295,12 +295,15 @@ def test_what_came_and_went_while_the_file_seemed_empty_is_a_gap(path):
     with watched(path) as ((server,), (client,)):
         halt(server.process)
         with publishing(path) as stream:
-            stream.publish([Draft("never seen")])
+            stream.publish([Draft("came")])
             path.unlink()
             stream.publish([Draft("seen")])
             server.process.send_signal(signal.SIGCONT)
             read_to(client, "seen")
-        assert [event.name for event in client.stream.events] == ["gap", "message"]
+        got = [event.data if event.name == "message" else event.name
+               for event in client.stream.events]
+        # It may have been stopped between the look whether the file is the same and its read
+        assert got in (["gap", "seen"], ["came", "gap", "seen"])
 
 
 def test_what_is_committed_to_a_file_that_was_just_removed_is_not_acknowledged(path):
