@@ -31,10 +31,10 @@ MAX_HANDSHAKES = 256        # unfinished requests that have a thread
 MAX_AT_WORK = 192           # of these, in `authorize` or publishing: nothing can cut those
 MAX_BODIES = 16 << 20       # bytes of bodies under way in all: 256 of 1 MiB were 282 MiB
 MAX_QUEUE = 1024            # that wait for a thread, because all are at work, or in grace
-GRACE = 1.0                 # seconds that TLS waits for its peer to begin, and then in all, before
-                            # it can be cut: peers may be busy, or far away
-MOMENT = 0.2                # seconds that without TLS one waits for its peer in all before it can
-                            # be cut, and each time for it to take an answer
+MOMENT = 0.2                # seconds that one waits for its peer in all before it can be cut, and each
+                            # time for it to take an answer. With 1 for TLS, where 256 that say
+                            # nothing come back 1000 times a second, a newcomer waited for 1 s
+GRACE = 1.0                 # the same for TLS that has begun: its peer may be far away
 PIECE = 64 << 10            # bytes received at once
 
 T = TypeVar("T")
@@ -192,7 +192,7 @@ class Handshake:
         self._is_whole = False          # the request: nothing more of it is under way
         self._held = 0                  # bytes of its body that are counted
         self._kept = False              # a request was answered, and the connection kept
-        self._grace = GRACE if others.context else MOMENT   # that is left
+        self._grace = MOMENT            # that is left
         self._deadline = time.monotonic() + HEAD_TIME
 
     # Called from any thread

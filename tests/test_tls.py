@@ -112,10 +112,10 @@ class LateClient(SecureClient):
 
 
 def test_an_honest_crowd_on_a_busy_machine_all_gets_in(secure, monkeypatch):
-    """Who connected and comes with TLS half a second later was cut: 294 of 600 were."""
+    """Who connected and comes with TLS a moment later was cut: 294 of 600 were."""
     monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 8)
     crowd = [LateClient(secure.port) for _ in range(24)]
-    time.sleep(handshake.GRACE / 2)     # the time that the machine is busy
+    time.sleep(handshake.MOMENT / 2)    # the time that the machine is busy
     threads = [threading.Thread(target=client.begin) for client in crowd]
     for thread in threads:
         thread.start()
