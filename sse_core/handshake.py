@@ -31,9 +31,9 @@ MAX_HANDSHAKES = 256        # unfinished requests that have a thread
 MAX_AT_WORK = 192           # of these, in `authorize` or publishing: nothing can cut those
 MAX_BODIES = 16 << 20       # bytes of bodies under way in all: 256 of 1 MiB were 282 MiB
 MAX_QUEUE = 1024            # that wait for a thread, because all are at work, or in grace
-MOMENT = 0.2                # seconds that one waits for its peer in all before it can be cut, and each
-                            # time for it to take an answer. With 1 for TLS, where 256 that say
-                            # nothing come back 1000 times a second, a newcomer waited for 1 s
+MOMENT = 0.2                # seconds that one waits for its peer in all before it can be cut, and
+                            # each time for it to take an answer. With 1 for TLS, a newcomer waited
+                            # as long where peers that say nothing come back 1000 times a second
 GRACE = 1.0                 # the same for TLS that has begun: its peer may be far away
 PIECE = 64 << 10            # bytes received at once
 
