@@ -268,7 +268,7 @@ class Handshake:
             if self._others.context:
                 self._start_tls(self._others.context)
             while self._serve():
-                self._kept, self._is_whole = True, False
+                self._kept = True
                 self._deadline = time.monotonic() + HEAD_TIME
                 self._others.renewed(self)
         except OSError as error:

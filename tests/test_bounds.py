@@ -1,5 +1,6 @@
 """What one peer can cost: every bound is hit once."""
 import errno
+import json
 import math
 import os
 import socket
@@ -155,6 +156,14 @@ def test_a_peer_that_does_not_take_its_answer_is_cut(open_server, monkeypatch):
         wait_until(handshakes)
         wait_until(lambda: open_server.figures()["events"] == 60_000)
         wait_until(lambda: not handshakes(), timeout=handshake.HEAD_TIME / 2)
+
+
+def test_who_takes_a_long_answer_gets_all_of_it(open_server):
+    body = b'{"data": ""}\n' * 60_000
+    answer = post(open_server.port, f"/{PUBLISH_TOKEN}", body, "Connection: close",
+                  "Content-Type: application/x-ndjson")
+    head, _, text = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ") and len(json.loads(text)["ids"]) == 60_000
 
 
 def test_more_than_max_clients_are_refused_and_later_taken():

@@ -194,6 +194,7 @@ HANDSHAKES = {
     "begin": lambda others, _: others._begin(others.newcomer),
     "next": lambda others, handshake: others._next(handshake),
     "renewed": lambda others, handshake: others.renewed(handshake),
+    "grace_ended": lambda others, _: others.grace_ended(),
     "cut_all": lambda others, _: others.cut_all()}
 
 
@@ -227,9 +228,11 @@ def test_many_that_hold_bodies_and_are_refused_are_all_counted():
 def test_nobody_cuts_or_closes_a_socket_while_it_becomes_a_clients(pair, second):
     door = Door(lambda: handshake._hand_over(OPENING))
     handshake = Handshake(pair[0], "", Handshakes(SimpleNamespace(), lambda *_: bool(door()), None))
+    said = []
     calls = {"cut": handshake.cut, "close": handshake.close,
-             "cut_if_idle": lambda: handshake.cut_if_idle(math.inf)}
+             "cut_if_idle": lambda: said.append(handshake.cut_if_idle(math.inf))}
     assert waits(door, calls[second])
+    assert said == [False] * (second == "cut_if_idle") and handshake.is_cut == (second == "cut")
     assert pair[0].send(b"x") and pair[1].recv(1) == b"x"
 
 
