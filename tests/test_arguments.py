@@ -49,6 +49,12 @@ def test_the_brackets_of_an_address_are_taken_off():
         assert server.url.startswith("http://127.0.0.1:")
 
 
+@pytest.mark.parametrize("host", ["[127.0.0.12", "7127.0.0.1]"])
+def test_half_a_pair_of_brackets_is_no_address(host):
+    with pytest.raises(OSError):
+        SSEServer(host, 0)
+
+
 def test_an_ipv6_address_may_have_its_brackets():
     try:
         with SSEServer("[::1]", 0) as server:

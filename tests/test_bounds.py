@@ -93,6 +93,10 @@ def can_be_cut(unfinished) -> bool:
 def test_who_was_refused_or_sent_nothing_makes_room_before_the_oldest(server, monkeypatch):
     monkeypatch.setattr(handshake, "MAX_HANDSHAKES", 2)
     unfinished = server._handshakes._unfinished
+    with connect(server.port) as half:
+        wait_until(handshakes)      # so its thread receives it
+        half.sendall(GET[:10])
+        wait_until(lambda: not any(each.goes_first for each in [*unfinished]))
     with connect(server.port) as half, connect(server.port) as silent:
         half.sendall(GET[:10])
         wait_until(lambda: [each.goes_first for each in [*unfinished]] == [False, True])

@@ -265,6 +265,20 @@ os.waitpid(child, 0)
         assert client.read_to_end().ended and process.wait(PATIENCE) == 0
 
 
+def test_stop_waits_for_requests_that_are_nearly_done():
+    """So that nothing of the server runs any more when it returns."""
+    asked = threading.Event()
+
+    def authorize(_):
+        asked.set()
+        time.sleep(0.2)         # what it takes
+    server = SSEServer(port=0, authorize=authorize).start()
+    with Client(server.port):
+        assert asked.wait(PATIENCE)
+        server.stop()
+        assert not handshakes()
+
+
 def test_a_fork_while_another_thread_publishes_does_not_hang_the_child(tmp_path):
     """That thread is not in the child, and will never let go of what it holds there."""
     with program("""
