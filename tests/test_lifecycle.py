@@ -145,6 +145,8 @@ sys.stdin.readline()
 
 def test_serve_forever_in_a_program_ends_by_ctrl_c_with_the_streams_ended(tmp_path):
     with program("""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)    # whoever runs the tests may ignore it
 server = SSEServer(port=0)
 print(server.port, flush=True)
 server.serve_forever()
