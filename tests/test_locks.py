@@ -236,6 +236,19 @@ def test_nobody_cuts_or_closes_a_socket_while_it_becomes_a_clients(pair, second)
     assert pair[0].send(b"x") and pair[1].recv(1) == b"x"
 
 
+def test_nobody_goes_on_while_another_decides_whether_to_cut_him(pair):
+    """Else a request that has come is cut between its read and its answer."""
+    handshake = Handshake(pair[0], "", Handshakes(SimpleNamespace(), lambda *_: True, None))
+    pair[1].send(b"x")
+    other = threading.Thread(target=handshake._wait)
+    with handshake._lock:
+        other.start()
+        other.join(MOMENT)
+        assert other.is_alive() and handshake.safe_until < math.inf
+    other.join(PATIENCE)
+    assert handshake.safe_until == math.inf
+
+
 def test_nobody_cuts_a_socket_while_it_becomes_one_of_tls(pair):
     class Context(ssl.SSLContext):
         def wrap_socket(self, *arguments, **options):
@@ -271,7 +284,7 @@ def test_nobody_opens_a_file_while_another_process_does(tmp_path):
     with closing(_File(tmp_path / "events.db", False)) as file:
         other = threading.Thread(target=file.connection)
         other.start()
-        other.join(MOMENT)
+        other.join(10 * MOMENT)     # it takes some to open one
         has_waited = other.is_alive()
         os.close(folder)
         other.join(PATIENCE)
