@@ -70,7 +70,7 @@ def test_four_events_in_ten_are_custom():
 
 
 def test_clock_ticks_at_its_interval_and_stops_at_once():
-    stopping, ticks = threading.Event(), []
+    stopping, ticks, began = threading.Event(), [], time.monotonic()
     thread = threading.Thread(target=sources.clock,
                               args=(lambda *event: ticks.append(time.monotonic()), stopping, 0.05))
     thread.start()
@@ -79,7 +79,7 @@ def test_clock_ticks_at_its_interval_and_stops_at_once():
     stopping.set()
     thread.join(1)
     assert not thread.is_alive()
-    assert 0.19 <= ticks[4] - ticks[0] < 2      # late on a busy machine, never early
+    assert 0.25 <= ticks[4] - began < 5         # late on a busy machine, never early
 
 
 def test_every_path_is_a_good_token():

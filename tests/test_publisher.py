@@ -639,8 +639,7 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
         b.publish(str(number))
     stopper = threading.Thread(target=b.stop)
     stopper.start()
-    while b.broadcast._stop_by is None:
-        pass
+    wait_until(lambda: b.broadcast.stopping and b.broadcast.fanned_out == 100)
     b.now += 2      # the deaf one keeps it waiting until its second is over
     b.publisher._wake()
     stopper.join(5)
