@@ -180,8 +180,9 @@ class Handshake:
         self._lock = threading.RLock()  # guards the next four: `cut` never meets a client's socket
         self._sock = sock
         self._is_ours = True            # False once it is registered, or closed
-        self.safe_until = math.inf      # on the monotonic clock: when it can be cut, which is only
-                                        # while it waits for its peer
+        # On the monotonic clock: when it can be cut, which is only while it waits for its peer. Its
+        # own thread sets it, and ends a wait under the lock
+        self.safe_until = math.inf
         self.is_cut = False             # it will be gone soon
         self.goes_first = True          # if one is to be cut: it sent nothing yet, or was refused
         self._peer = peer
