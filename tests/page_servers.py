@@ -1,6 +1,7 @@
 """Servers for the page that are not ours: they answer what a test says, and keep what was asked."""
 import threading
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Callable, Iterator, List
 
@@ -78,3 +79,24 @@ def foreign(answer: Callable[[Request], None]) -> Iterator[Foreign]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def strip_prefix(prefix: str, port: int) -> Callable[[Request], None]:
+    """Return an answer that forwards what is under this path to a server, as a proxy does."""
+    def answer(request: Request) -> None:
+        if not request.path.startswith(prefix + "/"):
+            return request.reply(404)
+        upstream = HTTPConnection("127.0.0.1", port)
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        upstream.request(request.command, request.path[len(prefix):], body, dict(request.headers))
+        response = upstream.getresponse()
+        fields = dict(response.getheaders())
+        for hop_by_hop in ("Transfer-Encoding", "Content-Length", "Connection"):
+            fields.pop(hop_by_hop, None)
+        request.reply(response.status, **fields)
+        while True:
+            data = response.read1(65536)
+            if not data:
+                return upstream.close()
+            request.wfile.write(data)
+    return answer

@@ -12,7 +12,7 @@ import pytest
 from browser import browser
 from helpers import TOP, connect, free_port, need, serving, wait_until
 from page_cases import CASES
-from page_servers import ANY_ORIGIN, PREFLIGHT, STREAM, foreign
+from page_servers import ANY_ORIGIN, PREFLIGHT, STREAM, foreign, strip_prefix
 from sse_server import SSEServer
 
 CONNECTED = "document.getElementById('status').textContent === 'Connected'"
@@ -535,6 +535,39 @@ def test_publish_from_the_page_and_watch_a_channel(tab):
         wait_until(lambda: tab.lines()[-1] == "Data: goal")
         assert tab.evaluate("location.search + location.hash") == (
             "?channel=news&channel=sport&event=mail#look,say%20it")
+
+
+def test_under_a_path_of_a_proxy_the_page_watches_and_publishes_there(tab):
+    with foreign(lambda request: proxied(request)) as proxy:
+        with SSEServer(port=0, tokens=["look"], publish_tokens=["say"]) as server:
+            proxied = strip_prefix("/live", server.port)
+            tab.open(proxy.url + "/live/#look,say")
+            tab.wait_for(CONNECTED)
+            assert tab.text("watched") == proxy.url + "/live/token"
+            tab.type_in("text", "hello")
+            tab.evaluate("document.querySelector('#publish button').click()")
+            wait_until(lambda: tab.lines() == ["Data: hello"])
+            assert tab.evaluate("location.href") == proxy.url + "/live/#look,say"
+
+
+def test_a_page_that_was_opened_by_its_token_watches_with_it(tab):
+    """The server answers /TOKEN with the page. The token is sent as every other one is."""
+    with foreign(lambda request: answer(request)) as pages:
+        with SSEServer(port=0, tokens=["it's"], publish_tokens=["say"]) as server:
+            forward = strip_prefix("", server.port)
+
+            def answer(request):
+                if request.path.startswith("/it"):
+                    request.path = "/"
+                forward(request)
+            tab.open(pages.url + "/it%27s#,say")
+            tab.wait_for(CONNECTED)
+            assert tab.text("watched") == pages.url + "/token"
+            assert tab.evaluate("location.href") == pages.url + "/it%27s#,say"
+            tab.type_in("token", "other")
+            submit(tab)
+            wait_until(lambda: outages(tab))
+            assert tab.evaluate("location.href") == pages.url + "/"
 
 
 def test_what_was_not_published_is_said(tab, open_server):
