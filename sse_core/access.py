@@ -19,7 +19,7 @@ Authorize = Callable[[Request], "bool | Iterable[str]"]
 
 
 class Grant(NamedTuple):
-    """The channels that may be watched, or published to; `user-42*` is all that begin so."""
+    """The channels that may be watched, or published to; `user-42/*` is all that begin so."""
     channels: tuple[str, ...]
     until: float | None = None      # seconds since 1970; None: for ever
 

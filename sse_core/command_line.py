@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, NoReturn, TextIO
 
@@ -73,7 +74,8 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
      "who may publish by POST; in the same way, or from SSE_PUBLISH_TOKEN (default: nobody)"),
     ("--jwt-key KEY", str, None, "secret of 32 bytes, or PEM public key, of signed tokens that "
      "grant channels; can come from SSE_JWT_KEY instead"),
-    ("--token-file FILE", list, [], "a file with who may watch, a token a line; can be repeated"),
+    ("--token-file FILE", list, [], "a file with who may watch, a token a line; "
+     "lines that begin with # are comments; can be repeated"),
     ("--publish-token-file FILE", list, [], "the same for who may publish"),
     ("--allowed-host NAME", list, [], "refuse requests whose Host is another; can be repeated "
      "(default: any)"),
@@ -116,8 +118,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.publish_tokens += os.environ.get("SSE_PUBLISH_TOKEN", "").split()
     options.jwt_key = options.jwt_key or os.environ.get("SSE_JWT_KEY")
     try:
-        options.tokens += _lines_of(options.token_files)
-        options.publish_tokens += _lines_of(options.publish_token_files)
+        options.tokens += chain(*map(_tokens_in, options.token_files))
+        options.publish_tokens += chain(*map(_tokens_in, options.publish_token_files))
     except (OSError, ValueError) as error:
         parser.error(f"cannot read a file of tokens: {error}")
     for name, needed in NEEDS.items():
@@ -128,12 +130,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _lines_of(paths: Sequence[str]) -> list[str]:
-    """Return what stands on the lines of files. Raises OSError; ValueError if that is nothing."""
-    tokens = [line.strip() for path in paths for line in Path(path).read_text().splitlines()]
-    if paths and not any(tokens):
-        raise ValueError(f"{paths[-1]} is empty")
-    return [token for token in tokens if token]
+def _tokens_in(path: str) -> list[str]:
+    """Return the tokens in a file, one a line; lines that are blank or begin with `#` are none.
+
+    Raises OSError; ValueError if there is none, or if the file is not UTF-8.
+    """
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
+    tokens = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not tokens:
+        raise ValueError(f"{path} holds no token")
+    return tokens
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 MAX_EVENT = 1 << 20         # bytes of data in an event; a frame has a `data: ` a line more
 MAX_NAME = 1024             # bytes of an event's or a channel's name
+MAX_QUOTE = 80              # characters of a line that an error quotes
 BATCH = 64 << 10            # bytes joined for one send: what a client's kernel buffer takes
 END = b"0\r\n\r\n"          # the chunk that ends a stream in order
 
@@ -63,15 +64,29 @@ class Draft(NamedTuple):
         return encode(self.data, self.event)
 
 
-def parse_draft(line: str) -> Draft:
+def parse_draft(line: str) -> Draft | None:
     """Return the event that `{"data": ..., "event": ..., "channel": ...}` describes.
 
-    Data that is not a string is sent as JSON. Raises ValueError, which says what is wrong.
+    A blank line is None. Data that is not a string is sent as the JSON text that stands in the
+    line, so numbers keep their digits. Raises ValueError, which says what is wrong and quotes the
+    line.
     """
+    if not line.strip():
+        return None
     try:
-        members = json.loads(line)
+        return _parse_members(line)
+    except json.JSONDecodeError as error:
+        what = f"{error.msg} in column {error.colno}"
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        what = "it is nested too deeply"
+    except ValueError as error:
+        what = str(error)
+    quoted = line if len(line) <= MAX_QUOTE else f"{line[:MAX_QUOTE]}..."
+    raise ValueError(f"{what}: {quoted!r}")
+
+
+def _parse_members(line: str) -> Draft:
+    members = _JSON.decode(line)
     if not isinstance(members, dict) or "data" not in members:
         raise ValueError('it is not an object with "data"')
     unknown = members.keys() - set(Draft._fields)
@@ -80,10 +95,40 @@ def parse_draft(line: str) -> Draft:
     data, event, channel = (members.get(name) for name in Draft._fields)
     if not isinstance(event, (str, type(None))) or not isinstance(channel, (str, type(None))):
         raise ValueError("event and channel are strings")
-    draft = Draft(
-        data if isinstance(data, str) else json.dumps(data, allow_nan=False), event, channel)
+    draft = Draft(data if isinstance(data, str) else _json_text(line, "data"), event, channel)
     draft.encoded()
     return draft
+
+
+def _json_text(line: str, name: str) -> str:
+    """Return the value of a member as it stands in a line that is a JSON object.
+
+    Of members with the same name the last one counts, as for a decoder.
+    """
+    found, start = "", _skip(line, line.index("{") + 1)
+    while line[start] != "}":
+        member, end = _JSON.raw_decode(line, start)
+        start = _skip(line, end)
+        _, end = _JSON.raw_decode(line, start)
+        if member == name:
+            found = line[start:end]
+        start = _skip(line, end)
+    return found
+
+
+def _skip(line: str, at: int) -> int:
+    """Return where the next string, value or end of a JSON object begins."""
+    while line[at] in " \t\r\n,:":
+        at += 1
+    return at
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")     # RFC 8259 section 6; Python would take it
+
+
+# Numbers are not converted: their text is sent, and Python takes no integer over 4,300 digits
+_JSON = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=_refuse_constant)
 
 
 def encode(data: str, event: str | None = None) -> bytes:

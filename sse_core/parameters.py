@@ -46,19 +46,19 @@ def _lines(request: Request, body: bytes) -> list[Draft]:
     if request.query:
         raise Refusal(400, f"With {NDJSON}, event and channel are in the lines, not in the query.")
     found = []
-    for number, line in enumerate(_text(body).split("\n"), 1):
-        if line.strip():
-            try:
-                found.append(frames.parse_draft(line))
-            except ValueError as error:
-                raise Refusal(400, f"Line {number} is no event, and none was published: {error}."
-                              ) from None
-    return found
+    # A byte order mark at the start is not content
+    for number, line in enumerate(_text(body, "utf-8-sig").split("\n"), 1):
+        try:
+            found.append(frames.parse_draft(line))
+        except ValueError as error:
+            raise Refusal(400, f"Line {number} is no event, and none was published: {error}."
+                          ) from None
+    return [draft for draft in found if draft]
 
 
-def _text(body: bytes) -> str:
+def _text(body: bytes, encoding: str = "utf-8") -> str:
     try:
-        return body.decode()
+        return body.decode(encoding)
     except UnicodeDecodeError:
         raise Refusal(400, "The body is not UTF-8.") from None
 

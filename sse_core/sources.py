@@ -11,6 +11,7 @@ import random
 import select
 import threading
 import time
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Callable
 
@@ -18,6 +19,7 @@ from sse_core.broadcast import Unavailable
 from sse_core.frames import MAX_EVENT, Draft
 
 STOP_CHECK = 0.25       # seconds between two looks at the stop flag while there is nothing to read
+MAX_LINE = MAX_EVENT + 4    # bytes, with a byte order mark before it and the CR of its line end
 
 logger = logging.getLogger("sse_server")
 
@@ -37,12 +39,13 @@ def clock(publish: Callable[..., object], stopping: threading.Event, interval: f
 
 
 def lines(publish_all: Callable[..., object], stopping: threading.Event, descriptor: int,
-          parse: Callable[[str], Draft] = Draft) -> int:
+          parse: Callable[[str], Draft | None] = Draft) -> int:
     """Publish each line that comes from a file descriptor until there is none; return how many.
 
-    parse: makes an event of a line, or raises ValueError. Such a line, or one over 1 MiB, is left
-    out, and bytes that are not UTF-8 become U+FFFD: each with one warning. Slow clients that keep
-    the pace hold the lines back, see `Broadcast.publish_all`.
+    parse: makes an event of a line, or None of one to skip, or raises ValueError. Such a line, or
+    one over 1 MiB, is left out, and bytes that are not UTF-8 become U+FFFD: each with one warning,
+    which names the first such line. A byte order mark at the start is skipped. Slow clients that
+    keep the pace hold the lines back, see `Broadcast.publish_all`.
     """
     published = 0
     splitter = LineSplitter()
@@ -69,6 +72,7 @@ class LineSplitter:
     def __init__(self) -> None:
         self._held: list[bytes] = []    # pieces of a line whose end is still to come
         self._length = 0                # bytes of that line so far, held or too many to be
+        self._number = 0                # of the line that came last, from 1 on
         self._warned: set[str] = set()
         self._left_out = 0              # lines
 
@@ -81,11 +85,11 @@ class LineSplitter:
         self._hold(rest)
 
     def end(self) -> Iterator[str]:
-        """Yield the last line, if it had no line end."""
+        """Yield the last line, if it had no line end. Nothing but a byte order mark is no line."""
         if self._length:
-            yield from self._finish()
+            yield from filter(None, self._finish())
 
-    def parsed(self, lines: Iterator[str], parse: Callable[[str], Draft]) -> list[Draft]:
+    def parsed(self, lines: Iterator[str], parse: Callable[[str], Draft | None]) -> list[Draft]:
         """Return the lines that are events."""
         drafts = []
         for line in lines:
@@ -93,8 +97,8 @@ class LineSplitter:
                 drafts.append(parse(line))
             except ValueError as error:
                 self._left_out += 1
-                self._warn("lines that are no events are left out", f"; the first: {error}")
-        return drafts
+                self._warn("lines that are no events are left out", f": {error}")
+        return [draft for draft in drafts if draft]
 
     def tell_left_out(self) -> None:
         """Say how many lines were left out, if any were."""
@@ -104,12 +108,15 @@ class LineSplitter:
     def _hold(self, piece: bytes) -> None:
         self._length += len(piece)
         self._held.append(piece)
-        if self._length > MAX_EVENT + 1:        # with room for the CR of a line end
+        if self._length > MAX_LINE:
             self._held.clear()
 
     def _finish(self) -> Iterator[str]:
-        skipping, line = self._length > MAX_EVENT + 1, b"".join(self._held)
+        skipping, line = self._length > MAX_LINE, b"".join(self._held)
         self._held, self._length = [], 0
+        self._number += 1
+        if self._number == 1 and line.startswith(BOM_UTF8):
+            line = line[len(BOM_UTF8):]
         text = line[:-1] if line.endswith(b"\r") else line
         decoded = text.decode(errors="replace")
         if "\ufffd" in decoded and decoded.encode() != text:
@@ -123,5 +130,5 @@ class LineSplitter:
 
     def _warn(self, what: str, more: str = "") -> None:
         if what not in self._warned:
-            logger.warning("standard input: %s%s", what, more)
+            logger.warning("standard input: %s (first: line %d)%s", what, self._number, more)
         self._warned.add(what)

@@ -229,7 +229,7 @@ def test_the_command_begins_where_the_library_does(monkeypatch, capsys):
 
 def test_tokens_come_from_files_too(tmp_path):
     watch, publish, empty = (tmp_path / name for name in ("watch", "publish", "empty"))
-    watch.write_text("one\n\n  two \n")
+    watch.write_text("\ufeffone\n# a comment\n\n  two \n  # three\n", "utf-8")
     publish.write_text("three\n")
     empty.write_text(" \n")
     files = ["--token-file", str(watch), "--publish-token-file", str(publish)]
@@ -239,13 +239,16 @@ def test_tokens_come_from_files_too(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--token-file", "--publish-token-file"])
-@pytest.mark.parametrize("name, said", [("empty", "empty is empty"), ("none", "No such file")])
+@pytest.mark.parametrize("name, said", [
+    ("empty", "empty holds no token"), ("none", "No such file"), ("odd", "odd is not UTF-8")])
 def test_a_file_without_a_token_lets_in_nobody_and_does_not_start(tmp_path, capsys, flag, name,
                                                                  said):
     """Else a server that was to be closed would be open."""
-    (tmp_path / "empty").write_text(" \n\n")
+    (tmp_path / "empty").write_text(" \n# none\n")
+    (tmp_path / "odd").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "good").write_text("one\n")
     with pytest.raises(SystemExit) as ended:
-        parse_arguments([flag, str(tmp_path / name)])
+        parse_arguments([flag, str(tmp_path / name), flag, str(tmp_path / "good")])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.count("\n") == 1
 

@@ -288,5 +288,5 @@ def test_a_signed_token_lets_its_user_in(shell):
     key = re.search(r'key = "(.*)"', PROGRAMS[1])[1]
     with SSEServer(port=0, jwt_key=key) as server:
         url = f"{server.url}/{signing.stdout.strip()}?channel="
-        assert requests.head(url + "user-42-mail", timeout=PATIENCE).status_code == 200
-        assert requests.head(url + "user-7", timeout=PATIENCE).status_code == 403
+        assert requests.head(url + "user-42/mail", timeout=PATIENCE).status_code == 200
+        assert requests.head(url + "user-420/mail", timeout=PATIENCE).status_code == 403

@@ -25,14 +25,15 @@ def server():
 
 
 def test_a_user_watches_the_channels_of_the_token_and_no_other(server):
-    mine = token(subscribe=["user-42*"])
-    with Client(server.port, get(f"/{mine}?channel=user-42-mail")) as client:
+    mine = token(subscribe=["user-42/*"])
+    with Client(server.port, get(f"/{mine}?channel=user-42/mail")) as client:
         client.open()
-        server.publish("not mine", channel="user-7")
-        server.publish("mine", channel="user-42-mail")
+        server.publish("not mine", channel="user-7/mail")
+        server.publish("mine", channel="user-42/mail")
         assert [event.data for event in client.read_events(1)] == ["mine"]
-    answer = ask(server.port, get(f"/{mine}?channel=user-7"))
-    assert answer.startswith(b"HTTP/1.1 403 ") and b"user-7" in answer
+    for channel in ("user-7/mail", "user-420/mail", "user-42"):
+        answer = ask(server.port, get(f"/{mine}?channel={channel}"))
+        assert answer.startswith(b"HTTP/1.1 403 ") and channel.encode() in answer
     assert ask(server.port, get("/")).startswith(b"HTTP/1.1 401 ")
 
 

@@ -30,6 +30,18 @@ def test_lines_come_whole_and_a_byte_at_a_time_alike(data, lines, caplog):
     assert len(caplog.records) <= 2
 
 
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("data, lines", [
+    (MARK + b"a\nb", ["a", "b"]), (MARK, []), (MARK + b"\n", [""]), (MARK[:2], ["\ufffd"]),
+    (MARK * 2 + b"\n", ["\ufeff"]), (b"a\n" + MARK + b"b", ["a", "\ufeffb"]),
+    (MARK + b"x" * frames.MAX_EVENT + b"\r\n", ["x" * frames.MAX_EVENT])])
+def test_a_byte_order_mark_at_the_start_is_not_content(data, lines):
+    assert split(data) == lines
+    assert split(*(data[index:index + 1] for index in range(9)), data[9:]) == lines
+
+
 def test_a_line_over_1_mib_is_left_out_and_the_next_is_unharmed(caplog):
     most = b"x" * frames.MAX_EVENT
     for end in (b"\n", b"\r\n"):
@@ -41,7 +53,7 @@ def test_a_line_over_1_mib_is_left_out_and_the_next_is_unharmed(caplog):
     pieces = (data[index:index + 65536] for index in range(0, len(data), 65536))
     assert split(data) == split(*pieces) == ["next", "last"]
     assert [record.getMessage() for record in caplog.records] == [
-        "standard input: lines over 1048576 bytes are left out"] * 2
+        "standard input: lines over 1048576 bytes are left out (first: line 1)"] * 2
     assert split(b"\xff" * 400_000 + b"\n", b"next\n") == ["next"]      # 1.2 MB as U+FFFD
 
 
@@ -50,7 +62,7 @@ def test_lines_over_1_mib_are_not_held_and_counted(caplog):
     for _ in range(2):
         for _ in range(40):
             assert not list(splitter.feed(b"x" * 65536))
-            assert sum(map(len, splitter._held)) <= frames.MAX_EVENT + 1
+            assert sum(map(len, splitter._held)) <= sources.MAX_LINE
         assert not list(splitter.feed(b"\n"))
     splitter.tell_left_out()
     assert caplog.messages[-1] == "standard input: 2 lines were left out"
@@ -73,7 +85,7 @@ def test_a_pipe_is_served_to_the_end_and_then_it_stops():
         assert server.process.wait(PATIENCE) == 0
         server.process.stdin = None
         assert server.close() == ("standard input: bytes that are not UTF-8 are published as "
-                                  "U+FFFD\n")
+                                  "U+FFFD (first: line 3)\n")
 
 
 def test_lines_that_are_there_are_published_together(tmp_path):

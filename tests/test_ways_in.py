@@ -14,13 +14,15 @@ from sse_server import SSEServer
 GOOD = [
     ('{"data": "x"}', Draft("x")),
     ('{"data": "", "event": null, "channel": null}', Draft("")),
-    ('{"data": {"a": [1, "é"]}, "event": "e"}', Draft('{"a": [1, "\\u00e9"]}', "e")),
+    ('{"data": {"a": [1, "é"]}, "event": "e"}', Draft('{"a": [1, "é"]}', "e")),
     ('{"data": null}', Draft("null")), ('{"data": 1.5}', Draft("1.5")),
     ('{"data": true}', Draft("true")),
     (' {"channel": "c", "data": "a\\nb"} ', Draft("a\nb", None, "c")),
+    ('{"d\\u0061ta" :\t[ "data" ] , "event":"data"}', Draft('[ "data" ]', "data")),
+    ('{"data": [1], "event": "e", "data": [2]}', Draft("[2]", "e")),
 ]
 BAD = [
-    ("", "Expecting value"), ("{", "Expecting"), ("[]", 'not an object with "data"'),
+    ("{", "Expecting"), ("[]", 'not an object with "data"'),
     ('"x"', 'not an object with "data"'), ("{}", 'not an object with "data"'),
     ('{"data": "x", "chanel": "c"}', "nothing is known of 'chanel'"),
     ('{"data": "x", "event": 1}', "event and channel are strings"),
@@ -28,7 +30,7 @@ BAD = [
     ('{"data": "x", "channel": ""}', "the channel has no name"),
     ('{"data": "x", "event": "a\\nb"}', "CR, LF, NUL"), ('{"data": "\\ud800"}', "surrogate"),
     ('{"data": "x", "event": "gap"}', "server's own"), ('{"data": NaN}', "JSON"),
-    ('{"data": 1e999}', "JSON"), ("[" * 100_000, "nested too deeply"),
+    ('{"data": 01}', "Expecting"), ('{"data": [-Infinity]}', "JSON"), ("[" * 100_000, "nested too deeply"),
     ('{"data": "%s"}' % ("x" * (frames.MAX_EVENT + 1)), "longer than"),
 ]
 
@@ -48,6 +50,27 @@ def test_a_line_of_json_is_an_event(line, draft):
 def test_what_is_no_event_is_told_why(line, said):
     with pytest.raises(ValueError, match=said):
         frames.parse_draft(line)
+
+
+@pytest.mark.parametrize("number", [
+    "0.1234567890123456789", "12345678901234567890", "-0", "1E+2", "1e999", "9" * 5000])
+def test_a_number_keeps_its_digits(number):
+    assert frames.parse_draft(f'{{"data": {number}}}').data == number
+    assert frames.parse_draft(f'{{"data": {{"x":[{number}]}}}}').data == f'{{"x":[{number}]}}'
+
+
+@pytest.mark.parametrize("line, quoted", [
+    ("{nonsense", "'{nonsense'"), ("\u202e\x00\x1b[31m", r"'\u202e\x00\x1b[31m'"),
+    ("x" * 1000, f"'{'x' * 80}...'")])
+def test_a_line_that_is_no_event_is_quoted_without_harm(line, quoted):
+    with pytest.raises(ValueError) as raised:
+        frames.parse_draft(line)
+    assert str(raised.value).endswith(f": {quoted}")
+
+
+@pytest.mark.parametrize("line", ["", " ", "\t\r"])
+def test_a_blank_line_is_no_event_and_no_fault(line):
+    assert frames.parse_draft(line) is None
 
 
 def post_lines(port: int, body: bytes, query: str = "") -> tuple:
@@ -76,7 +99,7 @@ def test_the_type_of_a_body_says_whether_its_lines_are_events(server, kind, is_l
     assert (b'"ids"' in answer, b'"id"' in answer) == (is_list, not is_list)
 
 
-@pytest.mark.parametrize("line, said", BAD[1:7], ids=range(6))
+@pytest.mark.parametrize("line, said", BAD[:6], ids=range(6))
 def test_one_bad_line_and_none_is_published(server, line, said):
     with Client(server.port) as client:
         client.open()
@@ -89,6 +112,14 @@ def test_one_bad_line_and_none_is_published(server, line, said):
 
 def test_an_empty_list_is_an_empty_list(server):
     assert post_lines(server.port, b"\n") == (200, '{"ids": []}\n')
+
+
+def test_a_byte_order_mark_before_a_list_is_not_content(server):
+    mark = b"\xef\xbb\xbf"
+    status, text = post_lines(server.port, mark + b'{"data": "x"}\n')
+    assert status == 200 and len(json.loads(text)["ids"]) == 1
+    status, text = post_lines(server.port, b'{"data": "x"}\n' + mark + b'{"data": "y"}')
+    assert status == 400 and text.startswith("Line 2 ")
 
 
 @pytest.mark.parametrize("query, said", [
@@ -113,14 +144,15 @@ def test_bad_lines_of_a_pipe_are_left_out_warned_of_once_and_counted(caplog):
     got = []
 
     read, write = os.pipe()
-    os.write(write, b'{"data": "1"}\nno\n{"data": "2"}\n{"data": 3, "x": 1}\n')
+    os.write(write, b'{"data": "1"}\n\nno\n \r\n{"data": "2"}\n{"data": 3, "x": 1}\n')
     os.close(write)
     number = sources.lines(lambda drafts, wait: got.extend(drafts), threading.Event(), read,
                            frames.parse_draft)
     os.close(read)
     assert (number, [draft.data for draft in got]) == (2, ["1", "2"])
     first, last = (record.getMessage() for record in caplog.records)
-    assert first.startswith("standard input: lines that are no events are left out; the first: ")
+    assert first == ("standard input: lines that are no events are left out (first: line 3): "
+                     "Expecting value in column 1: 'no'")
     assert last == "standard input: 2 lines were left out"
 
 
