@@ -19,8 +19,9 @@ from load import (GET, Clients, Measure, ServerProcess, c_loop, describe, nchan,
 
 RATE = 20               # events a second in the steady runs
 BURST = 200             # events at once
-PARTS = ["fan-out", "connects", "memory", "resume", "channels", "redis", "file", "crowd",
+PARTS = ["fan-out", "connects", "memory", "resume", "channels", "tokens", "redis", "file", "crowd",
          "storm", "stalled"]
+SECRET = "a secret of at least 32 bytes, of this benchmark"
 Result = Dict[str, float]
 
 
@@ -251,6 +252,30 @@ def spread(server: ServerProcess, clients: Clients, channels: int, rounds: int =
     return {"cpu": measure.cpu / rounds / len(clients) * 1e6, "load": measure.load}
 
 
+def tokens(runs: int, number: int = 1000) -> None:
+    """What a delivery costs when each client has a signed token of its own, beside none."""
+    try:
+        import jwt
+    except ImportError:
+        return say("\nsigned tokens: left out, there is no PyJWT")
+    ends = int(time.time()) + 3600
+
+    def request(index: int) -> bytes:
+        token = jwt.encode({"exp": ends + index, "subscribe": ["*"]}, SECRET, "HS256")
+        return f"GET /{token} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    pairs = []
+    for server in (our_server(), our_server("tokens", jwt_key=SECRET)):
+        pairs.append((server, Clients(server.port)))
+        pairs[-1][1].connect(number, request=request)
+    one, own = alternate(
+        pairs, runs, lambda server, clients: deliver(server, clients, 40, 1 / RATE))
+    say(f"\n{number} clients with a signed token each: {own['cpu'] / one['cpu']:.3f} of the CPU "
+        f"per delivery without tokens ({own['cpu']:.2f} and {one['cpu']:.2f} us)")
+    for server, clients in pairs:
+        clients.close()
+        server.stop()
+
+
 def redis_stream(runs: int, folder: str, number: int = 1000) -> None:
     """What it costs to follow a Redis stream; how much later another's clients have an event."""
     if not shutil.which("redis-server"):
@@ -386,6 +411,8 @@ def main() -> None:
             resume(options.runs)
         if "channels" in chosen:
             channels(options.runs, min(10000, limit - 200))
+        if "tokens" in chosen:
+            tokens(options.runs)
         if "redis" in chosen:
             redis_stream(options.runs, folder)
         if "file" in chosen:

@@ -95,10 +95,10 @@ class Answers:
 
     def _open(self, request: Request, grant: Grant) -> bytes | Opening:
         """Return a stream's opening; of a HEAD request, its head."""
-        until = math.inf if grant.until is None else grant.until
-        asked = Subscription(parameters.channels(request), request.chunked, until)
+        ends_at = math.inf if grant.until is None else grant.until
+        asked = Subscription(parameters.channels(request), request.chunked)
         start = parameters.start(request, time.time())
-        opening = Opening(self._stream_head(request), asked, *start)
+        opening = Opening(self._stream_head(request), asked, *start, ends_at)
         return opening.head if request.method == "HEAD" else opening
 
     def _stream_head(self, request: Request) -> bytes:

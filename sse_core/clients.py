@@ -24,7 +24,6 @@ class Subscription(NamedTuple):
     """What a client asked for. Those with the same one are sent the same bytes."""
     channels: frozenset[str]
     chunked: bool
-    until: float = math.inf         # seconds since the epoch: when the stream is ended
 
     def framed(self, chunk: bytes) -> bytes:
         """Return a chunk as such a client gets it."""
@@ -41,12 +40,15 @@ class Opening(NamedTuple):
     asked: Subscription
     last_id: str | None = None      # None: it begins with the next event
     since: float | None = None      # or with those of a time, in milliseconds; inf: see Log.latest
+    # When the stream ends because its token expires, in seconds since the epoch. It is no part of
+    # the subscription: a thousand clients with tokens of their own are still one group.
+    ends_at: float = math.inf
 
 
 class Client:
     """One connected socket and its cursor."""
     __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
-                 "last_id", "begin_at", "ahead", "sent_at", "awaited_until", "group")
+                 "last_id", "begin_at", "ends_at", "ahead", "sent_at", "awaited_until", "group")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
@@ -59,6 +61,7 @@ class Client:
         self.gap: tuple[str | None, str] | None = None  # to be told first: an id, a reason
         self.last_id = opening.last_id      # that it brought
         self.begin_at = opening.since       # the time that it brought
+        self.ends_at = opening.ends_at
         self.ahead = False                  # this server has not come to that id yet
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
         self.awaited_until = -math.inf      # while it lags, by a patient source; else see Clients

@@ -53,8 +53,8 @@ class Narrow:
 
 
 def opening(chunked: bool = True, channels=(), last_id: str = None, since: float = None,
-            until: float = math.inf) -> Opening:
-    return Opening(HEAD, Subscription(frozenset(channels), chunked, until), last_id, since)
+            ends_at: float = math.inf) -> Opening:
+    return Opening(HEAD, Subscription(frozenset(channels), chunked), last_id, since, ends_at)
 
 
 class Peer:
@@ -981,6 +981,23 @@ def test_a_batch_is_joined_once_for_the_channels_that_are_in_it(bench, monkeypat
     b.turn()
     assert joined == [60, 61]
     assert b.peers[7].data()[-1] == "mine" and b.peers[8].data() == [*map(str, range(60))]
+
+
+def test_clients_with_tokens_of_their_own_share_a_group_and_end_each_at_its_own_time(bench):
+    """A group for each token made of a thousand clients a thousand groups, at twice the cost."""
+    b = bench()
+    soon = [b.peer(ends_at=b.now + 5 + number) for number in range(3)]
+    lagging, later = b.peer(narrow=True, ends_at=b.now + 5), b.peer(ends_at=b.now + 60)
+    b.publish("one")
+    b.turn(2)
+    assert len([*b.publisher._groups]) == 1
+    b.pass_time(6)
+    assert [peer.take().ended for peer in (*soon, later)] == [True, True, False, False]
+    b.publish("two")
+    b.turn()
+    assert soon[0].data() == ["one"] and soon[2].data() == later.data() == ["one", "two"]
+    assert lagging.sock.recv(100) == b"" and len(b.broadcast.clients) == 2
+    assert b.publisher.counters.drops["expired"] == 3
 
 
 def test_a_turn_serves_some_hundreds_of_lagging_clients_and_then_looks_for_events(bench):
