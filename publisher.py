@@ -32,6 +32,10 @@ from sse_core.groups import Group, Groups
 from sse_core.log import Batch, Bytes, Frame
 
 STALL = 30.0            # seconds without a byte taken after which a lagging client is dropped
+# Bytes of batches that are joined in one turn and kept for the next client that wants the same
+MAX_JOINED = 4 << 20
+# Bytes that a frame takes in a batch beside its own, at most
+FRAME_COST = 200
 SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
 
 CLOSED, RESET, STALLED, UNWATCHED, EXPIRED = REASONS = (     # of drops
@@ -143,14 +147,26 @@ class Publisher:
                 self._advance(client)
 
     def _fan_out(self, run: Sequence[Frame]) -> None:
-        """Send frames to the current clients of all who want them; equal bytes are joined once."""
-        named = frozenset([frame.channel for frame in run if frame.channel])
+        """Send frames to the current clients of all who want them; equal bytes are joined once.
+
+        With thousands of different subscriptions, joined batches are dropped beyond MAX_JOINED
+        bytes, and those that are wanted again are joined anew.
+        """
+        by_channel: dict[str | None, list[Frame]] = {}
+        for frame in run:
+            by_channel.setdefault(frame.channel, []).append(frame)
+        named = frozenset(channel for channel in by_channel if channel)
         batches: dict[Subscription, Batch] = {}
-        for group in self._groups.that_want(run):
+        joined = 0
+        for group in self._groups.that_want(by_channel):
             channels = group.asked.channels & named if named else named
             key = Subscription(channels, group.asked.chunked)
             if key not in batches:
-                batches[key] = Batch([each for each in run if key.wants(each)], key.chunked)
+                if joined > MAX_JOINED:
+                    batches, joined = {}, 0
+                wanted = [by_channel.get(channel, ()) for channel in (None, *channels)]
+                batches[key] = batch = Batch(sorted(chain.from_iterable(wanted)), key.chunked)
+                joined += len(batch.data) + FRAME_COST * (1 + len(batch.frames))
             self._send_to_group(group, batches[key])
 
     def _send_to_group(self, group: Group, batch: Batch) -> None:

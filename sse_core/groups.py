@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from itertools import chain
 
 from sse_core.clients import Client, Subscription
-from sse_core.log import Frame
 
 
 class Group:
@@ -59,9 +58,8 @@ class Groups:
             else:
                 del self._by_channel[channel]
 
-    def that_want(self, run: Sequence[Frame]) -> list[Group]:
-        """Return every group that wants any of the frames; no other is touched."""
-        channels = dict.fromkeys([frame.channel for frame in run])
+    def that_want(self, channels: Collection[str | None]) -> list[Group]:
+        """Return every group that wants an event on any of the channels; no other is touched."""
         if None in channels:
             return list(self)
         asked = (self._by_channel.get(channel, {}) for channel in channels if channel)

@@ -962,6 +962,25 @@ def test_equal_bytes_are_joined_once_whatever_channels_clients_choose(bench):
     assert len(b.broadcast.clients.lagging) == 200 and peak < 32 << 20
 
 
+def test_memory_of_a_turn_is_bounded_however_many_sets_of_channels_there_are(bench):
+    """9,000 clients with different sets of 40 channels and one POST of 63 KB took 300 MB."""
+    b = bench(history=2000)
+    draw = random.Random(1)
+    channels = [f"c{number}" for number in range(40)]
+    for number in range(600):
+        b.peer(channels=draw.sample(channels, 20), chunked=number % 2)
+    b.turn(4)
+    texts = [f"{number} ".ljust(1500, "x") for number in range(40)]
+    for text, channel in zip(texts, channels):
+        b.publish(text, channel=channel)
+    tracemalloc.start()
+    b.turn()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len([*b.publisher._groups]) > 590 and peak < 8 << 20
+    assert all(len(peer.data()) == 20 for peer in b.peers)
+
+
 def test_a_batch_is_joined_once_for_the_channels_that_are_in_it(bench, monkeypatch):
     """With 10,000 clients on channels of their own and 600 events it was 585 MiB and 1.1 s."""
     joined = []
