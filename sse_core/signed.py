@@ -15,6 +15,10 @@ MAX_TOKEN = 4096            # characters, as of a cookie; PyJWT takes 0.2 ms to 
 MIN_SECRET = 32             # bytes of a secret for HS256; RFC 7518 section 3.2
 MIN_RSA = 2048              # bits of a key for RS256; RFC 7518 section 3.3
 LAST_TIME = 10 ** 11        # seconds since 1970; more was meant as milliseconds
+
+# Seconds that the clock of whoever signs a token may be ahead of ours (RFC 7519 section 4.1.5)
+LEEWAY = 5
+
 _FORM = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)      # RFC 7515 section 7.1
 _PUBLIC = ("MII", "MFkwEwYH", "ssh-", "ecdsa-", "{")    # how keys begin that others may know
 
@@ -41,8 +45,10 @@ class Signed:
         until = _time(claims, "exp")
         if until <= now:
             raise _invalid("The token has expired.")
-        if "nbf" in claims and _time(claims, "nbf") > now:
-            raise _invalid("The token is not valid yet.")
+        for name in ("nbf", "iat"):
+            if name in claims and _time(claims, name) > now + LEEWAY:
+                raise _invalid(f"The token is not valid yet: its claim {name} is in the future. "
+                               "Compare the clock of whoever signed it with this server's.")
         if "aud" in claims:     # RFC 7519 section 4.1.3
             raise _invalid("The token is for somebody else: it has the claim aud.")
         if claim not in claims:
