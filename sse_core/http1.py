@@ -191,7 +191,9 @@ def _take_apart(pattern: re.Pattern[str], lines: str) -> dict[str, str]:
         name, value = name.lower(), value.strip(" \t")
         if name in fields and name in _SINGLE.split("|"):
             raise Refusal(400, f"The header field {name} is given more than once.")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        # Cookies are the one list without commas: HTTP/2 splits them (RFC 9113 section 8.2.3)
+        comma = "; " if name == "cookie" else ", "
+        fields[name] = fields[name] + comma + value if name in fields else value
     return fields
 
 

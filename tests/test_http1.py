@@ -197,6 +197,8 @@ TAKEN = [
     (get(fields=H + b"A: \xe9\r\n"), {"fields": {"host": "x", "a": "é"}}),
     (get(fields=H + b"Accept: text/html\r\nAccept: */*\r\n"),
      {"fields": {"host": "x", "accept": "text/html, */*"}}),
+    (get(fields=H + b"Cookie: a=b\r\nAccept: x\r\ncookie: c=d, e; f=g\r\n"),
+     {"fields": {"host": "x", "accept": "x", "cookie": "a=b; c=d, e; f=g"}}),
     (get(fields=H + b"Content-Length: 0\r\n"), {"method": "GET"}),
     (post(b"Content-Length: 007\r\n"), {"body_length": 7, "keeps_alive": True}),
     (post(b""), {"keeps_alive": True}),
