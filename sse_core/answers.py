@@ -126,6 +126,7 @@ class Answers:
         """Raise Refusal for a POST that may not publish: ask before its body is read."""
         self._access.check_host(request)
         self._access.admit_post(request, time.time(), body_names=parameters.is_list(request))
+        parameters.check_encoding(request)
 
     def post(self, request: Request, body: bytes) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer. Raises Refusal."""

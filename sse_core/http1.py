@@ -33,9 +33,12 @@ _HOST = re.compile(rf"(?!:)({_NAME}(%[0-9A-Fa-f]{{2}}{_NAME})*|\[([0-9A-Fa-f]{{0
                    r"[0-9A-Fa-f.]*\])(:[0-9]*)?", re.ASCII)
 _ZERO = re.compile(r"q=0(\.0*)?")
 _SINGLE = "host|content-length|transfer-encoding|authorization|origin|last-event-id|expect"
-_KNOWN = re.compile(rf"\n({_SINGLE}|accept|connection|content-type|cookie):([^\r]*)",
-                    re.ASCII | re.IGNORECASE)
+_KNOWN = re.compile(rf"\n({_SINGLE}|accept|connection|content-type|content-encoding|cookie):"
+                    r"([^\r]*)", re.ASCII | re.IGNORECASE)
 _ANY = re.compile(r"\n([^:]+):([^\r]*)")
+
+# At most 64 names of fields
+_NAMES = re.compile("{0}(?:[ \t]*,[ \t]*{0}){{0,63}}".format(TOKEN.decode()))
 
 
 class Refusal(Exception):

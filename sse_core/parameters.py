@@ -16,15 +16,31 @@ NDJSON = "application/x-ndjson"
 WATCHING = {"channel", "since", "lastEventId", "last_event_id"}     # parameters of a stream
 BEGINNINGS = {"all": 0.0, "latest": math.inf, "earliest": 0.0}      # the last as mercure has it
 AGO = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_CHARSET = re.compile(r';[ \t]*charset="?([^";, \t]*)')
 _SINCE = re.compile("([0-9]{1,12}(?:[.][0-9]{1,6})?)([smhd]?)", re.ASCII)
 MAX_ASKED = 32              # channels of a client: 100 of its own cost 52 KiB
 MAX_NAMES = 1024            # characters of their names
+
+# What a charset may be: ASCII is UTF-8, too
+UTF_8 = {"utf-8", "utf8", "us-ascii"}
 
 
 def is_list(request: Request) -> bool:
     """Say whether the lines of a POST's body are events."""
     content_type = request.known.get("content-type", "").partition(";")[0]
     return content_type.strip().lower() == NDJSON
+
+
+def check_encoding(request: Request) -> None:
+    """Raise Refusal if the body of a POST is compressed, or is not UTF-8 by its own account."""
+    coding = request.known.get("content-encoding", "").lower()
+    charset = _CHARSET.search(request.known.get("content-type", "").lower())
+    if coding not in ("", "identity"):
+        # RFC 9110 section 12.5.3: the field says which codings would have been accepted
+        raise Refusal(415, "Send the body uncompressed, without Content-Encoding.",
+                      ["Accept-Encoding: identity"])
+    if charset and charset[1] not in UTF_8:
+        raise Refusal(415, "Send the body in UTF-8, and with that charset or none in Content-Type.")
 
 
 def drafts(request: Request, body: bytes) -> list[Draft]:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sse_core import http1
+from sse_core import http1, parameters
 from sse_core.http1 import Refusal, parse
 
 H = b"Host: x\r\n"
@@ -281,6 +281,9 @@ def test_a_token_counts_by_path_or_bearer():
     b"Host: [" + b"1:" * 7000, b"Host: [::" + b"." * 15000, b"Host: x:" + b"1" * 15000 + b"x",
     b"Host: x\r\nAccept: " + b"text/html;q=0," * 1000, b"Host: x\r\nAccept:" + b"," * 15000,
     b"Host: x\r\nAccept: text/html" + b";" * 15000, b"Host: x\r\nConnection:" + b"," * 15000,
+    b"Host: x\r\nAccess-Control-Request-Headers: " + b"a , " * 500 + b"@",
+    b"Host: x\r\nContent-Type: " + b"; \t" * 5000, b"Host: x\r\nContent-Type: x;" + b" " * 15000,
+    b"Host: x\r\nContent-Type: " + b";charset" * 1600,
     b"Host: x\r\nAccept: text/html;q=0." + b"0" * 15000 + b"x"], ids=lambda fields: fields[:20])
 def test_heads_made_to_be_slow_are_not(fields):
     """A pattern that tries again what it has tried takes seconds for these."""
@@ -288,7 +291,8 @@ def test_heads_made_to_be_slow_are_not(fields):
     request = outcome([get(fields=fields + b"\r\n")])
     if isinstance(request, http1.Request):
         assert request.fields and request.accepts("text/html") in (True, False)
-        assert request.keeps_alive
+        assert request.keeps_alive and request.asked_fields is None
+        parameters.check_encoding(request)
     assert time.process_time() - began < 0.1
 
 

@@ -80,6 +80,37 @@ def test_refused_posts_say_why(open_server, path, body, fields, status, said):
     assert PUBLISH_TOKEN.encode() not in answer
 
 
+@pytest.mark.parametrize("field, said", [
+    ("Content-Encoding: gzip", "uncompressed"), ("Content-Encoding: identity, br", "uncompressed"),
+    ("Content-Type: text/plain; charset=iso-8859-1", "UTF-8"),
+    ('Content-Type: text/plain;Charset="ISO-8859-1"', "UTF-8"),
+    ("Content-Type: application/x-ndjson; charset=utf-16", "UTF-8")])
+def test_a_body_that_is_compressed_or_not_utf_8_is_told_what_to_do(open_server, field, said):
+    with Client(open_server.port) as client:
+        client.open()
+        answer = post(open_server.port, f"/{PUBLISH_TOKEN}", b"hello", field).decode()
+        assert answer.startswith("HTTP/1.1 415 ") and said in answer
+        assert ("Accept-Encoding: identity\r\n" in answer) == (said == "uncompressed")
+        # Whoever may not publish is told that first
+        assert post(open_server.port, "/wrong", b"hello", field).startswith(b"HTTP/1.1 401 ")
+        open_server.publish("the first")
+        assert client.read_events(1)[0].data == "the first"
+
+
+@pytest.mark.parametrize("field", [
+    "Content-Encoding: identity", "Content-Encoding:", "Content-Encoding: Identity",
+    "Content-Type: text/plain", "Content-Type: text/plain;charset=UTF-8",
+    'Content-Type: text/plain ; charset="utf-8"', "Content-Type: text/plain; charset=utf8; x=y",
+    "Content-Type: text/plain; charset=us-ascii", "Content-Type: application/octet-stream",
+    "Content-Type: multipart/form-data; boundary=charset"])
+def test_a_body_that_says_it_is_plain_utf_8_is_published(open_server, field):
+    with Client(open_server.port) as client:
+        client.open()
+        answer = post(open_server.port, f"/{PUBLISH_TOKEN}", "hellö".encode(), field)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert client.read_events(1)[0].data == "hellö"
+
+
 def test_a_post_without_a_length_is_a_411(open_server):
     request = f"POST /{PUBLISH_TOKEN} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
     assert ask(open_server.port, request).startswith(b"HTTP/1.1 411 ")
