@@ -140,15 +140,16 @@ class Access:
     def cross_origin(self, request: Request | None) -> list[str]:
         """Return the fields that let a page of another origin read the answer.
 
-        WHATWG Fetch section 3.2. The request is None if it could not be read.
+        WHATWG Fetch, CORS protocol. The request is None if it could not be read.
         """
         if not self._origins:
             return ["Access-Control-Allow-Origin: *"]
         origin = request.known.get("origin") if request else None
         allowed = [f"Access-Control-Allow-Origin: {origin}"] if origin in self._origins else []
-        if allowed and self._signed and origin != "null":       # any page can make itself null
-            allowed.append("Access-Control-Allow-Credentials: true")    # for the cookie
-        return [*allowed, "Vary: Origin"]       # caches: the answer depends on who asks
+        if allowed and origin != "null":
+            # Not for null: any page can make that its origin, with a sandboxed frame
+            allowed.append("Access-Control-Allow-Credentials: true")
+        return [*allowed, "Vary: Origin"]
 
 
 def _texts(values: object, what: str) -> tuple[str, ...]:

@@ -166,13 +166,19 @@ class Answers:
             return _whole(request, metrics(self._figures()).encode(), METRICS, fields)
         if request.path == "/-/status":
             return _whole(request, _json(self._figures()), JSON, fields)
-        raise Refusal(404, "There are /-/health, /-/metrics and /-/status.")
+        raise Refusal(404, "Nothing is here. There are /-/health, /-/metrics and /-/status.")
 
     def _preflight(self, request: Request) -> list[str]:
+        """Return the fields that let a page send what it asks to (WHATWG Fetch, CORS protocol).
+
+        It may send any field: none but those that we read has an effect here, and tracing and
+        libraries such as htmx add their own to every request of a page.
+        """
+        names = request.asked_fields or "Authorization, Cache-Control, Content-Type, Last-Event-ID"
         return [*self._access.cross_origin(request),
                 f"Access-Control-Allow-Methods: {', '.join(http1.METHODS)}",
-                "Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, "
-                "Last-Event-ID", "Access-Control-Max-Age: 86400"]
+                f"Access-Control-Allow-Headers: {names}", "Vary: Access-Control-Request-Headers",
+                "Access-Control-Max-Age: 86400"]
 
 
 def _whole(request: Request | None, body: bytes, content_type: str, fields: Sequence[str], *,

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote_to_bytes
 MAX_LINE = 8000             # bytes of the request line: what RFC 9112 section 3 wants supported
 MAX_HEAD = 16 << 10         # bytes of request line and fields
 MAX_FIELDS = 100            # as http.client has it
+MAX_ASKED = 2048            # characters of the names of fields that a preflight asks for
 MAX_LAST_ID = 64            # characters: no id is longer
 METHODS = ("GET", "HEAD", "OPTIONS", "POST")
 KNOWN_METHODS = (*METHODS, "PUT", "DELETE", "PATCH", "TRACE", "CONNECT")
@@ -103,6 +104,15 @@ class Request(NamedTuple):
     def keeps_alive(self) -> bool:
         """Whether the client may send another request here (RFC 9112 section 9.3)."""
         return self.chunked and "close" not in _items(self.known.get("connection", ""))
+
+    @property
+    def asked_fields(self) -> str | None:
+        """The names of fields that a preflight asks for (WHATWG Fetch, CORS protocol).
+
+        None if it asks for none, for too many, or for what is no name.
+        """
+        names = self.fields.get("access-control-request-headers", "")
+        return names if len(names) <= MAX_ASKED and _NAMES.fullmatch(names) else None
 
     @property
     def last_id(self) -> str | None:

@@ -106,6 +106,39 @@ def test_with_origins_only_those_are_echoed_and_may_post(origin, allowed):
         assert post(server.port, "/t", b"hi", *fields).startswith(b"HTTP/1.1 " + status)
 
 
+@pytest.mark.parametrize("origin, credentials", [
+    (ORIGIN, True), ("null", False), ("https://evil.test", False)])
+def test_a_named_origin_may_send_cookies_with_each_request_and_null_may_not(origin, credentials):
+    with SSEServer(port=0, origins=[ORIGIN, "null"], publish_tokens=["t"]) as server:
+        for path, method in (("/", "GET"), ("/", "HEAD"), ("/", "OPTIONS"), ("/favicon.ico", "GET"),
+                             ("/-/status", "GET"), ("/wrong", "POST"), ("/t", "POST")):
+            length = ["Content-Length: 0"] if method == "POST" else []
+            with connect(server.port) as sock:
+                sock.sendall(get(path, f"Origin: {origin}", *length, method=method))
+                head = sock.recv(2000).decode()
+            assert ("\r\nAccess-Control-Allow-Credentials: true\r\n" in head) is credentials, path
+
+
+@pytest.mark.parametrize("options", [{}, {"origins": [ORIGIN]}, {"tokens": ["one"]}])
+@pytest.mark.parametrize("asked, allowed", [
+    ("traceparent,sentry-trace", "traceparent,sentry-trace"),
+    ("datastar-request", "datastar-request"), ("hx-current-url, HX-Request", None),
+    ("authorization,last-event-id,x-requested-with", None),
+    ("x-y: z", "Authorization, Cache-Control, Content-Type, Last-Event-ID"),
+    ("x," * 500, "Authorization, Cache-Control, Content-Type, Last-Event-ID")])
+def test_a_page_that_may_read_may_send_any_header_field(options, asked, allowed):
+    with SSEServer(port=0, **options) as server:
+        answer = ask(server.port, get(
+            "/", f"Origin: {ORIGIN}", "Access-Control-Request-Method: GET",
+            f"Access-Control-Request-Headers: {asked}", method="OPTIONS")).decode()
+    lines = answer.split("\r\n")
+    assert lines[0] == "HTTP/1.1 204 No Content"
+    assert f"Access-Control-Allow-Headers: {allowed or asked}" in lines
+    assert "Access-Control-Allow-Methods: GET, HEAD, OPTIONS, POST" in lines
+    assert "Vary: Access-Control-Request-Headers" in lines
+    assert ("Vary: Origin" in lines) == ("origins" in options)
+
+
 def test_null_is_an_origin_if_named_and_a_page_of_our_own_may_always_post():
     with SSEServer(port=0, origins=["null"], publish_tokens=["t"]) as server:
         own = f"localhost:{server.port}"

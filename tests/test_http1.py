@@ -262,6 +262,23 @@ def test_a_media_type_is_accepted_whole_and_with_some_weight(accept, accepted):
     assert not parse(get())[0].accepts("text/html")
 
 
+@pytest.mark.parametrize("asked, echoed", [
+    ("traceparent", True), ("authorization,content-type,x-requested-with", True),
+    ("Datastar-Request, HX-Request ,\tHX-Target", True), ("a\t , b", True),
+    ("a" * 2048, True), ("a," * 63 + "a", True), ("!#$%&'*+.^_`|~0", True),
+    ("", False), (",", False), ("a,,b", False), ("a,", False),
+    ("a b", False), ("a;b", False), ("a:b", False), ('"a"', False), ("a/b", False), ("\xe9", False),
+    ("a" * 2049, False), ("a," * 64 + "a", False)])
+def test_names_of_fields_that_a_preflight_asks_for_are_bounded_in_number_and_length(asked, echoed):
+    field = f"Access-Control-Request-Headers: {asked}\r\n".encode("latin-1")
+    names = parse(get(fields=H + field, method=b"OPTIONS"))[0].asked_fields
+    assert names == (asked if echoed else None)
+
+
+def test_a_preflight_that_asks_for_no_field_has_none():
+    assert parse(get(method=b"OPTIONS"))[0].asked_fields is None
+
+
 def test_a_token_counts_by_path_or_bearer():
     tokens = [b"one", "zwei é".encode(), "voilà".encode()]
     for raw, known in (
