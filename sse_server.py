@@ -27,6 +27,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NoReturn
@@ -60,6 +61,7 @@ FOLLOWER_TIME = 2.0         # seconds for the thread that follows a shared log t
 WAIT_CHECK = 0.05           # seconds between two looks whether --wait-clients are there
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}    # and how to connect to it
+SOMEWHERE = ("192.0.2.1", 9)            # an address that is kept for documentation (RFC 5737)
 _DATA_FOLDERS = (Path(__file__).parent,      # by `pip install --target`
                  sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))
 _PAGES = (Path(__file__).with_name("index.html"),       # in a checkout; else where it is installed
@@ -389,7 +391,9 @@ class SSEServer(_Listener):
     @property
     def url(self) -> str:
         """Where a client on this machine finds it."""
-        host = str(self.server_address[0])
+        return self._url_at(str(self.server_address[0]))
+
+    def _url_at(self, host: str) -> str:
         return f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
@@ -480,15 +484,31 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
     if options.quiet:
         return
     asks = options.tokens or options.jwt_key
-    path = "TOKEN" if asks else "token"
-    yield f"Watch: curl -N {server.url}/{path}, or a browser at {server.url}/"
-    who = ("who has a token" if asks else
+    url = server._url_at(_host_to_visit(str(server.server_address[0]), options.allowed_hosts))
+    yield (f"Watch: curl -N {url}/TOKEN, or open {url}/#TOKEN in a browser" if asks else
+           f"Watch: curl -N {url}/token, or open {url}/ in a browser")
+    who = ("anybody with a token" if asks else
            "everybody on this machine" if options.host in LOOPBACK else
-           "everybody who reaches this address")
+           "everybody who can reach this address")
     pages = "" if asks or options.origins else ", and every web page that is open there"
-    publishers = ("who has a token that grants it" if options.jwt_key else
-                  "who has a publish token" if options.publish_tokens else "nobody")
+    publishers = ("anybody with a token that grants it" if options.jwt_key else
+                  "anybody with a publish token" if options.publish_tokens else "nobody")
     yield f"May watch: {who}{pages}. May publish: {publishers}"
+
+
+def _host_to_visit(listening_on: str, allowed_hosts: Sequence[str]) -> str:
+    """Return a host by which this server can be visited, from other machines if it is open to them.
+    """
+    if allowed_hosts and listening_on not in allowed_hosts:
+        return allowed_hosts[0].strip("[]")
+    if listening_on not in ANY_ADDRESS:
+        return listening_on
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        # Sends nothing: it looks for the way out of here, and takes the address where that begins
+        sock.connect(SOMEWHERE)
+        return str(sock.getsockname()[0])
+    # There is no way. Somebody may know the machine by its name
+    return socket.gethostname()
 
 
 def _run_source(server: SSEServer, options: argparse.Namespace, stopping: threading.Event,

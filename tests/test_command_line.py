@@ -1,5 +1,6 @@
 """`python sse_server.py` as people and service managers run it: every test is a real process."""
 import inspect
+import ipaddress
 import os
 import re
 import shutil
@@ -8,6 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from typing import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -99,6 +103,8 @@ def test_requests_iterates_and_ends_without_an_exception():
     (["--interval", "-1"], "'-1' is not a number of seconds from 0 on"),
     (["--interval", "nan"], "'nan' is not a number of seconds from 0 on"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--port", "0", "--origin", "https://a.test/"], "write https://a.test\n"),
+    (["--port", "0", "--allowed-host", "a.test:80"], "write a.test in place of 'a.test:80'\n"),
     (["--host", "256.0.0.1", "--port", "0"], "cannot listen on 256.0.0.1 port 0"),
     (["--host", "192.0.2.1", "--port", "0"], "cannot listen on 192.0.2.1 port 0"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -129,13 +135,17 @@ def test_works_from_any_folder_with_nothing_installed(tmp_path):
         assert process.returncode == 0
 
 
-def test_an_ipv6_address_is_listened_on_and_told_in_brackets():
+def need_ipv6() -> None:
     if not socket.has_ipv6:
         pytest.skip("this Python has no IPv6")
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6 loopback")
+
+
+def test_an_ipv6_address_is_listened_on_and_told_in_brackets():
+    need_ipv6()
     with serving("--host", "::1") as server:
         assert f"http://[::1]:{server.port}" in server.output.decode()
         assert server.stop() == 0
@@ -274,6 +284,66 @@ def test_quiet_says_only_what_the_original_does_and_else_where_to_look():
             shown[loudness] = (server.output + rest).decode().splitlines()
     assert len(shown["--quiet"]) == 2
     assert [line.partition(":")[0] for line in shown["--verbose"][2:]] == ["Watch", "May watch"]
+
+
+@contextmanager
+def addresses(*flags: str, before: tuple = ()) -> Iterator[tuple]:
+    """Start the command, and give what it says to give to curl, and to open in a browser."""
+    command = [*before, sys.executable, str(TOP / "sse_server.py"), "--port", "0", *flags]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL) as process:
+        told = None
+        while not told:
+            line = process.stdout.readline()
+            assert line, "it says no address"
+            told = re.fullmatch(r"Watch: curl -N (\S+), or open (\S+) in a browser\n", line)
+        try:
+            yield told.groups()
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("flags, by_curl, by_browser", [
+    ([], "/token", "/"), (["--token", "one"], "/one", "/#one"),
+    (["--token", "one", "--allowed-host", "localhost"], "/one", "/#one"),
+    (["--host", "0.0.0.0"], "/token", "/"), (["--host", "::"], "/token", "/")])
+def test_the_addresses_that_the_start_prints_work(flags, by_curl, by_browser):
+    """TOKEN stands for one."""
+    if "::" in flags:
+        need_ipv6()
+    with addresses(*flags) as (for_curl, for_browser):
+        assert for_curl.endswith(by_curl.replace("one", "TOKEN"))
+        assert for_browser.endswith(by_browser.replace("one", "TOKEN"))
+        stream = requests.get(for_curl.replace("TOKEN", "one"), stream=True, timeout=PATIENCE)
+        with stream as answer:
+            assert answer.headers["Content-Type"].startswith("text/event-stream")
+        page = requests.get(for_browser, timeout=PATIENCE, headers={"Accept": "text/html"})
+        assert page.ok and page.headers["Content-Type"].startswith("text/html")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_server_that_is_open_to_others_prints_an_address_that_is_not_of_this_machine_alone(host):
+    if host == "::":
+        need_ipv6()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no network")
+    with addresses("--host", host) as told:
+        for each in told:
+            address = ipaddress.ip_address(urlsplit(each).hostname)
+            assert not address.is_loopback and not address.is_unspecified
+
+
+def test_without_a_network_it_prints_the_name_of_the_machine():
+    alone = ("unshare", "--user", "--map-root-user", "--net")
+    try:
+        subprocess.run([*alone, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine gives no network namespace")
+    with addresses("--host", "0.0.0.0", before=alone) as told:
+        assert {urlsplit(each).hostname for each in told} == {socket.gethostname().lower()}
 
 
 def test_the_status_line_divides_by_no_time_at_all(monkeypatch):
