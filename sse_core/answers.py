@@ -20,8 +20,11 @@ from sse_core.frames import Draft
 from sse_core.http1 import Refusal, Request
 
 HTML = "text/html; charset=utf-8"
-PAGE_FIELDS = (             # the page watches any stream, loads nothing, and stands in no frame
+# The page watches any stream, loads nothing, and stands in no frame. Its address may hold a token,
+# of which no server that it watches is told
+PAGE_FIELDS = (
     "Cache-Control: no-cache", "Vary: Accept", "X-Content-Type-Options: nosniff",
+    "Referrer-Policy: no-referrer",
     "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src *; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'")
@@ -49,7 +52,7 @@ Figures = Mapping[str, Any]
 class Answers:
     """Answer the requests to one server. Any thread may call any method.
 
-    access: who may do what. page: what a browser is shown at `/`, or None.
+    access: who may do what. page: what a browser is shown at `/` and `/TOKEN`, or None.
     retry: seconds of a client's usual pause before it reconnects.
     publish_all: see Broadcast. figures: returns what /-/status shows. status: the same with the
     list of clients. trouble: returns why no event is taken now, or None.
@@ -76,22 +79,32 @@ class Answers:
 
         Raises Refusal, and whatever a program's `authorize` raises.
         """
+        if request.path == "/-/health" and request.method != "OPTIONS":
+            # Before the Host is looked at: load balancers send any, or none
+            return self._health(request)
         self._access.check_host(request)
         if request.method == "OPTIONS":
             return _whole(request, b"", TEXT, self._preflight(request), status=204)
         if request.path == "/favicon.ico":
-            raise Refusal(404, "There is no icon here.")
-        if self._page and request.path == "/" and request.accepts("text/html"):
-            return _whole(request, self._page, HTML, PAGE_FIELDS)
-        if request.path == "/-/health":
-            return self._health(request)
+            raise Refusal(404, "This server has no icon.")
+        page = self._page_for(request)
+        if page and request.path == "/":
+            return page
         if request.path == "/-/status" and "list" in request.query:
             self._access.admit_list(request)
             return _whole(request, _json(self._status()), JSON, ["Cache-Control: no-store"])
         grant = self._access.admit(request, time.time())
         if request.path.startswith("/-/"):
             return self._report(request)
-        return self._open(request, grant)
+        return page or self._open(request, grant)
+
+    def _page_for(self, request: Request) -> bytes | None:
+        """Return the page if a browser's address line asks, None if a program does.
+
+        What takes a stream, too, gets that: htmx and Datastar name both types in Accept.
+        """
+        is_wanted = request.accepts("text/html") and not request.accepts("text/event-stream")
+        return _whole(request, self._page, HTML, PAGE_FIELDS) if self._page and is_wanted else None
 
     def _open(self, request: Request, grant: Grant) -> bytes | Opening:
         """Return a stream's opening; of a HEAD request, its head."""

@@ -72,10 +72,80 @@ def test_authorize_decides_in_place_of_tokens_and_holds_up_nobody():
     assert any(request.query == {"b": ["c"]} and request.method == "GET" for request in asked)
 
 
-def test_the_page_is_for_everybody_but_its_stream_is_not():
+# As a browser's address line sends it
+NAVIGATION = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+
+def kind_of(port, path, *fields, method="GET"):
+    """Return the status of an answer and its type, also of a stream."""
+    with connect(port) as sock:
+        sock.sendall(get(path, *fields, method=method))
+        head = sock.recv(4000).decode().partition("\r\n\r\n")[0]
+    kind = [line for line in head.split("\r\n") if line.startswith("Content-Type: ")]
+    return int(head.split()[1]), kind[0].split()[1].rstrip(";")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_page_is_for_everybody_at_the_top_and_for_known_tokens_below(method):
+    with SSEServer(port=0, tokens=["one"], publish_tokens=["two"]) as server:
+        for path, answer in (("/", (200, "text/html")), ("/one", (200, "text/html")),
+                             ("/one?channel=a&since=all", (200, "text/html")),
+                             ("/x", (401, "text/plain")), ("/two", (401, "text/plain")),
+                             ("/-/status", (401, "text/plain")), ("/-/x", (401, "text/plain")),
+                             ("/favicon.ico", (404, "text/plain"))):
+            assert kind_of(server.port, path, NAVIGATION, method=method) == answer, path
+        bearer = "Authorization: Bearer one"
+        assert kind_of(server.port, "/-/status", NAVIGATION, bearer) == (200, "application/json")
+
+
+def test_without_tokens_a_browser_gets_the_page_at_every_path():
+    with SSEServer(port=0) as server:
+        for path in ("/", "/token", "/any/path"):
+            assert kind_of(server.port, path, NAVIGATION) == (200, "text/html")
+        assert kind_of(server.port, "/-/x", NAVIGATION) == (404, "text/plain")
+
+
+def test_a_program_decides_who_gets_the_page_below_the_top():
+    with SSEServer(port=0, authorize=lambda request: request.path == "/ann") as server:
+        for path, answer in (("/", (200, "text/html")), ("/ann", (200, "text/html")),
+                             ("/eve", (401, "text/plain"))):
+            assert kind_of(server.port, path, NAVIGATION) == answer
+
+
+@pytest.mark.parametrize("accept", [
+    "text/event-stream", "text/html, text/event-stream",                # htmx 4
+    "text/event-stream, text/html, application/json",                   # Datastar
+    "text/html;q=0.5,text/event-stream;q=0.1", "*/*", "application/json", "text/html;q=0", ""])
+@pytest.mark.parametrize("path", ["/", "/one"])
+def test_what_takes_a_stream_gets_the_stream_though_it_takes_html_too(path, accept):
     with SSEServer(port=0, tokens=["one"]) as server:
-        assert ask(server.port, get("/", "Accept: text/html")).startswith(b"HTTP/1.1 200 ")
-        assert ask(server.port, get("/x", "Accept: text/html")).startswith(b"HTTP/1.1 401 ")
+        bearer = "Authorization: Bearer one"
+        assert kind_of(server.port, path, f"Accept: {accept}", bearer) == (200, "text/event-stream")
+
+
+def test_a_browser_that_takes_no_stream_gets_the_page():
+    with SSEServer(port=0) as server:
+        assert kind_of(server.port, "/", "Accept: text/html, text/event-stream;q=0") == (
+            200, "text/html")
+
+
+def test_the_page_tells_nobody_its_address():
+    """That may hold a token."""
+    with SSEServer(port=0) as server:
+        assert b"\r\nReferrer-Policy: no-referrer\r\n" in ask(server.port, get("/", NAVIGATION))
+
+
+@pytest.mark.parametrize("path, head, status", [
+    ("/-/health", "Host: 10.0.0.7:6500", b"200"), ("/-/health", "", b"200"),     # HAProxy's, AWS's
+    ("/-/health?x", "Host: evil.test", b"200"), ("/-/health", "Host: good.test", b"200"),
+    ("/-/status", "Host: 10.0.0.7", b"421"), ("/", "", b"421"), ("/-/healthy", "", b"421")])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_health_is_told_whatever_host_a_load_balancer_asks_for(path, head, status, method):
+    with SSEServer(port=0, allowed_hosts=["good.test"], tokens=["one"]) as server:
+        lines = [f"{method} {path} HTTP/1.0", *([head] if head else []), "", ""]
+        answer = ask(server.port, "\r\n".join(lines).encode())
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert answer.endswith(b"ok\n") == (status == b"200" and method == "GET")
 
 
 ORIGIN = "https://good.test"
