@@ -4,9 +4,11 @@ No socket, no thread and no clock in here: `now` is handed in. What is not allow
 """
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Sequence
 from typing import Callable, NamedTuple
+from urllib.parse import urlsplit
 
 from sse_core import signed
 from sse_core.http1 import Refusal, Request
@@ -52,17 +54,12 @@ class Access:
         self._tokens = _plain(tokens, "tokens")
         self._publish_tokens = _plain(publish_tokens, "publish_tokens")
         self._authorize = authorize
-        self._origins = frozenset(_texts(origins, "origins"))
-        for origin in self._origins:
-            if not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"the origin {origin!r} is not one as browsers send it: "
-                                 "scheme://host[:port], or null")
+        self._origins = frozenset(map(_check_origin, _texts(origins, "origins")))
         self._scheme = scheme
         own = (host, *(origin.partition("://")[2] for origin in self._origins))
         self._own_hosts = {_host(each) for each in own} - {""}
-        self._allowed_hosts = {_host(each) for each in _texts(allowed_hosts, "allowed_hosts")}
-        if "" in self._allowed_hosts:
-            raise ValueError("an allowed host is neither a name nor an address")
+        self._allowed_hosts = {_check_allowed_host(each)
+                               for each in _texts(allowed_hosts, "allowed_hosts")}
         self._signed = None if jwt_key is None else signed.Signed(jwt_key)
 
     @property
@@ -182,6 +179,68 @@ def _unknown(what: str) -> Refusal:
 
 
 def _host(field: str) -> str:
-    """Return the host in a field Host, lower-case and without its port; empty if it is none."""
+    """Return the host in a field Host, in lower case, without port and final dot.
+
+    The final dot of a name makes no other host of it (RFC 3986 section 3.2.2). Returns an empty
+    text if the field holds no host.
+    """
     match = _HOST.fullmatch(field)
-    return match[match.lastindex or 0].lower() if match else ""
+    return match[match.lastindex or 0].lower().removesuffix(".") if match else ""
+
+
+def _check_origin(text: str) -> str:
+    """Return an origin if browsers send it like this.
+
+    Any other could never match. Raises ValueError, which says what to write instead.
+    """
+    try:
+        as_sent = _origin_as_sent(text.strip())
+    except ValueError:
+        as_sent = ("a single one like https://example.org, with letters outside ASCII as xn--, or "
+                   "null; or leave it out, to let pages of every origin read")
+    if text not in (as_sent, "null"):
+        # A password before the @ belongs on no screen and in no log
+        raise ValueError(f"no browser sends the origin {text.rpartition('@')[2]!r}: "
+                         f"write {as_sent}")
+    return text
+
+
+def _origin_as_sent(text: str) -> str:
+    """Return the origin that is meant, as browsers send it (WHATWG HTML, origins).
+
+    Raises ValueError if none can be made out.
+    """
+    url = urlsplit(text)
+    host = _host_as_sent(url.scheme and url.hostname or "")
+    port = "" if url.port in (None, _DEFAULT_PORTS.get(url.scheme)) else f":{url.port}"
+    return f"{url.scheme}://{host}{port}"
+
+
+def _check_allowed_host(text: str) -> str:
+    """Return an allowed host as `_host` does. Raises ValueError, which says what to write."""
+    try:
+        host = _host_as_sent(_host(text) or urlsplit(text).hostname or "").strip("[]")
+    except ValueError:
+        host = ("one like example.org, with letters outside ASCII as xn--, or leave it out, to "
+                "answer for every one,")
+    if text.lower().removesuffix(".") not in (host, f"[{host}]"):
+        raise ValueError("an allowed host is a name or an address and nothing else: "
+                         f"write {host} in place of {text.rpartition('@')[2]!r}")
+    return host
+
+
+def _host_as_sent(host: str) -> str:
+    """Return a host as browsers send it, an IPv6 address in brackets (WHATWG URL, host parsing).
+
+    Raises ValueError if it is none, or if its form in ASCII cannot be told.
+    """
+    host = host.lower().removesuffix(".")
+    if ":" in host:
+        # The number loses what browsers leave out, such as the zone of `fe80::1%eth0`
+        return f"[{ipaddress.IPv6Address(int(ipaddress.IPv6Address(host)))}]"
+    name = host.encode("idna").decode()
+    # Python's codec knows IDNA 2003, which makes `fass` of `faß`. To browsers that is another name
+    is_the_same = host.isascii() or name.encode().decode("idna") == host
+    if not (is_the_same and _NAME.fullmatch(name)):
+        raise ValueError(f"{host!r} is no host")
+    return name

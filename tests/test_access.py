@@ -334,6 +334,7 @@ def test_only_authorize_takes_time(keys):
     ("127.0.0.1.evil.test", "http://127.0.0.1.evil.test", 403),
     ("128.0.0.1", "http://128.0.0.1", 403),
     ("localhost.evil.test", "http://localhost.evil.test", 403), ("[::2]", "http://[::2]", 403),
+    ("localhost.:6500", "http://localhost.:6500", 200), ("app.test.", "http://app.test.", 200),
     ("10.0.0.7:6500", "http://10.0.0.7:6500", 200), ("10.0.0.8", "http://10.0.0.8", 403),
     ("app.test:6500", "http://app.test:6500", 200), ("APP.test", "http://APP.test", 200),
     ("app.test", "http://evil.test", 403), ("evil.test", "http://app.test", 403),
@@ -352,9 +353,12 @@ def test_a_page_of_our_own_may_publish_by_a_host_that_no_stranger_can_make_lead_
     ("good.test", True), ("GOOD.test", True), ("good.test:8080", True), ("good.test:", True),
     ("10.0.0.7:80", True), ("[fd00::1]", True), ("[FD00::1]:80", True), ("[::7]", True),
     ("evil.test", False), ("good.test.evil.test", False), ("xgood.test", False), ("", False),
-    ("localhost", False), ("127.0.0.1", False), ("10.0.0.70", False), ("[fd00::2]", False)])
+    ("localhost", False), ("127.0.0.1", False), ("10.0.0.70", False), ("[fd00::2]", False),
+    # The final dot of a full domain name makes no other host of it
+    ("good.test.", True), ("Good.Test.:8080", True), ("dotted.test", True), ("dotted.test.", True),
+    ("good.test..", False), (".", False), ("evil.test.", False)])
 def test_with_allowed_hosts_any_other_is_a_421(host, allowed):
-    rules = access(allowed_hosts=["Good.test", "10.0.0.7", "fd00::1", "[::7]"])
+    rules = access(allowed_hosts=["Good.test", "10.0.0.7", "fd00::1", "[::7]", "dotted.test."])
     result = outcome(rules.check_host, request(host=host))
     assert result is None if allowed else refused(result, 421, "--allowed-host")
     assert outcome(access().check_host, request(host=host)) is None
@@ -386,9 +390,75 @@ def test_a_str_where_a_list_is_due_is_refused_and_not_repeated(option):
     access(**{option: iter(["x://y"] if option == "origins" else ["x"])})
 
 
-@pytest.mark.parametrize("options, origin, credentials", [
-    (JWT, "https://app.test", True), (JWT, "null", False), (JWT, "https://evil.test", False),
-    ({}, "https://app.test", False)])
+# What somebody may write, and the origin that browsers send. None: no single one can be made out
+ORIGINS = [
+    ("https://a.test/", "https://a.test"), ("https://a.test/app", "https://a.test"),
+    ("https://a.test?x=y", "https://a.test"), ("https://a.test/#x", "https://a.test"),
+    ("https://a.test:443", "https://a.test"), ("http://a.test:80", "http://a.test"),
+    ("https://a.test:", "https://a.test"), ("http://a.test:08080", "http://a.test:8080"),
+    ("http://[::1]:80", "http://[::1]"), ("http://[0:0::0001]:8080", "http://[::1]:8080"),
+    ("HTTPS://a.test", "https://a.test"), ("https://A.Test:8443", "https://a.test:8443"),
+    ("https://user:word@a.test", "https://a.test"), (" https://a.test", "https://a.test"),
+    ("https://a.test\n", "https://a.test"),
+    ("https://b\xfccher.example", "https://xn--bcher-kva.example"),
+    ("https://B\xdcCHER.example:443/", "https://xn--bcher-kva.example"),
+    ("https://\u4f8b\u3048.test", "https://xn--r8jz45g.test"),
+]
+HARD_ORIGINS = [
+    ("", "https://example.org"), ("https://", "https://example.org"),
+    ("a.test", "https://example.org"), ("https:/a.test", "https://example.org"),
+    ("https://a.test.", "https://a.test"), ("http://[fe80::1%25eth0]", "http://[fe80::1]"),
+    ("https://a test", "https://example.org"), ("https://a..test", "https://example.org"),
+    ("https://a.test https://b.test", "a single"), ("https://a.test,https://b.test", "a single"),
+    ("https://a.test:99999", "https://example.org"), ("https://a.test:x", "https://example.org"),
+    ("http://::1", "https://example.org"), ("NuLL", "or null"), ("//a.test", "https://example.org"),
+    ("http://[::1", "https://example.org"),
+    ("file:///home", "https://example.org"), ("https://a%41.test", "https://example.org"),
+    # Python's codec would make fass.test of it, another name than that of browsers
+    ("https://fa\xdf.test", "xn--"), ("https://" + "\xfc" * 64 + ".test", "xn--"),
+    ("*", "leave it out"), ("https://*.a.test", "a single"), ("https://a.test:*", "a single"),
+]
+
+
+@pytest.mark.parametrize("written, said", ORIGINS + HARD_ORIGINS)
+def test_an_origin_that_no_browser_sends_is_refused_with_what_to_write(written, said):
+    with pytest.raises(ValueError) as caught:
+        access(origins=[written])
+    message = str(caught.value)
+    assert said in message and "\n" not in message and "word" not in message
+    if (written, said) in ORIGINS:
+        assert message.endswith(f"write {said}")
+        access(origins=[said])
+
+
+@pytest.mark.parametrize("origin", [
+    "null", "https://a.test", "http://a.test:443", "https://a.test:80", "https://a_b-c.test:1",
+    "http://localhost:3000", "http://127.0.0.1:6500", "http://[fd00::1]:6500", "https://1.a.test",
+    "https://xn--bcher-kva.example", "https://www.xn--r8jz45g.test",
+    "chrome-extension://abcdefghijklmnop", "capacitor://localhost"])
+def test_an_origin_as_browsers_send_it_is_taken(origin):
+    fields = access(origins=[origin]).cross_origin(request("/", f"Origin: {origin}"))
+    assert fields[0] == f"Access-Control-Allow-Origin: {origin}"
+
+
+@pytest.mark.parametrize("written, said", [
+    ("good.test:8080", "write good.test in"), ("https://good.test", "write good.test in"),
+    ("https://good.test:8443/app", "write good.test in"), ("good.test..", "write good.test in"),
+    ("https://user:word@good.test", "write good.test in"), ("[::1]:6500", "write ::1 in"),
+    ("fd00:0::1", "write fd00::1 in"), ("b\xfccher.example", "write xn--bcher-kva.example in"),
+    ("good.test/", "example.org"), ("good.test?x", "example.org"), (" good.test", "example.org"),
+    ("user:word@good.test", "example.org"), ("*.good.test", "example.org"), ("*", "leave it out"),
+    ("", "example.org"), ("a b", "example.org"), ("a:b:c", "example.org"), (".", "example.org"),
+    ("fa\xdf.test", "xn--")])
+def test_an_allowed_host_that_no_request_names_is_refused_with_what_to_write(written, said):
+    with pytest.raises(ValueError) as caught:
+        access(allowed_hosts=[written])
+    assert said in str(caught.value) and "word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, JWT])
+@pytest.mark.parametrize("origin, credentials", [
+    ("https://app.test", True), ("null", False), ("https://evil.test", False)])
 def test_cookies_count_for_pages_of_named_origins_only(keys, options, origin, credentials):
     rules = access(origins=["https://app.test", "null"], **options)
     fields = rules.cross_origin(request("/", f"Origin: {origin}"))
