@@ -13,7 +13,12 @@ from urllib.parse import urlsplit
 from sse_core import signed
 from sse_core.http1 import Refusal, Request
 
-_ORIGIN = re.compile("null|[a-z][a-z0-9+.-]*://[^/A-Z]+")     # RFC 6454 section 6.2
+# A name without a final dot. Each part is separated by a dot that it cannot hold, so this is linear
+_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+# Ports that an Origin and a Host leave out, because the scheme says them
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::[0-9]*)?|([0-9a-f:.]+)", re.IGNORECASE)
 _LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]+){3}")
 
@@ -28,11 +33,11 @@ class Grant(NamedTuple):
     def check(self, channel: str | None) -> None:
         """Raise Refusal for a channel that is not granted. None is everyone, and needs `*`."""
         if channel is None and "*" not in self.channels:
-            raise Refusal(403, "Publishing to everyone is not granted: name a channel.")
+            raise Refusal(403, "You may not publish to everyone. Name a channel: ?channel=NAME.")
         if channel is not None and not any(
                 channel == each or each.endswith("*") and channel.startswith(each[:-1])
                 for each in self.channels):
-            raise Refusal(403, f"The channel {channel[:100]!r} is not granted.")
+            raise Refusal(403, f"You may not use the channel {channel[:100]!r}.")
 
 
 EVERYTHING = Grant(("*",))
@@ -70,7 +75,8 @@ class Access:
     def check_host(self, request: Request) -> None:
         """Raise Refusal for a Host that is not allowed. Ask it first, of every request."""
         if self._allowed_hosts and _host(request.known.get("host", "")) not in self._allowed_hosts:
-            raise Refusal(421, "This Host is not among those of --allowed-host.")
+            raise Refusal(421, "This server does not answer for this Host: use a name that was "
+                               "given to it with --allowed-host.")
 
     def admit(self, request: Request, now: float) -> Grant:
         """Return what a request may watch; events without a channel go to whoever is admitted.
@@ -79,7 +85,7 @@ class Access:
         raises; TypeError for what it may not return.
         """
         if self._authorize is not None:
-            grant = _granted(self._authorize(request))
+            grant = _granted(self._authorize(request), request)
         elif self._tokens or self._signed:
             grant = self._grant(request, self._tokens, "subscribe", now)
         else:
@@ -95,11 +101,11 @@ class Access:
         them; then `check` the channel of each of its events, None too.
         """
         if not self._may_post_from(request):
-            raise Refusal(403, "Pages of this origin may not publish: "
-                               "it is not among those of --origin.")
+            raise Refusal(403, "Pages of this origin may not publish. "
+                               "The server has to be started with it as an --origin.")
         if not (self._publish_tokens or self._signed):
-            raise Refusal(403, "Publishing is not enabled: "
-                               "the server was started without --publish-token.")
+            raise Refusal(403, "Publishing is not enabled. "
+                               "The server has to be started with a --publish-token.")
         grant = self._grant(request, self._publish_tokens, "publish", now)
         for channel in request.query.get("channel", () if body_names else (None,)):
             grant.check(channel)
@@ -108,18 +114,18 @@ class Access:
     def admit_list(self, request: Request) -> None:
         """Raise Refusal for who may not see the clients one by one: only publishers may."""
         if not self._publish_tokens:
-            raise Refusal(403, "The list is for who has a publish token: "
-                               "the server was started without --publish-token.")
+            raise Refusal(403, "The list of clients needs a publish token. "
+                               "The server has to be started with a --publish-token.")
         if not request.has_token(self._publish_tokens):
-            raise _unknown("publish token")
+            raise _refused("publish token", request)
 
     def _grant(self, request: Request, tokens: list[bytes], claim: str, now: float) -> Grant:
         """Return what the token of a request grants. Raises Refusal."""
         if request.has_token(tokens):
             return EVERYTHING
         token = signed.find_token(request) if self._signed else None
-        if self._signed is None or token is None:
-            raise _unknown("publish token" if claim == "publish" else "token")
+        if self._signed is None or not token:
+            raise _refused("publish token" if claim == "publish" else "token", request)
         return Grant(*self._signed.grants(token, claim, now))
 
     def _may_post_from(self, request: Request) -> bool:
@@ -166,16 +172,21 @@ def _plain(tokens: Sequence[str], what: str) -> list[bytes]:
     return [token.encode() for token in texts]
 
 
-def _granted(answer: bool | Iterable[str] | None) -> Grant:
+def _granted(answer: bool | Iterable[str] | None, request: Request) -> Grant:
     """Return what the answer of `authorize` grants. Raises Refusal if nothing."""
     if answer is False or answer is None:
-        raise _unknown("token")
+        raise _refused("token", request)
     return EVERYTHING if answer is True else Grant(_texts(answer, "authorize returned no bool"))
 
 
-def _unknown(what: str) -> Refusal:
-    return Refusal(401, f"Name the {what}: in the path, /TOKEN, or in the header field "
-                        "Authorization: Bearer TOKEN.", ["WWW-Authenticate: Bearer"])
+def _refused(what: str, request: Request) -> Refusal:
+    """Return how a request is refused that has no token, or a wrong one (RFC 6750 section 3.1)."""
+    in_path = "" if request.path.startswith("/-/") else request.path.strip("/")
+    is_given = request.bearer or in_path
+    problem = f"This {what} is not known to the server" if is_given else f"A {what} is missing"
+    error = ' error="invalid_token"' if is_given else ""
+    return Refusal(401, f"{problem}. Put a valid one in the path, /TOKEN, or in the header field "
+                        "Authorization: Bearer TOKEN.", [f"WWW-Authenticate: Bearer{error}"])
 
 
 def _host(field: str) -> str:

@@ -129,7 +129,7 @@ class Answers:
         Raises Refusal, but not for an EventSource, which would give up for good on a 503.
         """
         if not request.accepts("text/event-stream"):
-            raise Refusal(503, "This server takes no more clients now. Try again later.",
+            raise Refusal(503, "This server has as many clients as it can take. Try again later.",
                           ["Retry-After: 10"])
         retry = frames.greeting(COME_BACK * max(1.0, self._retry), None)
         end = frames.END if opening.asked.chunked else b""
@@ -151,7 +151,7 @@ class Answers:
         try:
             ids = self._publish_all(drafts)
         except ValueError as error:
-            raise Refusal(400, f"This is no event: {error}.") from None
+            raise Refusal(400, f"This event cannot be published: {error}.") from None
         except Unavailable as error:
             raise Refusal(503, f"{error}. Try again later; it may have been published.",
                           ["Retry-After: 5"]) from None

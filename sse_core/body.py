@@ -50,8 +50,8 @@ class Body:
 
     def _expect(self, length: int) -> None:
         if len(self.data) + length > MAX_EVENT:
-            raise Refusal(413, f"The body is longer than {MAX_EVENT} bytes, the most for an event, "
-                               "or for a list of them.")
+            raise Refusal(413, f"The body is longer than {MAX_EVENT} bytes. Send a smaller event, "
+                               "or fewer at once.")
         self._left = length
 
     def _take_line(self) -> None:
@@ -59,10 +59,10 @@ class Body:
         assert self._due
         line, match = self._line, self._due.fullmatch(self._line)
         if not match:
-            raise Refusal(400, "The body is not in chunks as RFC 9112 section 7.1 has them.")
+            raise Refusal(400, "The body is not encoded in chunks, as Transfer-Encoding says.")
         if self._ignored + len(line) > MAX_IGNORED:
-            raise Refusal(400, f"There are more than {MAX_IGNORED} bytes of extensions and "
-                               "trailers, or tiny chunks.")
+            raise Refusal(400, f"The chunks have more than {MAX_IGNORED} bytes of extensions and "
+                               f"trailers, or too many are shorter than {TINY} bytes.")
         if line.endswith(b"\n"):
             self._line = b""
             self._end_line(line, match)

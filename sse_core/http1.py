@@ -127,8 +127,10 @@ class Request(NamedTuple):
 
     def accepts(self, media_type: str) -> bool:
         """Say whether Accept names this media type, and not with a weight of 0."""
-        named = [_items(each, ";") for each in _items(self.known.get("accept", ""))
-                 if each.startswith(media_type)]
+        accept = self.known.get("accept", "").lower()
+        if media_type not in accept:
+            return False
+        named = [_items(each, ";") for each in _items(accept) if each.startswith(media_type)]
         return any(name == media_type and not any(map(_ZERO.fullmatch, parameters))
                    for name, *parameters in named)
 
@@ -240,15 +242,15 @@ def _check(request: Request) -> None:
     """Refuse what is well-formed and still not to be served."""
     if request.method not in METHODS:
         if request.method in KNOWN_METHODS:
-            raise Refusal(405, "Use GET for events, POST to publish.",
+            raise Refusal(405, "Use GET to receive events, and POST to publish.",
                           [f"Allow: {', '.join(METHODS)}"])
-        raise Refusal(501, f"This server knows the methods {', '.join(METHODS)}.")
+        raise Refusal(501, f"This server supports the methods {', '.join(METHODS)}.")
     if "host" not in request.known and request.version >= (1, 1):
         raise Refusal(400, "HTTP/1.1 needs the header field Host.")
     _check_host(request)
     _check_framing(request)
     if request.known.get("expect", "100-continue").lower() != "100-continue":
-        raise Refusal(417, "The only thing to Expect here is 100-continue.")
+        raise Refusal(417, "The only Expect that this server supports is 100-continue.")
 
 
 def _check_host(request: Request) -> None:
@@ -265,11 +267,11 @@ def _check_framing(request: Request) -> None:
     if coding is not None and "content-length" in request.known:
         raise Refusal(400, "Content-Length and Transfer-Encoding exclude each other.")
     if request.method != "POST" and (coding is not None or length.strip("0")):
-        raise Refusal(400, f"A {request.method} request has no body here.")
+        raise Refusal(400, f"A {request.method} request must not have a body.")
     if coding is not None and not request.chunked:
         raise Refusal(400, "HTTP/1.0 has no Transfer-Encoding.")
     if coding is not None and coding.lower() != "chunked":
-        raise Refusal(501, "The only Transfer-Encoding taken here is chunked.")
+        raise Refusal(501, "The only Transfer-Encoding that this server supports is chunked.")
 
 
 def head(status: int, content_type: str, length: int, fields: Iterable[str],

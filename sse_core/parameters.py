@@ -51,23 +51,25 @@ def drafts(request: Request, body: bytes) -> list[Draft]:
 def _one(request: Request, body: bytes) -> Draft:
     for name, values in request.query.items():
         if name not in ("event", "channel"):
-            raise Refusal(400, f"The parameter {name!r} is not known: there are event and channel.")
+            raise Refusal(400, f"The parameter {name!r} is not known. Use event and channel.")
         if len(values) > 1:
-            raise Refusal(400, f"An event has one {name}; send a list as {NDJSON}.")
+            raise Refusal(400, f"An event has one {name}. To publish several events at once, send "
+                               f"them as lines of {NDJSON}.")
     return Draft(_text(body), request.parameter("event"), request.parameter("channel"))
 
 
 def _lines(request: Request, body: bytes) -> list[Draft]:
     """Return the events that the lines describe. Raises Refusal, which names the line."""
     if request.query:
-        raise Refusal(400, f"With {NDJSON}, event and channel are in the lines, not in the query.")
+        raise Refusal(400, f"With {NDJSON}, put event and channel into the lines, not into the "
+                           "query.")
     found = []
     # A byte order mark at the start is not content
     for number, line in enumerate(_text(body, "utf-8-sig").split("\n"), 1):
         try:
             found.append(frames.parse_draft(line))
         except ValueError as error:
-            raise Refusal(400, f"Line {number} is no event, and none was published: {error}."
+            raise Refusal(400, f"Line {number} is not an event, and none was published: {error}."
                           ) from None
     return [draft for draft in found if draft]
 
@@ -106,14 +108,14 @@ def channels(request: Request) -> frozenset[str]:
     for name in unknown[:3]:        # a comparison takes some 20 us
         meant = get_close_matches(name, WATCHING, 1)
         if meant:
-            raise Refusal(400, f"The parameter {name!r} is not known: was {meant[0]!r} meant?")
+            raise Refusal(400, f"The parameter {name!r} is not known. Did you mean {meant[0]!r}?")
     channels = request.query.get("channel", [])
     if len(channels) > MAX_ASKED or sum(map(len, channels)) > MAX_NAMES:
-        raise Refusal(400, f"A client may ask for {MAX_ASKED} channels, whose names have "
-                           f"{MAX_NAMES} characters in all.")
+        raise Refusal(400, f"A client may ask for at most {MAX_ASKED} channels, with at most "
+                           f"{MAX_NAMES} characters in all their names.")
     try:
         for channel in channels:
             frames.check_channel(channel)
     except ValueError as error:
-        raise Refusal(400, f"This channel cannot be: {error}.") from None
+        raise Refusal(400, f"This is not a channel: {error}.") from None
     return frozenset(channels)

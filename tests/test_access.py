@@ -280,11 +280,31 @@ def test_a_bearer_token_loses_outer_spaces_only():
         assert refused(outcome(access(tokens=["one"]).admit, http1.parse(head)[0], NOW), 401)
 
 
-def test_a_refused_token_is_told_apart_from_none_in_the_header_field(keys):
-    for path, challenge in (("/", "Bearer"), ("/a.b.c", 'Bearer error="invalid_token"')):
-        with pytest.raises(Refusal) as caught:
-            access(jwt_key=SECRET).admit(request(path), NOW)
-        assert caught.value.fields == (f"WWW-Authenticate: {challenge}",)
+@pytest.mark.parametrize("path, fields, is_known_to_be_wrong", [
+    ("/", [], False), ("//", [], False), ("/-/metrics", [], False),
+    ("/", ["Authorization: Bearer"], False), ("/", ["Authorization: Basic one"], False),
+    ("/three", [], True), ("/a.b.c", [], True), ("/", ["Authorization: Bearer three"], True),
+    ("/-/status", ["Authorization: Bearer three"], True)])
+@pytest.mark.parametrize("rule", ["plain", "signed", "authorize"])
+def test_a_wrong_token_is_told_as_unknown_and_none_as_missing(keys, path, fields, rule,
+                                                            is_known_to_be_wrong):
+    rules = access(**{"plain": PLAIN, "signed": JWT, "authorize": {"authorize": lambda _: False}
+                      }[rule])
+    for decide, method in ((rules.admit, "GET"), (rules.admit_post, "POST")):
+        if method == "GET" or rule != "authorize":
+            with pytest.raises(Refusal) as caught:
+                decide(request(path, *fields, method=method), NOW)
+            assert ("not known" in caught.value.text) is is_known_to_be_wrong
+            assert ("missing" in caught.value.text) is not is_known_to_be_wrong
+            # RFC 6750 section 3.1: no error where there was no token
+            error = ' error="invalid_token"' if is_known_to_be_wrong else ""
+            assert caught.value.fields == (f"WWW-Authenticate: Bearer{error}",)
+
+
+def test_a_wrong_token_for_the_list_of_clients_is_told_as_unknown():
+    for fields, said in (([], "missing"), (["Authorization: Bearer one"], "not known")):
+        assert refused(outcome(access(**PLAIN).admit_list, request("/-/status?list", *fields)),
+                       401, said)
 
 
 def test_a_key_that_is_no_secret_and_no_public_key_is_refused_and_not_repeated(keys):
@@ -315,7 +335,7 @@ def test_authorize_says_yes_or_no_or_which_channels(answer, granted):
             rules.admit(request("/one"), NOW)
     else:
         result = outcome(rules.admit, request("/one"), NOW)
-        assert result == granted if granted != 401 else refused(result, 401, "Name the token")
+        assert result == granted if granted != 401 else refused(result, 401, "token is not known")
     strict = access(authorize=lambda _: ["a"])
     assert refused(outcome(strict.admit, request("/?channel=a&channel=b"), NOW), 403, "'b'")
 
@@ -463,7 +483,9 @@ def test_cookies_count_for_pages_of_named_origins_only(keys, options, origin, cr
     rules = access(origins=["https://app.test", "null"], **options)
     fields = rules.cross_origin(request("/", f"Origin: {origin}"))
     assert ("Access-Control-Allow-Credentials: true" in fields) is credentials
-    assert access(**options).cross_origin(request("/")) == ["Access-Control-Allow-Origin: *"]
+    assert fields[-1] == "Vary: Origin"
+    assert access(**options).cross_origin(request("/", f"Origin: {origin}")) == [
+        "Access-Control-Allow-Origin: *"]
 
 
 def test_a_server_asks_these_rules_with_the_time_of_day(keys):

@@ -574,7 +574,7 @@ def test_what_was_not_published_is_said(tab, open_server):
     watching(tab, open_server, "/#,wrong")
     tab.type_in("text", "a")
     tab.evaluate("document.querySelector('#publish button').click()")
-    wait_until(lambda: tab.lines() and tab.lines()[0].startswith("Not published: 401 Name the"))
+    wait_until(lambda: tab.lines() and tab.lines()[0].startswith("Not published: 401 This pub"))
     assert tab.evaluate("document.getElementById('text').value") == "a"
 
 
