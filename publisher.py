@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import selectors
+import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,18 +51,16 @@ logger = logging.getLogger("sse_server")
 
 
 class Publisher:
-    """Fan one log out to all registered clients. heartbeat: see SSEServer; ValueError as there."""
+    """Fan one log out to all registered clients."""
 
-    def __init__(self, broadcast: Broadcast, heartbeat: float) -> None:
-        if not 0 <= heartbeat < 1 << 31:
-            raise ValueError("heartbeat must be a number from 0 on")
+    def __init__(self, broadcast: Broadcast) -> None:
         self._broadcast = broadcast
         self._clients = broadcast.clients
         self._clock = broadcast.clock
         # Any thread may read these. Deliveries: frames begun, and gaps: told, over all clients
         self.counters = SimpleNamespace(deliveries=0, bytes=0, gaps=0, turns=0, turn_seconds=0.0,
                                         drops=dict.fromkeys(REASONS, 0))
-        self._heartbeat = heartbeat
+        self._heartbeat = heartbeat = broadcast.heartbeat
         self._groups = Groups()
         self._ahead: dict[Client, None] = {}
         self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
@@ -322,8 +321,14 @@ class Publisher:
 
     def _end(self, client: Client) -> bool:
         """End a stream in order, unless it is in the middle of a frame. False: it was gone."""
-        in_order = client.asked.chunked and not client.rest
-        return self._send(client, frames.END if in_order else b"") >= 0
+        if client.rest:
+            return True
+        is_there = self._send(client, frames.END if client.asked.chunked else b"") >= 0
+        if is_there:
+            with suppress(OSError):     # the peer has closed just now
+                # Over TLS this sends close_notify: without it an end could be a cut
+                client.sock.shutdown(socket.SHUT_WR)
+        return is_there
 
     def close(self) -> None:
         """End the streams of all that are not in the middle of a frame, and close all sockets."""

@@ -59,6 +59,9 @@ RECOVERED = 10.0            # seconds without a failure after which the next is 
 SELF_CONNECT_TIME = 1.0     # seconds
 FOLLOWER_TIME = 2.0         # seconds for the thread that follows a shared log to end
 WAIT_CHECK = 0.05           # seconds between two looks whether --wait-clients are there
+# Without the charset, some HTTP clients take Latin-1. The original sends none.
+STREAM_TYPE = "text/event-stream; charset=utf-8"
+ORIGINAL_STREAM_TYPE = "text/event-stream"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}    # and how to connect to it
 SOMEWHERE = ("192.0.2.1", 9)            # an address that is kept for documentation (RFC 5737)
@@ -241,13 +244,14 @@ class SSEServer(_Listener):
                         allowed_hosts=allowed_hosts, jwt_key=jwt_key)
         context = tls_context(cert, key) if cert else None
         kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
-                                "max_clients": max_clients}
+                                "max_clients": max_clients, "heartbeat": heartbeat}
         shared_log = (RedisStream(redis, stream or "sse", history) if redis else
                       FileStream(history_file, history, sync) if history_file else None)
         self._shared = Shared(shared_log, **kept) if shared_log else None
         self._broadcast = self._shared or Broadcast(**kept)
-        self._publisher = Publisher(self._broadcast, heartbeat)
+        self._publisher = Publisher(self._broadcast)
         answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
+                          stream_type=STREAM_TYPE if history else ORIGINAL_STREAM_TYPE,
                           publish_all=self._broadcast.publish_all, figures=self.figures,
                           status=self.status, trouble=self._broadcast.trouble)
         stopping = threading.Event()

@@ -181,12 +181,16 @@ class Checker:
         """What is skipped must lie between the ids, and have left the log."""
         self._report.count("gaps")
         due, told = self.due(), f"gap from {after} to {resumed}, {reason}"
-        if self.last_id is None or due is None or resumed is None or reason not in REASONS:
+        if self.last_id is None or due is None or reason not in REASONS:
             self._fault(f"{told}: nothing is missing")
             return
-        if not self.last_id <= parse_id(after) < due.id or not self._truth.has(parse_id(resumed)):
+        if not self.last_id <= parse_id(after) < due.id or (
+                resumed and not self._truth.has(parse_id(resumed))):
             self._fault(f"{told}: due is {due.id}")
-        end, skipped = self._truth.place(parse_id(resumed)), -1
+        # Without `resumed`, nothing that it wants was kept
+        end, skipped = self._truth.end - HISTORY, -1
+        if resumed:
+            end = self._truth.place(parse_id(resumed))
         while due and self._place < end:
             skipped = self._place
             self._place += 1

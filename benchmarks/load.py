@@ -18,7 +18,7 @@ from typing import Dict, List, Optional, Sequence
 
 HERE = Path(__file__).resolve().parent
 GET = b"GET /token HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
-FRAME_END = b"\r\n\r\n\r\n"
+FRAME_END = b"\n\r\n"        # of a chunk whose last line ends in LF, or in CRLF as the original's
 NCHAN = "/usr/lib/nginx/modules/ngx_nchan_module.so"
 TIMEOUT = 60.0          # seconds that anything may take before the run is given up
 
@@ -172,9 +172,9 @@ class Clients:
             self._tails[fd] = data[end:]
             data = data[:end]
         if fd == self._witness:
-            self.ids += re.findall(rb"\nid: ([0-9]+-[0-9]+)\ndata: .{68}\r\n", data)
+            self.ids += re.findall(rb"\nid: ([0-9]+-[0-9]+)\ndata: .{68}\r?\n", data)
         at = data.rfind(b"\ndata: ")
-        if at >= 0:
+        if data[at + 7:at + 8].isdigit():       # else it is `welcome`
             sent, number = int(data[at + 7:at + 26]), int(data[at + 27:at + 36])
             self._last[fd] = number
             self.latencies.append(time.monotonic() - sent / 1e9)

@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import random
-import re
 import selectors
 import signal
 import socket
@@ -190,10 +189,9 @@ class Client:
 
     def _check(self) -> None:
         stream, checker = self._stream, self._checker
-        if stream.payloads and not checker.last_id:
-            told = re.match(rb"id: ([0-9]+-[0-9]+)\nretry:", stream.payloads[0])
-            assert told, f"it is not told where it stands, but {stream.payloads[0]!r}"
-            checker.begin(parse_id(told[1].decode()))
+        if stream.welcome and not checker.last_id:
+            checker.begin(parse_id(stream.welcome.id))
+        assert checker.last_id or not stream.events, "it is not welcomed"
         for event in stream.events:
             checker.take(event)
         assert not checker.last_id or parse_id(stream.last_id) == checker.last_id, "id, no event"

@@ -53,18 +53,20 @@ class Answers:
     """Answer the requests to one server. Any thread may call any method.
 
     access: who may do what. page: what a browser is shown at `/` and `/TOKEN`, or None.
-    retry: seconds of a client's usual pause before it reconnects.
+    retry: seconds of a client's usual pause before it reconnects. stream_type: the Content-Type of
+    a stream.
     publish_all: see Broadcast. figures: returns what /-/status shows. status: the same with the
     list of clients. trouble: returns why no event is taken now, or None.
     """
 
-    def __init__(self, access: Access, *, page: bytes | None, retry: float,
+    def __init__(self, access: Access, *, page: bytes | None, retry: float, stream_type: str,
                  publish_all: Callable[[Sequence[Draft]], Sequence[str | None]],
                  figures: Callable[[], Figures], status: Callable[[], Figures],
                  trouble: Callable[[], str | None]) -> None:
         self._access = access
         self._page = page
         self._retry = retry
+        self._stream_type = stream_type
         self._publish_all = publish_all
         self._figures = figures
         self._status = status
@@ -118,7 +120,7 @@ class Answers:
         """Return the head of a stream: the original's four lines, then those for proxies."""
         framing = "Transfer-Encoding: chunked" if request.chunked else "Connection: close"
         closing = ["Connection: close"] if request.chunked and request.method == "HEAD" else []
-        lines = ["HTTP/1.1 200 OK", "Content-Type: text/event-stream", framing,
+        lines = ["HTTP/1.1 200 OK", f"Content-Type: {self._stream_type}", framing,
                  *self._access.cross_origin(request), *closing,
                  "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", _date(), "", ""]
         return "\r\n".join(lines).encode()
@@ -131,9 +133,9 @@ class Answers:
         if not request.accepts("text/event-stream"):
             raise Refusal(503, "This server has as many clients as it can take. Try again later.",
                           ["Retry-After: 10"])
-        retry = frames.greeting(COME_BACK * max(1.0, self._retry), None)
+        busy = frames.busy(COME_BACK * max(1.0, self._retry))
         end = frames.END if opening.asked.chunked else b""
-        return opening.head + opening.asked.framed(retry) + end
+        return opening.head + opening.asked.framed(busy) + end
 
     def admit_post(self, request: Request) -> None:
         """Raise Refusal for a POST that may not publish: ask before its body is read."""

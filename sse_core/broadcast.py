@@ -44,11 +44,13 @@ class Broadcast:
     clock: monotonic seconds; wall: seconds since the epoch. Both are there for tests.
     """
 
-    def __init__(self, *, history: int, retry: float, max_clients: int, patience: float,
+    def __init__(self, *, history: int, retry: float, max_clients: int, patience: float, heartbeat: float,
                  clock: Callable[[], float] = time.monotonic,
                  wall: Callable[[], float] = time.time) -> None:
-        if not all(0 <= option < 1 << 31 for option in (history, retry, max_clients, patience)):
-            raise ValueError("history, retry, max_clients and patience must be numbers from 0 on")
+        options = history, retry, max_clients, patience, heartbeat
+        if not all(0 <= option < 1 << 31 for option in options):
+            raise ValueError("history, retry, max_clients, patience and heartbeat must be numbers "
+                             "from 0 on")
         # A signal handler can come while its thread holds it: see `refuse_inside`
         self._mutex = threading.RLock()
         self._moved = threading.Condition(self._mutex)  # clients have, or the log, or it is the end
@@ -62,8 +64,13 @@ class Broadcast:
         self._published = 0
         self._batch_at = lru_cache(BATCHES_KEPT)(self._join_from)
         self.fault: BaseException | None = None         # that ended one of the server's threads
+        # False with `history=0`: then the stream is the original's, byte for byte.
         self._ids = history > 0
+
+        # Seconds, both. Set here and never changed.
         self._retry = retry
+        self.heartbeat = heartbeat
+
         self._max_clients = max_clients
         self.clock = clock
         self.wall = wall
@@ -94,6 +101,7 @@ class Broadcast:
     def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False
                  ) -> str | None:
         """Append an encoded event, and see to it that the publisher looks. Returns its id."""
+        payload = self._line_ends(payload)
         length = len(payload) + ID_LENGTH
         with self._mutex:
             self.check_running()
@@ -197,6 +205,9 @@ class Broadcast:
         self._stop_by = -math.inf
         self.wake = lambda: None
 
+    def _line_ends(self, payload: bytes) -> bytes:
+        return payload if self._ids else frames.with_original_line_ends(payload)
+
     # Requires holding the mutex
 
     def _wait(self) -> None:
@@ -222,11 +233,10 @@ class Broadcast:
                 log.evict()
 
     def _begin_stream(self, client: Client) -> None:
-        """Put a client behind the id it brought, or tell it where it stands if it has none."""
-        has_none = client.last_id is None or client.begin_at == math.inf
-        newest = self._log.last_id if has_none else None
-        greeting = client.asked.framed(frames.greeting(self._retry, newest))
-        client.rest = bytes(client.rest) + greeting
+        """Put a client behind the id it brought, or tell it the newest one if it has none."""
+        begin = (frames.retry_line(self._retry) if client.last_id is not None else
+                 frames.welcome(self._log.last_id, self._retry, self.heartbeat))
+        client.rest = bytes(client.rest) + client.asked.framed(begin)
         if client.last_id is not None:
             client.after = frames.parse_id(client.last_id)
             client.ahead = not self._log.can_locate(client.after, client.registered_at)
@@ -285,11 +295,24 @@ class Broadcast:
             start, gap = max(client.cursor, log.first), client.gap
             if start > client.cursor and not gap and log.lost(client.cursor, client.asked.channels):
                 gap = frames.format_id(client.after) if self._ids else None, "lagging"
-            told = b""
-            if gap:
-                told = frames.gap_payload(gap[0], frames.format_id(log.first_id(start)), gap[1])
-                told = client.asked.framed(frames.chunk(told))
-            return (told, *self._batch_at(start, client.asked), start)
+            batch, end = self._batch_at(start, client.asked)
+            client.gap = gap
+            # `resumed` names the client's next event, so the gap waits until that has been found.
+            is_due = gap and (batch.frames or end >= self.fanned_out)
+            return self._told(client, start) if is_due else b"", batch, end, start
+
+    def _told(self, client: Client, start: int) -> bytes:
+        """Return the gap that a client is told before it goes on at `start`.
+
+        Requires holding the mutex.
+        """
+        assert client.gap
+        after, reason = client.gap
+        resumed = self._log.first_id(start, client.asked.wants)
+        # A client that begins at a time has no id of its own yet.
+        own = frames.parse_id(after) if after and client.begin_at is None else None
+        payload = frames.gap_payload(after, frames.format_id(resumed), reason, own)
+        return client.asked.framed(frames.chunk(self._line_ends(payload)))
 
     def place_arrived(self, ahead: Iterable[Client]) -> list[Client]:
         """Return those of the clients whose place is known now, AT_ONCE at most."""

@@ -5,6 +5,9 @@ No socket, no thread and no clock in here: time and order come from the caller, 
 On the wire a frame is eight lower-case hex digits, CRLF, the event, CRLF (RFC 9112 section 7.1).
 The event is the fields `id:`, `event:`, `data:` in this order (WHATWG HTML section 9.2.5). The
 length line has a fixed width, so a client of HTTP/1.0, which knows no chunks, is sent a slice.
+
+Every line of an event ends in LF. WHATWG allows CRLF, too, but many clients split the stream at
+`\n\n` and find no event in a mix. Only `--history 0` keeps the line ends of the original.
 """
 from __future__ import annotations
 
@@ -18,6 +21,10 @@ MAX_NAME = 1024             # bytes of an event's or a channel's name
 MAX_QUOTE = 80              # characters of a line that an error quotes
 BATCH = 64 << 10            # bytes joined for one send: what a client's kernel buffer takes
 END = b"0\r\n\r\n"          # the chunk that ends a stream in order
+MAX_RETRY = (1 << 31) - 1   # milliseconds: clients keep `retry:` in a signed 32-bit number
+
+# Names of the events that the server makes itself.
+OWN_NAMES = ("welcome", "gap", "busy")
 
 Id = tuple[int, int]        # (milliseconds, counter in that millisecond), ordered as in Redis
 _ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
@@ -57,8 +64,8 @@ class Draft(NamedTuple):
             raise TypeError("the names of an event and of a channel are text")
         if self.event:
             check_name("event name", self.event)
-        if self.event == "gap":
-            raise ValueError("the event name gap is the server's own")
+        if self.event in OWN_NAMES:
+            raise ValueError(f"the event name {self.event} is the server's own")
         if self.channel is not None:
             check_channel(self.channel)
         return encode(self.data, self.event)
@@ -137,11 +144,17 @@ def encode(data: str, event: str | None = None) -> bytes:
     if may_be_long and len(data.encode(errors="replace")) > MAX_EVENT:
         raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
     name = f"event: {event}\n" if event else ""
-    lines = "\r\ndata: ".join(_LINE_END.split(data)) if "\n" in data or "\r" in data else data
+    lines = "\ndata: ".join(_LINE_END.split(data)) if "\n" in data or "\r" in data else data
     try:
-        return f"{name}data: {lines}\r\n\r\n".encode()
+        return f"{name}data: {lines}\n\n".encode()
     except UnicodeEncodeError:
         raise ValueError("the data has a lone surrogate and cannot be sent as UTF-8") from None
+
+
+def with_original_line_ends(payload: bytes) -> bytes:
+    """Return an encoded event as the original sends it: CRLF ends all lines but `event:`."""
+    payload = payload.replace(b"\n", b"\r\n")
+    return payload.replace(b"\r\n", b"\n", 1) if payload.startswith(b"event:") else payload
 
 
 def chunk(payload: bytes) -> bytes:
@@ -158,19 +171,50 @@ def unchunk(frame: bytes) -> memoryview:
     return memoryview(frame)[10:-2]
 
 
-def greeting(seconds: float, newest: Id | None) -> bytes:
-    """Return the chunk that begins a stream: how long to wait, and the newest id if that is told.
+def retry_after(seconds: float) -> int:
+    """Return how many milliseconds a client should wait before it reconnects.
 
-    The block has no data, so it sets a client's last id and dispatches no event (WHATWG 9.2.6).
+    The time varies by 50 %, so that clients that left together do not come back together.
     """
-    # +-50 %, so that clients that left together do not come back together
-    retry = b"retry: %d\r\n\r\n" % round(seconds * 1000 * random.uniform(0.5, 1.5))
-    return chunk(b"id: %d-%d\n%b" % (*newest, retry) if newest else retry)
+    return min(MAX_RETRY, round(seconds * 1000 * random.uniform(0.5, 1.5)))
 
 
-def gap_payload(after: str | None, resumed: str | None, reason: str) -> bytes:
-    """Return an event that tells a client what it will not get. It keeps its id: this has none."""
-    return encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap")
+def welcome(newest: Id, retry: float, heartbeat: float) -> bytes:
+    """Return the chunk that begins the stream of a client without an id.
+
+    It is an event with data, because Firefox, WebKit and most client libraries ignore the id of a
+    block without. `heartbeat`, in seconds, tells HTTP clients which read timeout is safe.
+    """
+    return chunk(b'id: %d-%d\nevent: welcome\nretry: %d\ndata: {"heartbeat": %.10g}\n\n'
+                 % (*newest, retry_after(retry), heartbeat))
+
+
+def retry_line(seconds: float) -> bytes:
+    """Return the chunk that begins every other stream: a line of the next event's block.
+
+    It is no block of its own: lax clients make an empty event of a block without data.
+    """
+    return chunk(b"retry: %d\n" % retry_after(seconds))
+
+
+def busy(seconds: float) -> bytes:
+    """Return the chunk of a stream that ends at once: the client should come back later.
+
+    Some clients drop a `retry:` without data at the end of a stream, so this is an event.
+    """
+    milliseconds = retry_after(seconds)
+    return chunk(b'event: busy\nretry: %d\ndata: {"retry": %.10g}\n\n'
+                 % (milliseconds, milliseconds / 1000))
+
+
+def gap_payload(after: str | None, resumed: str | None, reason: str, own: Id | None) -> bytes:
+    """Return the event that tells a client what it will not get.
+
+    own: the client's own id, or None. It is repeated, because some clients forget theirs at an
+    event without one.
+    """
+    event = encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap")
+    return b"id: %d-%d\n%b" % (*own, event) if own else event
 
 
 def parse_id(text: str) -> Id | None:

@@ -118,12 +118,12 @@ class Request(NamedTuple):
     def last_id(self) -> str | None:
         """The id after which the client goes on: Last-Event-ID, else ?lastEventId= of polyfills.
 
-        What is too long for an id is "", an unknown one as well, but cheap to keep and to tell.
+        Empty means none: it is the value that a client begins with (WHATWG HTML section 9.2.2). One
+        that is too long for an id is unknown, and is not kept.
         """
-        header = self.known.get("last-event-id")
-        given = self.parameter("lastEventId") if header is None else \
-            header.encode("latin-1").decode(errors="replace")
-        return "" if given and len(given) > MAX_LAST_ID else given
+        header = self.known.get("last-event-id", "").encode("latin-1").decode(errors="replace")
+        given = header or self.parameter("lastEventId") or None
+        return "(too long)" if given and len(given) > MAX_LAST_ID else given
 
     def accepts(self, media_type: str) -> bool:
         """Say whether Accept names this media type, and not with a weight of 0."""

@@ -180,10 +180,10 @@ class Log:
         """Return the frame with this number, which must be kept."""
         return self._frames[number]
 
-    def first_id(self, start: int) -> Id | None:
-        """Return the first id from this number on; None if there is none within SCAN frames."""
-        numbers = range(start, min(self.next, start + SCAN))
-        return next(filter(None, (self._frames[number].id for number in numbers)), None)
+    def first_id(self, start: int, wants: Callable[[Frame], bool]) -> Id | None:
+        """Return the first id of a wanted frame from `start` on; None if SCAN frames have none."""
+        kept = (self._frames[number] for number in range(start, min(self.next, start + SCAN)))
+        return next((frame.id for frame in kept if frame.id and wants(frame)), None)
 
     def collect(self, start: int, stop: int, wants: Callable[[Frame], bool] | None = None
                 ) -> tuple[list[Frame], int]:

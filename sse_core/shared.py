@@ -247,7 +247,7 @@ class Shared(Broadcast):
     def tell_gap(self, after: Id | None, resumed: Id | None) -> None:
         """Tell all clients that the shared log has lost what was between these two ids."""
         ids = frames.format_id(after), frames.format_id(resumed)
-        payload = frames.gap_payload(*ids, "evicted")
+        payload = self._line_ends(frames.gap_payload(*ids, "evicted", after if self._ids else None))
         with self._mutex:
             self._make_room(len(payload))
             self._log.append(payload, None, None, self.clock())

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from typing import Any, NoReturn
 
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
@@ -30,6 +31,17 @@ class TLSSocket(ssl.SSLSocket):
             if len(piece) == 1:
                 raise
             return len(piece) - 1
+
+    def shutdown(self, how: int) -> None:
+        """Send close_notify, as the end of a TLS stream wants (RFC 9112 section 9.8), and shut down.
+
+        It waits for nothing. There is no close_notify after a record that is not sent whole.
+        """
+        if not self._begun:
+            # The peer's own close_notify is not waited for, which is what the error says.
+            with suppress(OSError):
+                self.unwrap()
+        super().shutdown(how)
 
     def _offer(self, data: bytes) -> int:
         try:

@@ -22,7 +22,8 @@ MAIN = TOP / "sse_server.py"
 GET = b"GET /token HTTP/1.1\r\nHost: test\r\n\r\n"
 PUBLISH_TOKEN = "SECRET"    # of the fixture `open_server`
 # What SSEServer makes a Broadcast with, by default
-KEPT = {"history": 1024, "retry": 3.0, "max_clients": 10000, "patience": 5.0}
+KEPT = {"history": 1024, "retry": 3.0, "max_clients": 10000, "patience": 5.0,
+        "heartbeat": 15.0}
 
 
 def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:

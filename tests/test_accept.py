@@ -151,7 +151,8 @@ def test_a_browser_gets_the_page_and_others_the_stream(server):
     assert body == sse_server.PAGE.read_bytes()
     for accept in ("*/*", "text/event-stream"):
         with Client(server.port, get("/", f"Accept: {accept}")) as client:
-            assert client.open().stream.fields["Content-Type"] == "text/event-stream"
+            assert client.open().stream.fields["Content-Type"] == \
+                "text/event-stream; charset=utf-8"
 
 
 def test_head_gets_the_head_and_registers_nobody(server):

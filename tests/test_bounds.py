@@ -194,8 +194,8 @@ def test_an_event_source_over_max_clients_is_told_to_come_back_ten_times_later(
     with SSEServer(port=0, max_clients=0, retry=2.0) as server:
         with Client(server.port, request) as client:
             stream = client.read_to_end()
-            assert stream.status == 200 and stream.ended and not stream.events
-            assert stream.retries == [pause]
+            assert stream.status == 200 and stream.ended and stream.retries == [pause]
+            assert stream.events == [("busy", f'{{"retry": {pause // 1000}}}', "")]
         with Client(server.port, request.replace(b"HTTP/1.1", b"HTTP/1.0")) as client:
             assert client.read_to_end().retries and client.stream.partial == b""
 

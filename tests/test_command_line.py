@@ -78,12 +78,22 @@ def test_curl_ticks_and_ends_with_status_0():
                                    stdout=subprocess.PIPE)
         with process:
             line = process.stdout.readline()
-            while line and not line.startswith(b"data: "):
+            while line and not re.match(rb"data: [0-9]", line):
                 line = process.stdout.readline()
-            assert line.endswith(b"\r\n")
+            assert re.fullmatch(rb"data: [ -~]+\n", line)
             server.stop()
             process.stdout.read()
             assert process.wait(PATIENCE) == 0
+
+
+def test_clients_that_go_by_the_content_type_read_all_of_unicode(server):
+    """Without a charset, requests takes Latin-1, and ends a line at the 0x85 of Å and ✅."""
+    with requests.get(server.url, params={"since": "all"}, stream=True,
+                      timeout=PATIENCE) as response:
+        server.publish("Ångström ✅ 😀")
+        lines = response.iter_lines(decode_unicode=True)
+        data = next(line for line in lines if line.startswith("data: "))
+    assert data == "data: Ångström ✅ 😀"
 
 
 def test_requests_iterates_and_ends_without_an_exception():
@@ -93,7 +103,7 @@ def test_requests_iterates_and_ends_without_an_exception():
             lines = response.iter_lines()
             assert next(line for line in lines if line.startswith(b"data: "))
             server.stop()
-            assert all(line[:4] in (b"", b"id: ", b"data", b"even") for line in lines)
+            assert all(line[:4] in (b"", b"id: ", b"data", b"even", b"retr") for line in lines)
 
 
 @pytest.mark.parametrize("arguments, said", [

@@ -127,7 +127,7 @@ class Reader:
         self.bench, self.story, self.name = bench, story, name
         self.channels, self.chunked = channels, chunked
         self.last_id = last_id if story.ids else None
-        self.stream = Decoder(chunked, self.last_id or "")
+        self.stream = Decoder(chunked, self.last_id or "", original=not story.ids)
         self.at: Optional[int] = len(story.entries)     # the entry due next; None: it is ahead
         self.gap: Optional[str] = None          # why it must be told a gap before that
         self.had = {spelled(story.last) if last_id is None else last_id} if story.ids else {None}
@@ -183,8 +183,11 @@ class Reader:
         assert not (stream.ended and self.lags), "ended while something is due"
 
     def greeted(self, payload: bytes) -> None:
-        id = b"" if self.last_id is not None else b"id: %b\n" % self.greeting.copy().pop().encode()
-        assert re.fullmatch(id + rb"retry: \d+\r\n\r\n", payload), payload
+        due = rb"retry: \d+\n"
+        if self.last_id is None:
+            id = self.greeting.copy().pop().encode()
+            due = rb"id: %b\nevent: welcome\nretry: \d+\ndata: {\"heartbeat\": \d+}\n\n" % id
+        assert re.fullmatch(due, payload), payload
 
     def told(self, event: Event, first: int, end: int) -> None:
         lost = self.story.next_wanted(self.at, self.channels, first)
@@ -203,7 +206,8 @@ class Reader:
         had = {self.last_id} if self.gap else self.had | {
             spelled(each.id) for each in self.story.entries[self.since:lost.number] if each.id}
         at = max(self.at, first)
-        resumed = next((each.id for each in self.story.entries[at:end] if each.id), None)
+        resumed = next((each.id for each in self.story.entries[at:end] if each.id and (
+            each.channel is None or each.channel in self.channels)), None)
         assert told["after"] in had, f"{told}, not after {had}"
         assert told["resumed"] == spelled(resumed), (told, resumed)
         assert told["reason"] == (self.gap or "lagging"), told
@@ -271,8 +275,9 @@ class Driver:
         filling = self.draw.choice(("x", "\n", "é\r\n", "y\r")) if size < 500 else "x"
         data = (f"{self.texts} " + filling * size)[:size]
         name = self.draw.choice(("", "", "custom", "n\u00e4me"))
-        lines = with_one_end(data).replace("\n", "\r\ndata: ")
-        payload = f"event: {name}\n" * bool(name) + f"data: {lines}\r\n\r\n"
+        end = "\n" if self.story.ids else "\r\n"
+        lines = with_one_end(data).replace("\n", f"{end}data: ")
+        payload = f"event: {name}\n" * bool(name) + f"data: {lines}{end}{end}"
         return data, name, self.draw.choice((None, None, "a", "b", "c")), len(payload.encode())
 
     def make_way(self, length: int) -> None:
@@ -318,7 +323,8 @@ class Driver:
                            "reason": "evicted"})
         self.make_way(len(data) + 30)
         self.broadcast.tell_gap(after, resumed)
-        self.story.append(None, None, "gap", data, len(f"event: gap\ndata: {data}\r\n\r\n"), 0)
+        payload = f"id: {spelled(after)}\nevent: gap\ndata: {data}\n\n"
+        self.story.append(None, None, "gap", data, len(payload), 0)
 
     def preload(self) -> None:
         """Clients that are there do not get what is loaded, unless they brought an id."""
@@ -480,7 +486,8 @@ class Driver:
         reader.take()
         assert crc32(reader.peer.raw) == reader.sum
         if len(reader.peer.raw) < 5000:
-            again = Decoder(reader.chunked, reader.last_id or "")
+            again = Decoder(reader.chunked, reader.last_id or "",
+                            original=not self.story.ids)
             for byte in reader.peer.raw:
                 again.feed(bytes([byte]))
             assert again.events == reader.stream.events and again.ended == reader.stream.ended

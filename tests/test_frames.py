@@ -1,5 +1,7 @@
 """Events to bytes, and the log: no socket, no thread, no clock."""
+import json
 import random
+import re
 import sys
 
 import pytest
@@ -18,18 +20,18 @@ def decode(*chunks: bytes, chunked: bool = True) -> Decoder:
 
 
 @pytest.mark.parametrize("data, event, payload", [
-    ("hello", None, b"data: hello\r\n\r\n"),
-    ("hello", "custom", b"event: custom\ndata: hello\r\n\r\n"),
-    ("", None, b"data: \r\n\r\n"),
-    ("", "", b"data: \r\n\r\n"),
-    ("a\nb", None, b"data: a\r\ndata: b\r\n\r\n"),
-    ("a\rb", None, b"data: a\r\ndata: b\r\n\r\n"),
-    ("a\r\nb", None, b"data: a\r\ndata: b\r\n\r\n"),
-    ("a\n\rb\n", None, b"data: a\r\ndata: \r\ndata: b\r\ndata: \r\n\r\n"),
-    (" a", None, b"data:  a\r\n\r\n"),
-    ("a\x0b\x0c\x1c\x85\u2028b", None, "data: a\x0b\x0c\x1c\x85\u2028b\r\n\r\n".encode()),
-    ("data: x\n\nevent: y", None, b"data: data: x\r\ndata: \r\ndata: event: y\r\n\r\n"),
-    ("\0\ufeff", None, b"data: \0\xef\xbb\xbf\r\n\r\n"),
+    ("hello", None, b"data: hello\n\n"),
+    ("hello", "custom", b"event: custom\ndata: hello\n\n"),
+    ("", None, b"data: \n\n"),
+    ("", "", b"data: \n\n"),
+    ("a\nb", None, b"data: a\ndata: b\n\n"),
+    ("a\rb", None, b"data: a\ndata: b\n\n"),
+    ("a\r\nb", None, b"data: a\ndata: b\n\n"),
+    ("a\n\rb\n", None, b"data: a\ndata: \ndata: b\ndata: \n\n"),
+    (" a", None, b"data:  a\n\n"),
+    ("a\x0b\x0c\x1c\x85\u2028b", None, "data: a\x0b\x0c\x1c\x85\u2028b\n\n".encode()),
+    ("data: x\n\nevent: y", None, b"data: data: x\ndata: \ndata: event: y\n\n"),
+    ("\0\ufeff", None, b"data: \0\xef\xbb\xbf\n\n"),
 ])
 def test_an_event_is_encoded_as_fields_that_say_just_what_it_was(data, event, payload):
     assert frames.encode(data, event) == payload
@@ -47,7 +49,7 @@ def test_what_no_event_can_hold_is_a_value_error(data, event):
 
 
 def test_the_largest_event_fits():
-    assert len(frames.encode("x" * frames.MAX_EVENT)) == frames.MAX_EVENT + 10
+    assert len(frames.encode("x" * frames.MAX_EVENT)) == frames.MAX_EVENT + 8
     assert len(frames.encode("\n" * frames.MAX_EVENT)) < MAX_LOG
 
 
@@ -71,11 +73,34 @@ def test_random_text_arrives_as_it_was():
         assert got == [Event(event or "message", lines, "")], f"seed {seed}"
 
 
-def test_small_chunks_carry_no_event():
-    stream = decode(frames.HEARTBEAT, frames.greeting(3, (5, 7)), frames.HEARTBEAT,
-                    frames.greeting(3, None))
-    assert stream.comments == 2 and not stream.events
-    assert stream.last_id == "5-7" and all(1500 <= retry <= 4500 for retry in stream.retries)
+def test_a_client_without_an_id_is_welcomed_by_an_event_that_has_one():
+    stream = decode(frames.welcome((5, 7), 3, 15.0), frames.HEARTBEAT)
+    assert stream.welcome == Event("welcome", '{"heartbeat": 15}', "5-7")
+    assert stream.last_id == "5-7" and 1500 <= stream.retries[0] <= 4500
+    assert stream.comments == 1 and not stream.events
+
+
+def test_a_lone_retry_belongs_to_the_block_of_the_next_event():
+    assert re.fullmatch(rb"0000000c\r\nretry: [0-9]{4}\n\r\n", frames.retry_line(3))
+    stream = decode(frames.retry_line(3), frames.HEARTBEAT, frames.chunk(frames.encode("x")))
+    assert len(stream.retries) == 1 and stream.events == [Event("message", "x", "")]
+
+
+def test_a_busy_event_says_in_its_data_what_retry_says():
+    stream = decode(frames.busy(30))
+    (event,) = stream.events
+    assert event.name == "busy" and event.id == ""
+    assert json.loads(event.data) == {"retry": stream.retries[0] / 1000}
+
+
+def test_a_pause_is_a_number_that_every_client_can_keep():
+    assert "retry: 2147483647\n" in frames.retry_line(2 ** 31).decode()
+
+
+@pytest.mark.parametrize("name", ["welcome", "gap", "busy"])
+def test_the_names_of_the_servers_own_events_cannot_be_published(name):
+    with pytest.raises(ValueError, match=f"{name} is the server's own"):
+        frames.Draft("x", name).encoded()
 
 
 def fill(log: Log, *ids, size: int = 0) -> None:
@@ -159,7 +184,7 @@ def test_a_gap_of_the_source_is_told_to_whoever_resumes_from_before_it():
     fill(log, (3, 0))
     assert log.locate((2, 0)) == (2, None) and log.frame(2).id is None
     assert log.locate((3, 0)) == (4, None)
-    assert log.first_id(2) == (3, 0)
+    assert log.first_id(2, lambda frame: True) == (3, 0)
     fill(log, *((n, 0) for n in range(4, 65)))
     log.evict()
     assert log.locate((2, 0)) == (2, None)      # its own frame is gone, the gap is not
@@ -212,7 +237,7 @@ def test_a_scan_ends_after_a_fixed_number_of_frames():
     for number in range(3 * SCAN):
         log.append(b"", None, "other", 0.0)
     assert log.collect(7, 3 * SCAN, lambda frame: False) == ([], 7 + SCAN)
-    assert log.first_id(0) is None
+    assert log.first_id(0, lambda frame: True) is None
 
 
 def test_no_import_beyond_the_standard_library():

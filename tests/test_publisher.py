@@ -43,6 +43,7 @@ class Narrow:
         self.sock = sock
         self.room = 0
         self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
+        self.shutdown = sock.shutdown
 
     def send(self, data) -> int:
         if not self.room:
@@ -66,7 +67,8 @@ class Peer:
         ours.setblocking(False)
         self.sock.setblocking(False)
         self.server_end = Narrow(ours) if narrow else ours
-        self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "")
+        self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "",
+                              original=not broadcast._ids)
         self.raw = bytearray()
         assert broadcast.register(self.server_end, opening(**options), peer)
 
@@ -96,8 +98,9 @@ class Bench:
         self.watched = None                     # a thread of which it is told when it looks
         self.looked = threading.Event()         # at the clock, as who waits does at each turn
         make = partial(Shared, None) if options.pop("shared", False) else Broadcast
-        self.broadcast = make(clock=self.clock, wall=lambda: self.now, **{**KEPT, **options})
-        self.publisher = Publisher(self.broadcast, heartbeat)
+        self.broadcast = make(clock=self.clock, wall=lambda: self.now,
+                              **{**KEPT, **options, "heartbeat": heartbeat})
+        self.publisher = Publisher(self.broadcast)
         self.publish = self.broadcast.publish
 
     def clock(self) -> float:
@@ -711,8 +714,7 @@ def test_a_client_that_joins_ahead_of_a_backlog_gets_nothing_twice(bench):
                                  {"heartbeat": 2.0**31}, {"heartbeat": math.nan}])
 def test_options_that_are_negative_or_no_number_are_a_value_error(bad):
     with pytest.raises(ValueError):
-        heartbeat = bad.pop("heartbeat", 1.0)
-        Publisher(Broadcast(**{**KEPT, **bad}), heartbeat)
+        Broadcast(**{**KEPT, **bad})
 
 
 def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
@@ -1061,15 +1063,41 @@ def test_resuming_on_a_channel_without_events_scans_the_log_in_pieces(bench):
     assert gap == {"after": "1-0", "resumed": start, "reason": "unknown"}
 
 
-def test_resumed_is_the_first_id_kept_whoever_wants_that_frame(bench):
-    b = bench(history=64)
-    for number in range(100):
+@pytest.mark.parametrize("others", [36, 3 * SCAN])
+def test_a_gap_names_the_first_event_that_this_client_gets(bench, others):
+    """However many events of other channels are before that."""
+    b = bench(history=2 * others)
+    b.publish("lost", channel="mine")
+    for _ in range(2 * others):
         b.publish("other", channel="other")
         b.turn()
-    back = b.peer(channels=["mine"], last_id="nonsense")
+    mine = b.publish("mine", channel="mine")
     b.turn()
-    gap = json.loads(back.data()[0])
-    assert gap["resumed"] == frames.format_id(b.broadcast._log.frame(b.broadcast._log.first).id)
+    back = b.peer(channels=["mine"], last_id="nonsense")
+    b.turn(8)
+    gap, event = back.take().events
+    assert json.loads(gap.data)["resumed"] == mine == event.id
+
+
+@pytest.mark.parametrize("brought, carried", [("5-0", "5-0"), ("nonsense", "nonsense")])
+def test_a_gap_carries_the_clients_own_id_if_it_can_be_one(bench, brought, carried):
+    b = bench(history=64)
+    back = b.peer(last_id=brought)
+    b.turn(2)
+    (gap,) = back.take().events
+    assert (b"id: 5-0" in back.raw) is (brought == "5-0")
+    assert (gap.name, gap.id, json.loads(gap.data)["after"]) == ("gap", carried, brought)
+
+
+def test_a_gap_for_everybody_carries_the_id_after_which_something_is_lost(bench):
+    b = bench(history=64, shared=True)
+    b.broadcast.preload([])
+    reader = b.peer()
+    b.broadcast.add(Event((7, 0), frames.encode("x"), None))
+    b.broadcast.tell_gap((7, 0), (9, 0))
+    b.turn(2)
+    gap = reader.take().events[-1]
+    assert (gap.name, gap.id) == ("gap", "7-0") and json.loads(gap.data)["resumed"] == "9-0"
 
 
 def tcp_pair(receive_buffer: int, send_buffer: int) -> tuple:
@@ -1215,7 +1243,7 @@ def test_figures_begin_at_nothing_and_count_frames_and_bytes_however_they_are_se
 
 def test_figures_count_what_was_told_and_published(bench):
     b = bench(history=64, shared=True)
-    b.broadcast.preload([Event((number, 0), b"data: old\r\n\r\n", None)
+    b.broadcast.preload([Event((number, 0), b"data: old\n\n", None)
                          for number in range(1, 100)])
     back = b.peer(last_id="1-0", narrow=True)
     for _ in range(50):
@@ -1224,7 +1252,7 @@ def test_figures_count_what_was_told_and_published(bench):
     back.server_end.room = 1 << 20
     b.turn(3)
     b.broadcast.tell_gap((99, 0), None)
-    b.broadcast.add(Event((200, 0), b"data: new\r\n\r\n", None))
+    b.broadcast.add(Event((200, 0), b"data: new\n\n", None))
     b.turn()
     figures = b.publisher.figures()
     assert (figures["gaps"], figures["events"]) == (1, 1)
@@ -1236,9 +1264,9 @@ def test_a_client_ahead_of_the_shared_log_waits_at_the_end_and_gets_what_follows
 
     def add(*numbers):
         for number in numbers:
-            b.broadcast.add(Event((number, 0), b"data: %d\r\n\r\n" % number, None))
+            b.broadcast.add(Event((number, 0), b"data: %d\n\n" % number, None))
         b.turn(2)
-    b.broadcast.preload([Event((number, 0), b"data: %d\r\n\r\n" % number, None)
+    b.broadcast.preload([Event((number, 0), b"data: %d\n\n" % number, None)
                          for number in range(1, 11)])
     b.broadcast.complete(b.now)
     b.now += 1
@@ -1262,12 +1290,12 @@ def test_clients_that_resume_before_the_log_is_loaded_wait_for_it(bench):
     old, strange, new = b.peer(last_id="5-0"), b.peer(last_id="what"), b.peer()
     b.turn(3)
     assert old.data() == strange.data() == [] and old.take().head
-    b.broadcast.preload([Event((number, 0), b"data: %d\r\n\r\n" % number, None)
+    b.broadcast.preload([Event((number, 0), b"data: %d\n\n" % number, None)
                          for number in range(1, 11)])
     b.turn(3)
     assert old.data() == [str(number) for number in range(6, 11)]
     assert strange.take().events[0].name == "gap" and len(strange.data()) == 11
-    b.broadcast.add(Event((11, 0), b"data: 11\r\n\r\n", None))
+    b.broadcast.add(Event((11, 0), b"data: 11\n\n", None))
     b.turn(2)
     assert new.data() == ["11"] and old.data()[-1] == "11"
 
@@ -1286,7 +1314,7 @@ def test_the_pipe_is_closed_when_nobody_writes_to_it_any_more():
     gc.collect()        # what earlier tests have left is not closed meanwhile
     before = os.listdir("/dev/fd")
     broadcast = Broadcast(**KEPT)
-    publisher = Publisher(broadcast, 15.0)
+    publisher = Publisher(broadcast)
     waker = in_a_thread(wake)
     assert arrived.wait(PATIENCE)
     publisher.close()

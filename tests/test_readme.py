@@ -117,7 +117,7 @@ def test_a_pipe_of_a_hundred_thousand_lines_reaches_a_client_to_the_last(shell):
             if not data:
                 break
             tail = (tail + data)[-500:]
-    assert b"data: 100000\r\n" in tail and tail.endswith(b"0\r\n\r\n")
+    assert b"data: 100000\n" in tail and tail.endswith(b"0\r\n\r\n")
 
 
 def test_a_log_file(shell):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from helpers import Client, ask, wait_until
+from helpers import Client, ask, get, wait_until
 from sse_server import SSEServer
 
 
@@ -61,7 +61,7 @@ def test_head_retry_and_missed_frames_leave_in_one_send(server):
     ids = [server.publish(str(number)) for number in range(100)]
     with Client(server.port, request(ids[0])) as client:
         first = client.receive()
-    assert first.startswith(b"HTTP/1.1 200 OK") and b"retry: " in first and b"data: 99\r\n" in first
+    assert first.startswith(b"HTTP/1.1 200 OK") and b"retry: " in first and b"data: 99\n\n" in first
 
 
 def test_a_new_client_gets_only_what_comes(server):
@@ -82,7 +82,7 @@ def test_retry_is_jittered():
     assert len(retries) > 10 and min(retries) >= 2000 and max(retries) <= 6000
 
 
-UNKNOWN_IDS = ["0-0", "1000-0", "99999999999999-0", "", "x", "-5-0", "5--1", "٣-٠", "1-0 ",
+UNKNOWN_IDS = ["0-0", "1000-0", "99999999999999-0", "x", "-5-0", "5--1", "٣-٠", "1-0 ",
                "1764000000000", "18446744073709551615-18446744073709551615", "9" * 5000,
                "\xff".encode("latin-1"), b"\xc3\x28", "null"]
 
@@ -94,9 +94,26 @@ def test_an_id_that_is_not_ours_gives_one_gap_and_all_there_is(server, last_id, 
     events = first_events(server.port, 6, last_id, version=version)
     assert [event.name for event in events] == ["gap"] + ["message"] * 5
     text = last_id.decode(errors="replace") if isinstance(last_id, bytes) else last_id
-    told = text.strip(" ") if len(text) <= 64 else ""      # a long one is not repeated
+    told = text.strip(" ") if len(text) <= 64 else "(too long)"
     assert json.loads(events[0].data) == {"after": told, "resumed": ids[0], "reason": "unknown"}
     assert [event.data for event in events[1:]] == list("01234")
+
+
+@pytest.mark.parametrize("head", [get("/", "Last-Event-ID:"), get("/?lastEventId=")])
+def test_an_empty_id_means_none(server, head):
+    """It is the value that every client begins with (WHATWG HTML section 9.2.2)."""
+    last = server.publish("before")
+    with Client(server.port, head) as client:
+        client.read_until(lambda stream: stream.welcome)
+        server.publish("after")
+        assert [event.data for event in client.read_events(1)] == ["after"]
+        assert client.stream.welcome.id == last
+
+
+def test_an_empty_header_leaves_the_id_of_the_query(server):
+    first, _ = server.publish("1"), server.publish("2")
+    with Client(server.port, get(f"/?lastEventId={first}", "Last-Event-ID:")) as client:
+        assert [event.data for event in client.read_events(1)] == ["2"]
 
 
 def test_an_id_is_unknown_to_an_empty_log(server):

@@ -153,11 +153,11 @@ def test_what_latest_copies_for_a_client_is_bounded_and_the_newest_is_no_copy(mo
         assert [each[-10:-9] for each in log.latest("abcd")] == [each.encode() for each in kept]
 
 
-def test_who_asks_for_the_latest_where_nothing_is_kept_is_told_where_it_stands(server):
-    server.publish("1", None, "other")
-    with Client(server.port, get("/?channel=a&since=latest")) as client:
-        client.read_until(lambda stream: stream.last_id)
-        last = client.stream.last_id
-    for data in ("2", "3"):
-        server.publish(data, None, "a")
-    assert texts(server, "&since=latest", f"Last-Event-ID: {last}") == ["2", "3", "last"]
+@pytest.mark.parametrize("since", ["latest", "all", "10m", "1-0"])
+def test_a_client_that_says_where_to_begin_is_not_welcomed(server, since):
+    """Readers of model output take every event for a piece of the text."""
+    with Client(server.port, get(f"/?channel=a&since={since}")) as client:
+        client.read_until(lambda stream: stream.retries)
+        server.publish("1", None, "a")
+        assert client.read_until_data("1")[0].name in ("message", "gap")
+        assert client.stream.welcome is None

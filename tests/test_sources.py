@@ -149,12 +149,12 @@ def drain(clients: list, counts: dict) -> None:
                 selector.unregister(key.fileobj)
                 continue
             data = tails[key.data] + data
-            whole = data.rfind(b"\r\n\r\n\r\n") + 6
-            tails[key.data] = data[whole:] if whole > 5 else data
-            for part in data[:max(whole, 0) if whole > 5 else 0].split(b"data: ")[1:]:
+            whole = data.rfind(b"\n\n\r\n") + 4
+            tails[key.data] = data[whole:] if whole > 3 else data
+            for part in data[:max(whole, 0) if whole > 3 else 0].split(b"data: ")[1:]:
                 if part[:1].isdigit():
                     counts[key.data] += 1
-                    if counts[key.data] != int(part[:part.index(b"\r")]):
+                    if counts[key.data] != int(part[:part.index(b"\n")]):
                         raise AssertionError(f"{part[:20]!r} after {counts[key.data] - 1} events")
     selector.close()
 

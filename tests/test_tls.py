@@ -39,7 +39,8 @@ class SecureClient(Client):
     def wrap(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        self.sock = context.wrap_socket(self.sock)
+        # An end without close_notify is an error to this client
+        self.sock = context.wrap_socket(self.sock, suppress_ragged_eofs=False)
 
 
 def test_tls_streams_resumes_and_takes_posts_with_a_verified_certificate(secure, certificate):
@@ -57,6 +58,15 @@ def test_tls_streams_resumes_and_takes_posts_with_a_verified_certificate(secure,
             assert got == [b"data: %d" % n for n in range(10, 20)]
             secure.stop()
             assert all(line[:4] in (b"", b"id: ", b"data") for line in lines)   # an orderly end
+
+
+def test_the_orderly_end_of_a_tls_stream_is_told_by_close_notify(secure):
+    """Without it, a client cannot tell an end from a cut (RFC 9112 section 9.8)."""
+    with SecureClient(secure.port) as client:
+        secure.publish("x")
+        client.open()
+        secure.stop()
+        assert client.read_to_end().ended
 
 
 def test_a_tls_client_that_reads_slowly_and_is_lapped_gets_whole_frames(secure):

@@ -5,7 +5,7 @@ from this server's own promises (eight lower-case digits, one event a chunk), an
 fields as WHATWG HTML section 9.2.6 says.
 """
 import re
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Optional
 
 
 class Event(NamedTuple):
@@ -19,20 +19,31 @@ class Decoder:
 
     chunked: False for the body of an HTTP/1.0 answer. proxied: a proxy is between, which may cut
     chunks as it likes.
+
+    original: the stream has the mixed line ends of the original, which a head without a charset
+    says, too. The first event of a client without an id, `welcome`, is kept apart from the events
+    that were published.
     """
 
-    def __init__(self, chunked: bool = True, last_id: str = "", proxied: bool = False) -> None:
+    def __init__(self, chunked: bool = True, last_id: str = "", proxied: bool = False,
+                 original: bool = False) -> None:
         self.chunked = chunked
         self.proxied = proxied
+        self._original = original
         self._unchunked = b""
         self.head: List[str] = []
         self.payloads: List[bytes] = []
+        self.welcome: Optional[Event] = None
         self.events: List[Event] = []
         self.comments = 0
         self.retries: List[int] = []
         self.last_id = last_id
         self.ended = False
         self._raw = b""
+
+    @property
+    def is_original(self) -> bool:
+        return self._original or self.fields.get("Content-Type") == "text/event-stream"
 
     @property
     def status(self) -> int:
@@ -87,42 +98,49 @@ class Decoder:
         assert rest[size:size + 2] == b"\r\n"
         self.ended, self._raw = not size, rest[size + 2:]
         self._unchunked += rest[:size]
-        while b"\r\n\r\n" in self._unchunked or self._unchunked.startswith(b":\n"):
-            if self._unchunked.startswith(b":\n"):
-                self._unchunked = self._unchunked[2:]
-                self._payload(b":\n")
-                continue
-            block, blank, self._unchunked = self._unchunked.partition(b"\r\n\r\n")
-            self._payload(block + blank)
+        self._unchunked = self._take_pieces(self._unchunked)
         return not self.ended
 
     def _take_block(self) -> bool:
-        if self._raw.startswith(b":\n"):
-            self._raw = self._raw[2:]
-            self._payload(b":\n")
-            return True
-        block, blank, rest = self._raw.partition(b"\r\n\r\n")
-        if not blank:
-            return False
-        self._raw = rest
-        self._payload(block + blank)
-        return True
+        self._raw = self._take_pieces(self._raw)
+        return False
+
+    def _take_pieces(self, stream: bytes) -> bytes:
+        """Take what is whole of a stream without chunks, and return what is left of it."""
+        end = rb"\r\n\r\n" if self.is_original else rb"\n\n"
+        pieces = re.compile(rb":\n|retry: [0-9]+\n|[^:r].*?" + end, re.DOTALL)
+        while True:
+            piece = pieces.match(stream)
+            if not piece:
+                return stream
+            self._payload(piece[0])
+            stream = stream[piece.end():]
 
     def _payload(self, payload: bytes) -> None:
         """One chunk is a block of lines that ends in a blank one, with one event at most.
 
-        Or it is a comment without a blank line: that would end a block, of which clients that are
-        not strict make an event.
+        Or it is a line without a blank one: a comment, or `retry:` at the beginning. A blank line
+        would end a block without data, of which clients that are not strict make an event.
         """
         if payload == b":\n":
             self.comments += 1
             return
         self.payloads.append(payload)
+        if re.fullmatch(rb"retry: [0-9]+\n", payload):
+            assert len(self.payloads) == 1, f"not at the beginning: {payload!r}"
+            self.retries.append(int(payload[7:]))
+            return
         text = payload.decode("utf-8", errors="strict")
-        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        if self.is_original:
+            text = text.replace("\r\n", "\n")
+        assert "\r" not in text, f"a CR: {payload!r}"
+        lines = text.split("\n")
         assert lines[-2:] == ["", ""] and "" not in lines[:-2], f"not one block: {payload!r}"
+        self._dispatch(lines[:-2])
+
+    def _dispatch(self, lines: List[str]) -> None:
         name, data = "message", []
-        for line in lines[:-2]:
+        for line in lines:
             field, colon, value = line.partition(":")
             value = value[1:] if value.startswith(" ") else value
             if field == "data":
@@ -137,5 +155,10 @@ class Decoder:
                 self.retries.append(int(value))
             else:
                 raise AssertionError(f"unknown field: {line!r}")
-        if data:
-            self.events.append(Event(name, "\n".join(data), self.last_id))
+        assert data, f"a block without data: {lines}"
+        event = Event(name, "\n".join(data), self.last_id)
+        if name == "welcome":
+            assert len(self.payloads) == 1, f"not at the beginning: {event}"
+            self.welcome = event
+        else:
+            self.events.append(event)
