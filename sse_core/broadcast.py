@@ -44,8 +44,8 @@ class Broadcast:
     clock: monotonic seconds; wall: seconds since the epoch. Both are there for tests.
     """
 
-    def __init__(self, *, history: int, retry: float, max_clients: int, patience: float, heartbeat: float,
-                 clock: Callable[[], float] = time.monotonic,
+    def __init__(self, *, history: int, retry: float, max_clients: int, patience: float,
+                 heartbeat: float, clock: Callable[[], float] = time.monotonic,
                  wall: Callable[[], float] = time.time) -> None:
         options = history, retry, max_clients, patience, heartbeat
         if not all(0 <= option < 1 << 31 for option in options):
