@@ -35,7 +35,8 @@ class TLSSocket(ssl.SSLSocket):
     def shutdown(self, how: int) -> None:
         """Send close_notify, which the end of a TLS stream needs, and shut down.
 
-        RFC 9112 section 9.8. It waits for nothing. There is no close_notify after a record that is not sent whole.
+        RFC 9112 section 9.8. It waits for nothing. There is no close_notify after a record that is
+        not sent whole.
         """
         if not self._begun:
             # The peer's own close_notify is not waited for, which is what the error says.
