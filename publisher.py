@@ -4,7 +4,7 @@ All that is in here belongs to the publisher thread: the sockets that are regist
 ever blocks, their clients, the groups, the selector. What it shares with other threads, the log
 and the list of clients, is in sse_core/broadcast.py. The life of a client:
 
-    registered      by a handshake: it is listed, and joins
+    registered      by a connection: it is listed, and joins
     greeted         it was sent the head of its stream and, if it resumes, what it missed
     ahead           it brought an id to which this server may come yet, and is sent heartbeats only
     current         it has had every frame, and is sent the next ones together with its group
@@ -19,7 +19,6 @@ import math
 import os
 import selectors
 import socket
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain, islice
@@ -78,12 +77,6 @@ class Publisher:
         return {**self._broadcast.figures(), **vars(counters), "drops": dict(counters.drops),
                 "turn_seconds": round(counters.turn_seconds, 6)}
 
-    def abandon(self) -> None:
-        """In a forked child, where the thread does not run: close all, and end no stream."""
-        self._broadcast.abandon()
-        self._groups, self._ahead = Groups(), {}
-        self.close()
-
     def _wake(self) -> None:
         pipe = self._pipe
         with suppress(BlockingIOError):     # it has bytes enough to wake up from
@@ -94,16 +87,15 @@ class Publisher:
 
     def run(self) -> None:
         """Do rounds until nothing is left to be sent after `Broadcast.stop`, or time is up."""
-        self._broadcast.publisher = threading.get_ident()
         try:
-            while not self._broadcast.done():
-                longest = LOOK if self._ahead or self._broadcast.stopping else math.inf
-                self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
+            with self._broadcast.not_waiting():
+                while not self._broadcast.done():
+                    longest = LOOK if self._ahead or self._broadcast.stopping else math.inf
+                    self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
         except BaseException:       # a stream may be in the middle of a frame: none is ended
             self._groups = Groups()
             raise
         finally:
-            self._broadcast.publisher = None    # the system gives its number to another thread
             self.close()
 
     def turn(self, timeout: float) -> None:

@@ -3,11 +3,12 @@
     python sse_server.py --port 6500        streams the clock; Enter stops it
     curl -N http://127.0.0.1:6500/token     watches it
 
-A socket goes one way: the thread `accept` accepts it, a Handshake (sse_core/handshake.py) asks
-Answers (sse_core/answers.py) what it gets, and sends that or registers a client; from then on the
-publisher (publisher.py) owns the socket. An event goes another: `publish`, the log, the publisher.
+A socket goes one way: the thread `accept` accepts it. The thread `connections`
+(sse_core/connections.py) asks Answers (sse_core/answers.py) what it gets, and sends that or
+registers a client. From then on the publisher (publisher.py) owns the socket. An event goes another
+way: `publish`, the log, the publisher.
 
-`_started` and `_stopped` belong to who holds `_lifecycle`, `_accept_failed_at` to the accept loop.
+`_process` and `_stopped` belong to who holds `_lifecycle`, `_accept_failed_at` to the accept loop.
 All else is set in the constructor, and guards itself.
 """
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import errno
-import importlib.util
 import inspect
 import logging
 import math
@@ -32,31 +32,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
+from publisher import Publisher
 from sse_core import command_line, frames, sources
 from sse_core.access import Access, Authorize
 from sse_core.answers import Answers
 from sse_core.broadcast import Broadcast, NotRunning, Unavailable
 from sse_core.command_line import count_of
+from sse_core.connections import Connections
 from sse_core.file_stream import FileStream
-from sse_core.handshake import Handshakes
 from sse_core.http1 import Request
 from sse_core.redis_stream import RedisStream
 from sse_core.shared import Shared
 from sse_core.tls import tls_context
-
-_spec = importlib.util.find_spec("publisher")       # a program's own would be found first, and run
-_found = _spec and _spec.origin or "none"
-if Path(_found).resolve().parent != Path(__file__).resolve().parent:
-    raise ImportError("sse_server needs the module publisher that came with it, and Python finds "
-                      f"{_found}: rename that one, or move it off the module path")
-
-from publisher import Publisher  # noqa: E402  only once it is known to be ours
 
 BACKLOG = 1024              # connections the kernel holds ready for accept
 SEND_BUFFER = 64 << 10      # bytes of kernel memory for a client; else 4 MiB for a stalled one
 ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
 RECOVERED = 10.0            # seconds without a failure after which the next is worth a warning
 SELF_CONNECT_TIME = 1.0     # seconds
+REQUESTS_TIME = 1.0         # seconds for what requests have begun
 FOLLOWER_TIME = 2.0         # seconds for the thread that follows a shared log to end
 WAIT_CHECK = 0.05           # seconds between two looks whether --wait-clients are there
 # Without the charset, some HTTP clients take Latin-1. The original sends none.
@@ -90,15 +84,6 @@ def _stop_all() -> None:
             server.stop()
         except Fault:       # it was logged when it happened
             pass
-
-
-def _abandon_all() -> None:
-    """In a forked child, which has none of the threads: keep no port and no client."""
-    for server in list(_running):
-        server._abandon()
-
-
-os.register_at_fork(after_in_child=_abandon_all)
 
 
 class _Listener(socketserver.ThreadingTCPServer):
@@ -235,7 +220,7 @@ class SSEServer(_Listener):
             (sync and not history_file, "sync is for history_file, which is missing"),
             (redis and history_file, "one shared log is enough: redis, or history_file"))
         self._lifecycle = threading.RLock()
-        self._started = False
+        self._process: int | None = None        # the one whose threads serve, once it is started
         self._stopped = False                   # or `stop` is at it
         self._ended = threading.Event()         # set when `stop` has done all it does
         self._scheme = "https" if cert else "http"
@@ -253,15 +238,18 @@ class SSEServer(_Listener):
         answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
                           stream_type=STREAM_TYPE if history else ORIGINAL_STREAM_TYPE,
                           publish_all=self._broadcast.publish_all, figures=self.figures,
-                          status=self.status, trouble=self._broadcast.trouble)
+                          status=self.status, trouble=self._broadcast.trouble,
+                          is_stored=self._shared is not None)
         stopping = threading.Event()
-        self._handshakes = Handshakes(answers, self._broadcast.register, context)
+        self._connections = Connections(answers, self._broadcast.register, context)
         self._acceptor = self._thread("accept", self._accept)
+        self._serving = self._thread("connections", self._serve)
         self._follower = self._thread("source", self._follow)
         self._sender = self._thread("publisher", self._publisher.run)
         try:
-            super().__init__(host, port, self._handshakes.take, stopping, reuse_port)
+            super().__init__(host, port, self._connections.take, stopping, reuse_port)
         except BaseException:
+            self._connections.close()
             self._publisher.close()
             raise
 
@@ -285,13 +273,16 @@ class SSEServer(_Listener):
     def start(self) -> SSEServer:
         """Start the threads and return the server. Does nothing if they run.
 
-        Raises NotRunning after `stop`: then make a new server.
+        Raises NotRunning after `stop`, and in a process that was forked from the one it runs in:
+        then make a new server.
         """
+        if self._is_forked():
+            raise NotRunning(self._why_not())
         with self._lifecycle:
             if self._stopped:
                 raise NotRunning("the server was stopped; make a new one")
-            if not self._started:
-                self._started = True
+            if self._process is None:
+                self._process = os.getpid()
                 try:
                     self._start()
                 except BaseException:       # the system gives no more threads
@@ -304,6 +295,7 @@ class SSEServer(_Listener):
         if self._shared:
             self._shared.stream.load(self._shared, time.time())
         self._sender.start()
+        self._serving.start()
         logger.info("listening on %s", self.url)
         self._acceptor.start()
         if self._shared:
@@ -315,11 +307,15 @@ class SSEServer(_Listener):
         Threads and sockets are gone when it returns, whoever stops it. Can be called again.
         In a thread of the server's own (a hook, a logging handler) it only sees to it that this is
         done. Raises Fault if one had ended the server; RuntimeError in a signal handler that
-        interrupts a `publish` of its thread.
+        interrupts a `publish` of its thread. In a forked child it does nothing: the server is the
+        parent's.
         """
+        if self._is_forked():
+            return
         self._broadcast.refuse_inside()
         self._stopping.set()
-        if threading.current_thread() in (self._acceptor, self._sender, self._follower):
+        if threading.current_thread() in (self._acceptor, self._serving, self._sender,
+                                          self._follower):
             threading.Thread(target=self.stop, name="stop", daemon=True).start()
             return
         with self._lifecycle:
@@ -339,7 +335,7 @@ class SSEServer(_Listener):
         if self._acceptor.is_alive():
             self._connect_to_self()
             self._acceptor.join()
-        self._handshakes.cut_all()
+        self._stop_connections()
         self._broadcast.stop()
         if self._sender.ident is None:
             self._publisher.close()
@@ -348,8 +344,18 @@ class SSEServer(_Listener):
         super().server_close()
         if self._follower.is_alive():
             self._follower.join(FOLLOWER_TIME)
-        if self._started:       # only now: whatever a logging handler does harms nothing any more
+        if self._process:       # only now: whatever a logging handler does harms nothing any more
             logger.info("stopped; clients: %d", clients)
+
+    def _stop_connections(self) -> None:
+        """Close all connections, and wait for what is at work: an `authorize` may never return."""
+        until = time.monotonic() + REQUESTS_TIME
+        self._connections.stop()
+        if self._serving.ident is not None:
+            self._serving.join(REQUESTS_TIME)
+        if not self._serving.is_alive():
+            self._connections.close()
+        self._connections.join_jobs(until)
 
     shutdown = server_close = stop      # what socketserver calls it
 
@@ -379,12 +385,14 @@ class SSEServer(_Listener):
         not run, and Unavailable if the shared log does not take it within 4 seconds: with `wait`
         that is waited for, too. An event whose answer was lost may then be published twice.
         """
-        if not self._started:
-            raise NotRunning("the server has not been started")
+        if self._process != os.getpid():
+            raise NotRunning(self._why_not())
         return self._broadcast.publish(data, event, channel, wait)
 
     def drain(self) -> None:
         """Wait until clients have every event; those that `patience` gives up are left out."""
+        if self._is_forked():
+            raise NotRunning(self._why_not())
         self._broadcast.drain()
 
     @property
@@ -408,24 +416,32 @@ class SSEServer(_Listener):
     def figures(self) -> dict[str, Any]:
         """Return what `/-/status` shows. `turn_seconds` is the time of all the publisher's `turns`.
         """
-        return {**self._publisher.figures(), "refused": self._handshakes.refusals}
+        return {**self._publisher.figures(), "refused": self._connections.refusals}
 
     def status(self) -> dict[str, Any]:
         """Return the figures, and a list of clients: times in seconds, at most 1000 of them."""
         return {**self.figures(), "list": self._broadcast.describe_clients()}
 
+    def _is_forked(self) -> bool:
+        """Say whether this is a child of the process in which the server runs.
+
+        It has none of the threads, and any lock may be held for ever by one of them.
+        """
+        return self._process not in (None, os.getpid())
+
+    def _why_not(self) -> str:
+        if self._process is None:
+            return "the server has not been started"
+        return (f"the server runs in process {self._process}, from which this one was forked: "
+                "start a server of its own here, after the fork")
+
+    def _serve(self) -> None:
+        with self._broadcast.not_waiting():
+            self._connections.run()
+
     def _follow(self) -> None:
         assert self._shared, "there is nothing to follow"
         self._shared.stream.follow(self._shared, self._stopping)
-
-    def _abandon(self) -> None:
-        """In a forked child, close what the parent has: nobody here would serve it."""
-        self._lifecycle = threading.RLock()     # a thread that is not here may hold the old one
-        self._started = self._stopped = True
-        self._ended.set()
-        self.socket.close()
-        self._handshakes.abandon()
-        self._publisher.abandon()
 
 
 def _refuse(*options: tuple[object, str]) -> None:

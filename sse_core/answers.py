@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 from sse_core import frames, http1, parameters
 from sse_core.access import Access, Grant
-from sse_core.broadcast import NotRunning, Unavailable
+from sse_core.broadcast import NotRunning, Unavailable, WouldWait
 from sse_core.clients import Opening, Subscription
 from sse_core.frames import Draft
 from sse_core.http1 import Refusal, Request
@@ -56,13 +56,14 @@ class Answers:
     retry: seconds of a client's usual pause before it reconnects. stream_type: the Content-Type of
     a stream.
     publish_all: see Broadcast. figures: returns what /-/status shows. status: the same with the
-    list of clients. trouble: returns why no event is taken now, or None.
+    list of clients. trouble: returns why no event is taken now, or None. is_stored: events go to a
+    store, which may take its time.
     """
 
     def __init__(self, access: Access, *, page: bytes | None, retry: float, stream_type: str,
                  publish_all: Callable[[Sequence[Draft]], Sequence[str | None]],
                  figures: Callable[[], Figures], status: Callable[[], Figures],
-                 trouble: Callable[[], str | None]) -> None:
+                 trouble: Callable[[], str | None], is_stored: bool) -> None:
         self._access = access
         self._page = page
         self._retry = retry
@@ -71,16 +72,31 @@ class Answers:
         self._figures = figures
         self._status = status
         self._trouble = trouble
+        self._is_stored = is_stored
 
     def is_slow(self, request: Request) -> bool:
         """Say whether `respond` may take its time: then it is not for the accept loop."""
         return self._access.takes_time or request.path.startswith("/-/")
+
+    def asks_program(self, request: Request) -> bool:
+        """Say whether `respond` asks a program's `authorize`. Raises Refusal."""
+        return self._access.takes_time and self._answer_to_all(request) is None
 
     def respond(self, request: Request) -> bytes | Opening:
         """Return the answer to a request without a body, or what is to be registered.
 
         Raises Refusal, and whatever a program's `authorize` raises.
         """
+        answer = self._answer_to_all(request)
+        if answer is not None:
+            return answer
+        grant = self._access.admit(request, time.time())
+        if request.path.startswith("/-/"):
+            return self._report(request)
+        return self._page_for(request) or self._open(request, grant)
+
+    def _answer_to_all(self, request: Request) -> bytes | None:
+        """Return the answer to a request for which nobody is asked who may watch, or None."""
         if request.path == "/-/health" and request.method != "OPTIONS":
             # Before the Host is looked at: load balancers send any, or none
             return self._health(request)
@@ -89,16 +105,13 @@ class Answers:
             return _whole(request, b"", TEXT, self._preflight(request), status=204)
         if request.path == "/favicon.ico":
             raise Refusal(404, "This server has no icon.")
-        page = self._page_for(request)
-        if page and request.path == "/":
+        page = self._page_for(request) if request.path == "/" else None
+        if page:
             return page
         if request.path == "/-/status" and "list" in request.query:
             self._access.admit_list(request)
             return _whole(request, _json(self._status()), JSON, ["Cache-Control: no-store"])
-        grant = self._access.admit(request, time.time())
-        if request.path.startswith("/-/"):
-            return self._report(request)
-        return page or self._open(request, grant)
+        return None
 
     def _page_for(self, request: Request) -> bytes | None:
         """Return the page if a browser's address line asks, None if a program does.
@@ -125,17 +138,18 @@ class Answers:
                  "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", _date(), "", ""]
         return "\r\n".join(lines).encode()
 
-    def turn_away(self, request: Request, opening: Opening) -> bytes:
-        """Return the answer to a client for which there is no room.
+    def _busy(self, request: Request) -> bytes:
+        """Return a stream that ends at once, and tells its client to come back later.
 
-        Raises Refusal, but not for an EventSource, which would give up for good on a 503.
+        On any status but 200, an EventSource would give up for good.
         """
-        if not request.accepts("text/event-stream"):
-            raise Refusal(503, "This server has as many clients as it can take. Try again later.",
-                          ["Retry-After: 10"])
-        busy = frames.busy(COME_BACK * max(1.0, self._retry))
-        end = frames.END if opening.asked.chunked else b""
-        return opening.head + opening.asked.framed(busy) + end
+        asked = Subscription(frozenset(), request.chunked)
+        busy = asked.framed(frames.busy(COME_BACK * max(1.0, self._retry)))
+        return self._stream_head(request) + busy + (frames.END if request.chunked else b"")
+
+    def is_slow_post(self, request: Request) -> bool:
+        """Say whether `post` may take its time, however small the body is."""
+        return self._is_stored or parameters.is_list(request)
 
     def admit_post(self, request: Request) -> None:
         """Raise Refusal for a POST that may not publish: ask before its body is read."""
@@ -144,7 +158,10 @@ class Answers:
         parameters.check_encoding(request)
 
     def post(self, request: Request, body: bytes) -> bytes:
-        """Publish the body of a POST that is admitted, and return the answer. Raises Refusal."""
+        """Publish the body of a POST that is admitted, and return the answer.
+
+        Raises Refusal; WouldWait, see Broadcast.not_waiting.
+        """
         is_list = parameters.is_list(request)
         drafts = parameters.drafts(request, body)
         grant = self._access.admit_post(request, time.time(), body_names=is_list)
@@ -154,6 +171,8 @@ class Answers:
             ids = self._publish_all(drafts)
         except ValueError as error:
             raise Refusal(400, f"This event cannot be published: {error}.") from None
+        except WouldWait:
+            raise
         except Unavailable as error:
             raise Refusal(503, f"{error}. Try again later; it may have been published.",
                           ["Retry-After: 5"]) from None
@@ -163,7 +182,12 @@ class Answers:
                       self._access.cross_origin(request), keep_alive=request.keeps_alive)
 
     def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
-        """Return the answer that says what was wrong; the request is None if it is unreadable."""
+        """Return the answer that says what was wrong; the request is None if it is unreadable.
+
+        To a client that wants a stream, what is our own fault or shortage is told as `busy`.
+        """
+        if request and refusal.status in (500, 503) and _wants_stream(request):
+            return self._busy(request)
         fields = [*refusal.fields, *self._access.cross_origin(request)]
         return _whole(request, f"{refusal.text}\n".encode(), TEXT, fields, status=refusal.status)
 
@@ -202,6 +226,12 @@ def _whole(request: Request | None, body: bytes, content_type: str, fields: Sequ
     is_head = request is not None and request.method == "HEAD"
     head = http1.head(status, content_type, len(body), [*fields, _date()], keep_alive)
     return head if is_head else head + body
+
+
+def _wants_stream(request: Request) -> bool:
+    """Say whether a request is an EventSource's, or that of a client like it."""
+    return (request.method == "GET" and request.accepts("text/event-stream")
+            and not request.path.startswith("/-/"))
 
 
 def _date() -> str:

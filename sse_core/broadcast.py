@@ -9,7 +9,8 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Callable
@@ -36,6 +37,10 @@ class NotRunning(RuntimeError):
 
 class Unavailable(Exception):
     """The place that events go to does not answer now; trying again later may help."""
+
+
+class WouldWait(Unavailable):
+    """A thread that may not wait would have to wait for the publisher. Nothing was published."""
 
 
 class Broadcast:
@@ -75,7 +80,8 @@ class Broadcast:
         self.clock = clock
         self.wall = wall
         self.wake: Callable[[], None] = lambda: None    # makes the publisher look; set by it
-        self.publisher: int | None = None       # identifies its thread; set by it
+        # The threads that are in `not_waiting`. Each adds and removes itself.
+        self._not_waiting: set[int] = set()
 
     # Events
 
@@ -91,8 +97,8 @@ class Broadcast:
         is waited for, and the publisher only when most of the log has not been fanned out.
         Raises ValueError, and appends none, if one is no event; NotRunning after `stop`, which can
         come between two of them;
-        RuntimeError in a signal handler that interrupts a `publish` of its thread; Unavailable in
-        the publisher's own thread (a logging handler, say) if it would have to wait for itself.
+        RuntimeError in a signal handler that interrupts a `publish` of its thread; WouldWait in
+        `not_waiting`, as a logging handler may be.
         """
         self.refuse_inside()
         encoded = [(draft.encoded(), draft.channel) for draft in drafts]
@@ -117,8 +123,8 @@ class Broadcast:
     def drain(self) -> None:
         """Wait until clients have all that was published, but for those that are given up."""
         self.refuse_inside()
-        if threading.get_ident() == self.publisher:
-            raise Unavailable("the publisher cannot wait for itself")
+        if threading.get_ident() in self._not_waiting:
+            raise WouldWait("this thread may not wait for the publisher")
         began = self.clock()
         with self._mutex:
             # First for what is in the shared log and has not come back from it
@@ -129,6 +135,19 @@ class Broadcast:
             while not self.stopping and (
                     self.fanned_out < end or not self.clients.have(end, self.clock())):
                 self._moved.wait(LOOK)
+
+    @contextmanager
+    def not_waiting(self) -> Iterator[None]:
+        """Raise WouldWait in this thread where others wait for the publisher.
+
+        For the publisher itself, and for the thread that serves all connections.
+        """
+        thread = threading.get_ident()
+        self._not_waiting.add(thread)
+        try:
+            yield
+        finally:        # the system gives the number to another thread
+            self._not_waiting.discard(thread)
 
     # Clients
 
@@ -198,22 +217,15 @@ class Broadcast:
                 self._stop_by = self.clock() + seconds
         self.wake()
 
-    def abandon(self) -> None:
-        """In a forked child, which has no thread of the server: take nothing."""
-        self._mutex = threading.RLock()     # a thread that is not here may hold the old one
-        self._moved = threading.Condition(self._mutex)
-        self._stop_by = -math.inf
-        self.wake = lambda: None
-
     def _line_ends(self, payload: bytes) -> bytes:
         return payload if self._ids else frames.with_original_line_ends(payload)
 
     # Requires holding the mutex
 
     def _wait(self) -> None:
-        """Wait until something has changed. Raises NotRunning; Unavailable in the publisher."""
-        if threading.get_ident() == self.publisher:
-            raise Unavailable("the log is full, and the publisher cannot wait for itself")
+        """Wait until something has changed. Raises NotRunning, WouldWait."""
+        if threading.get_ident() in self._not_waiting:
+            raise WouldWait("the log is full, and this thread may not wait for the publisher")
         self._moved.wait(LOOK)
         self.check_running()
 

@@ -280,6 +280,6 @@ def head(status: int, content_type: str, length: int, fields: Iterable[str],
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     if status != 204:           # RFC 9110 section 8.6: no Content-Length there
         lines += [f"Content-Type: {content_type}", f"Content-Length: {length}"]
-    lines += ["Connection: keep-alive", "Keep-Alive: timeout=10"] if keep_alive else [
+    lines += ["Connection: keep-alive", "Keep-Alive: timeout=75"] if keep_alive else [
         "Connection: close"]
     return "\r\n".join([*lines, *fields, "", ""]).encode()

@@ -40,9 +40,15 @@ def halt(process: subprocess.Popen) -> None:
     assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
 
 
-def handshakes() -> int:
-    """Return how many unfinished requests the servers of this process look after."""
-    return sum(thread.name.startswith("handshake-") for thread in threading.enumerate())
+def unfinished(server) -> int:
+    """Return how many connections of a server are no clients."""
+    connections = server._connections
+    return sum(map(len, (connections._newcomers, connections._busy, connections._idle)))
+
+
+def request_threads() -> int:
+    """Return how many threads the servers of this process have for what may block."""
+    return sum(thread.name.startswith("request-") for thread in threading.enumerate())
 
 
 def connect(port: int, **options) -> socket.socket:

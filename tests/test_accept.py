@@ -9,8 +9,8 @@ from email.utils import parsedate_to_datetime
 import pytest
 
 import sse_server
-from helpers import GET, PUBLISH_TOKEN, Client, ask, connect, get, handshakes, reset, wait_until
-from sse_core import handshake, http1
+from helpers import GET, PUBLISH_TOKEN, Client, ask, connect, get, reset, unfinished, wait_until
+from sse_core import connections, http1
 from sse_server import SSEServer
 from test_http1 import mutated
 
@@ -40,7 +40,7 @@ def test_what_was_looked_at_of_a_head_is_not_looked_at_again(server, monkeypatch
         return parse(raw, seen)
     monkeypatch.setattr(http1, "parse", watched)
     with Client(server.port, GET[:10]) as client:
-        wait_until(lambda: handshakes() and looked[-1:] == [(0, 10)])
+        wait_until(lambda: server._connections._busy and looked[-1:] == [(0, 10)])
         client.sock.sendall(GET[10:])
         client.open()
     assert looked[-1] == (10, len(GET))
@@ -76,7 +76,7 @@ def test_garbage_is_answered_and_closed(server, garbage, status):
 
 @pytest.mark.parametrize("begun", [b"", b"GET / HT"])
 def test_a_head_that_never_ends_is_cut(server, monkeypatch, begun):
-    monkeypatch.setattr(handshake, "HEAD_TIME", 0.1)
+    monkeypatch.setattr(connections, "REQUEST_TIME", 0.1)
     began = time.monotonic()
     with connect(server.port) as sock:
         sock.sendall(begun)
@@ -104,9 +104,9 @@ def test_who_leaves_during_its_request_is_one_line_of_verbose(server, caplog):
     caplog.set_level(logging.DEBUG)
     sock = connect(server.port)
     sock.sendall(GET[:10])
-    wait_until(handshakes)
+    wait_until(lambda: unfinished(server))
     reset(sock)
-    wait_until(lambda: not handshakes())
+    wait_until(lambda: not unfinished(server))
     assert caplog.text.count("left during its request") == len(caplog.records) == 1
 
 
@@ -138,9 +138,9 @@ def test_fuzz_of_heads_and_resets_harms_nobody(request, options):
         server.publish("end")
         events = steady.read_until_data("end")
         assert not any(event.name == "gap" for event in events), f"seed {seed}"
-        wait_until(lambda: server.clients == 1 and not handshakes())
+        wait_until(lambda: server.clients == 1 and not unfinished(server))
         threads = {thread.name for thread in threading.enumerate()}
-        assert {"accept", "publisher"} <= threads, f"seed {seed}"
+        assert {"accept", "connections", "publisher"} <= threads, f"seed {seed}"
 
 
 def test_a_browser_gets_the_page_and_others_the_stream(server):

@@ -5,22 +5,21 @@ does not wait is done in a moment; on a busy machine it may take longer: then a 
 fails never.
 """
 import fcntl
-import math
 import os
 import socket
-import ssl
 import threading
-from contextlib import closing, suppress
+import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 
-from helpers import KEPT, PATIENCE, handshakes, wait_until
+from helpers import KEPT, PATIENCE
 from sse_core.broadcast import Broadcast
 from sse_core.clients import Opening, Subscription
 from sse_core.file_stream import FileStream, _File
 from sse_core.frames import Draft, parse_id
-from sse_core.handshake import Handshake, Handshakes
+from sse_core.pool import Pool
 from sse_core.shared import Shared
 from sse_server import SSEServer
 from test_threads import run
@@ -178,91 +177,24 @@ def test_who_has_published_and_waits_says_so_alone():
     assert waits(door, lambda: shared.publish("x", wait=True), enter=False)
 
 
-class Status(int):
-    """A number whose hash takes a while: it is counted in a dictionary."""
-    door = None
-
-    def __hash__(self) -> int:
-        self.door()
-        return int(self)
-
-
-HANDSHAKES = {
-    "hold": lambda others, _: others.hold(1, 0),
-    "refused": lambda others, _: others.refused(400),
-    "refusals": lambda others, _: others.refusals,
-    "begin": lambda others, _: others._begin(others.newcomer),
-    "next": lambda others, handshake: others._next(handshake),
-    "renewed": lambda others, handshake: others.renewed(handshake),
-    "grace_ended": lambda others, _: others.grace_ended(),
-    "cut_all": lambda others, _: others.cut_all()}
-
-
-@pytest.mark.parametrize("second", HANDSHAKES)
-def test_nobody_counts_requests_while_another_does(pair, second):
-    others = Handshakes(SimpleNamespace(), lambda *_: True, None)
-    door = Status.door = Door(lambda: others.refused(Status(400)))
-    handshake = Handshake(pair[0], "", others)
-    others._unfinished[handshake] = threading.Thread(target=int)
-    others._unfinished[handshake].start()
-    others.newcomer = Handshake(pair[0].dup(), "", others)
-    pair[1].close()         # whose thread ends at once
-    assert waits(door, lambda: HANDSHAKES[second](others, handshake))
-    wait_until(lambda: not handshakes())
-    others.newcomer.close()
-    assert others._refused[400] == 1 + (second == "refused")
-
-
-def test_many_that_hold_bodies_and_are_refused_are_all_counted():
-    others = Handshakes(SimpleNamespace(), lambda *_: True, None)
-
-    def count():
-        for _ in range(500):
-            others.refused(404)
-            others.hold(0, others.hold(7, 0))
-    run(*[count] * 8)
-    assert others.refusals == {"404": 4000} and others._held == 0
-
-
-@pytest.mark.parametrize("second", ["cut", "close", "cut_if_idle"])
-def test_nobody_cuts_or_closes_a_socket_while_it_becomes_a_clients(pair, second):
-    door = Door(lambda: handshake._hand_over(OPENING))
-    handshake = Handshake(pair[0], "", Handshakes(SimpleNamespace(), lambda *_: bool(door()), None))
-    said = []
-    calls = {"cut": handshake.cut, "close": handshake.close,
-             "cut_if_idle": lambda: said.append(handshake.cut_if_idle(math.inf))}
-    assert waits(door, calls[second])
-    assert said == [False] * (second == "cut_if_idle") and handshake.is_cut == (second == "cut")
-    assert pair[0].send(b"x") and pair[1].recv(1) == b"x"
-
-
-def test_nobody_goes_on_while_another_decides_whether_to_cut_him(pair):
-    """Else a request that has come is cut between its read and its answer."""
-    handshake = Handshake(pair[0], "", Handshakes(SimpleNamespace(), lambda *_: True, None))
-    pair[1].send(b"x")
-    other = threading.Thread(target=handshake._wait)
-    with handshake._lock:
+@pytest.mark.parametrize("second", ["submit", "cancel", "stop", "take"])
+def test_nobody_changes_the_line_of_a_pool_while_another_does(second):
+    pool, opened = Pool(1), threading.Event()
+    first = pool.submit(lambda: opened.wait(PATIENCE))
+    waiting = pool.submit(lambda: None)
+    calls = {"submit": lambda: pool.submit(lambda: None), "cancel": waiting.cancel,
+             "stop": lambda: pool.stop(0.0), "take": lambda: waiting.result(PATIENCE)}
+    other = threading.Thread(target=calls[second])
+    with pool._changed:
         other.start()
+        if second == "take":
+            opened.set()
         other.join(MOMENT)
-        assert other.is_alive() and handshake.safe_until < math.inf
+        assert other.is_alive()
+    opened.set()
     other.join(PATIENCE)
-    assert handshake.safe_until == math.inf
-
-
-def test_nobody_cuts_a_socket_while_it_becomes_one_of_tls(pair):
-    class Context(ssl.SSLContext):
-        def wrap_socket(self, *arguments, **options):
-            door()
-            return super().wrap_socket(*arguments, **options)
-
-    def begin():
-        with suppress(OSError):     # it is cut
-            handshake._start_tls(Context(ssl.PROTOCOL_TLS_SERVER))
-    pair[1].send(b"x")
-    handshake = Handshake(pair[0], "", Handshakes(SimpleNamespace(), lambda *_: True, None))
-    door = Door(begin)
-    assert waits(door, handshake.cut)
-    handshake.close()
+    assert not other.is_alive() and first.result(PATIENCE)
+    pool.stop(time.monotonic() + PATIENCE)
 
 
 @pytest.mark.parametrize("call", ["publish", "try_to_write"])

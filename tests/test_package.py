@@ -170,7 +170,7 @@ def test_the_pure_modules_import_no_socket_no_thread_and_no_clock():
     for name in ("access", "body", "frames", "http1", "log", "parameters", "signed"):
         assert not imported(f"sse_core/{name}.py") & impure, name
     assert not imported("sse_core/answers.py") & (impure - {"time", "datetime"})
-    for name in ("handshake", "command_line"):
+    for name in ("connections", "command_line"):
         assert "sse_server" not in imported(f"sse_core/{name}.py")
 
 

@@ -9,8 +9,9 @@ import time
 import pytest
 import requests
 
-from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, connect, get, handshakes, post, wait_until
-from sse_core import frames, handshake
+from helpers import (PATIENCE, PUBLISH_TOKEN, Client, ask, connect, get, post, request_threads,
+                     unfinished, wait_until)
+from sse_core import connections, frames
 
 
 def test_curl_posts_and_the_answer_has_the_id(open_server):
@@ -41,7 +42,7 @@ def test_requests_posts_hundreds_on_one_connection_in_order(open_server):
         events = client.read_events(300)
         assert [event.data for event in events] == [str(number) for number in range(300)]
         assert [event.id for event in events] == ids
-        assert handshakes() == 1
+        assert unfinished(open_server) == 1 and not request_threads()
 
 
 def test_posts_in_a_row_may_arrive_in_any_pieces(open_server):
@@ -194,7 +195,8 @@ def test_a_chunked_body_that_is_cut_short_is_not_published(open_server):
 
 def test_a_kept_connection_on_which_nothing_comes_is_closed_in_silence(open_server, monkeypatch):
     """A 408 could pass for the answer to what comes; but not if that has begun."""
-    monkeypatch.setattr(handshake, "HEAD_TIME", 0.3)
+    monkeypatch.setattr(connections, "REQUEST_TIME", 0.3)
+    monkeypatch.setattr(connections, "IDLE_TIME", 0.3)
     for more, answer in ((b"", b""), (CHUNKED[:10], b"HTTP/1.1 408 ")):
         with connect(open_server.port) as sock:
             sock.sendall(CHUNKED + b"0\r\n\r\n")
@@ -204,8 +206,8 @@ def test_a_kept_connection_on_which_nothing_comes_is_closed_in_silence(open_serv
 
 
 def test_each_request_of_a_kept_connection_has_its_own_time(open_server, monkeypatch):
-    monkeypatch.setattr(handshake, "HEAD_TIME", 0.3)
-    until = time.monotonic() + 2 * handshake.HEAD_TIME
+    monkeypatch.setattr(connections, "REQUEST_TIME", 0.3)
+    until = time.monotonic() + 2 * connections.REQUEST_TIME
     with connect(open_server.port) as sock:
         while time.monotonic() < until:
             sock.sendall(CHUNKED + b"0\r\n\r\n")
@@ -221,7 +223,7 @@ def test_who_waits_for_a_continue_gets_it_and_nobody_else(open_server, version, 
     head = get(f"/{PUBLISH_TOKEN}", "Content-Length: 5", *expect, method="POST")
     with connect(open_server.port) as sock:
         sock.sendall(head.replace(b"/1.1", b"/" + version.encode()) + body)
-        wait_until(handshakes)      # it has read the head
+        wait_until(lambda: unfinished(open_server))      # it has read the head
         if b"200" in answer:
             sock.sendall(b"hello"[len(body):])
         assert sock.recv(len(answer)) == answer

@@ -12,7 +12,7 @@ import requests
 
 import publisher
 from helpers import PATIENCE, TOP, Client, free_port, get, need, wait_until
-from sse_core import clients, frames, handshake, http1, log, parameters, signed
+from sse_core import clients, connections, frames, http1, log, parameters, signed
 from sse_server import SSEServer
 
 README = (TOP / "README.md").read_text()
@@ -227,9 +227,10 @@ def test_the_table_of_bounds_is_what_the_code_says():
         r"^\| [^|]+ \| (\d+)(?: (?:s|bytes|characters))? \|$", README.partition("## Flags")[0],
         re.M)]
     assert table == [
-        handshake.HEAD_TIME, handshake.LINGER_TIME, handshake.MAX_HANDSHAKES,
-        handshake.MAX_AT_WORK, handshake.MAX_QUEUE, http1.MAX_LINE, http1.MAX_HEAD,
-        http1.MAX_FIELDS, frames.MAX_EVENT, handshake.MAX_BODIES, frames.MAX_NAME,
+        connections.REQUEST_TIME, connections.IDLE_TIME, connections.LINGER_TIME,
+        connections.MAX_CONNECTIONS, connections.MAX_NEWCOMERS, connections.MAX_THREADS,
+        connections.PLACE_TIME, http1.MAX_LINE, http1.MAX_HEAD, http1.MAX_FIELDS,
+        frames.MAX_EVENT, connections.MAX_BODIES, frames.MAX_NAME,
         parameters.MAX_ASKED, parameters.MAX_NAMES, log.MAX_LATEST, http1.MAX_LAST_ID,
         signed.MAX_TOKEN, clients.LISTED, publisher.STALL]
 

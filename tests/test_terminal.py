@@ -182,8 +182,8 @@ def run_on(streams: str) -> subprocess.Popen:
 
 
 def has_begun(process: subprocess.Popen) -> bool:
-    """Say whether it has its threads: main, accept, publisher, source."""
-    return process.poll() is not None or len(os.listdir(f"/proc/{process.pid}/task")) == 4
+    """Say whether it has its threads: main, accept, connections, publisher, source."""
+    return process.poll() is not None or len(os.listdir(f"/proc/{process.pid}/task")) == 5
 
 
 def cpu(process: subprocess.Popen) -> float:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from helpers import GET, Client, connect, handshakes, reset, wait_until
+from helpers import GET, Client, connect, reset, unfinished, wait_until
 from sse_server import SSEServer
 
 
@@ -90,8 +90,8 @@ def test_clients_come_and_go_at_random_while_events_flow(switching):
             events = steady.read_until(lambda stream: stream.events[-1].data == "end").stream.events
             assert not any(event.name == "gap" for event in events), f"seed {seed}"
         names = {thread.name for thread in threading.enumerate()}
-        wait_until(lambda: not handshakes())
-        assert {"accept", "publisher"} <= names
+        wait_until(lambda: not unfinished(server))
+        assert {"accept", "connections", "publisher"} <= names
     assert server.clients == 0
 
 

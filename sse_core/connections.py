@@ -1,0 +1,614 @@
+"""Turn accepted sockets into answers that are sent, or clients that are registered.
+
+A connection is an accepted socket that is no client (yet). One thread owns all of them, and so
+nothing here needs a lock: only the owner of a socket touches it. It waits for every peer at once,
+in a selector, and for none of them alone.
+
+    accept loop --+--> client        a plain GET that has wholly arrived
+                  |
+                  v   take
+            +------------------------------- thread `connections` ---+
+            |  TLS --> head --> body --> job --> answer --> linger   |--> closed
+            |           ^                 |        |                 |
+            |           +----- idle <-----|--------+                 |--> client (of the publisher)
+            +-----------------------------|--------------------------+
+                                          v
+                                  threads `request-N` (pool.py)
+
+What a connection does is a generator. It yields what it waits for, and goes on when that is there:
+
+    READABLE    Its peer has sent something, or closed.
+    WRITABLE    Its socket takes more bytes.
+    TURN        All others that are ready have had their turn. So nobody owns the thread by sending
+                many requests at once, or more in one TLS record than is read at once.
+    a Future    Another thread has done what may block: a program's `authorize`, or publishing.
+    an Opening  There is a place among the clients. The code goes on only if there is none.
+
+It has one deadline, which is raised as TimeUp where it waits, before any input that is there. A job
+has none once a thread has begun it: then there is nothing to take back.
+
+The generator never closes its socket, nor has it watched. Its owner does, when the generator has
+ended, failed or been closed, so that each of these ends is the same. The first wait for a socket
+puts it into the selector. It leaves that before it is closed or becomes a client, and if it becomes
+readable during a job.
+
+When there are too many connections, one more evicts one: the one that has been idle or lingering
+longest, else the one whose request began first.
+"""
+from __future__ import annotations
+
+import logging
+import math
+import selectors
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any, Callable, TypeVar, Union
+
+from sse_core import http1
+from sse_core.answers import Answers
+from sse_core.body import Body
+from sse_core.broadcast import WouldWait
+from sse_core.clients import Opening
+from sse_core.http1 import Refusal, Request
+from sse_core.pool import Pool
+from sse_core.wakeup import WakeUp
+
+# Seconds for one request to arrive, however it dribbles; and for its answer to be taken.
+REQUEST_TIME = 10.0
+
+# Seconds that a kept connection may be idle: longer than proxies keep theirs (nginx and AWS 60), so
+# that it is the proxy that closes, and not we just when it sends the next request.
+IDLE_TIME = 75.0
+
+# Seconds for a peer to read why it was refused, while it is still sending.
+LINGER_TIME = 1.0
+
+# Seconds that a job waits for a thread.
+PLACE_TIME = 10.0
+
+MAX_CONNECTIONS = 2048
+
+# Accepted sockets that wait to be taken over.
+MAX_NEWCOMERS = 1024
+
+# Of each kind of job: `authorize`, and publishing.
+MAX_THREADS = 64
+
+# Bytes of all bodies that are under way.
+MAX_BODIES = 16 << 20
+
+# Bytes received at once.
+PIECE = 64 << 10
+
+# Bytes of an event that is published without a thread: it takes less than a millisecond.
+SMALL_BODY = 16 << 10
+
+# Seconds between two looks for deadlines that have passed, at least. A look takes some 0.1 ms.
+LOOK_INTERVAL = 0.05
+
+READABLE, WRITABLE, TURN = selectors.EVENT_READ, selectors.EVENT_WRITE, 0
+
+Wait = Union[int, "Future[Any]", Opening]
+T = TypeVar("T")
+Code = Generator[Wait, None, T]
+
+logger = logging.getLogger("sse_server")
+
+
+class TimeUp(Exception):
+    """The deadline of a connection has passed.
+
+    Not a TimeoutError: since Python 3.10 that is also what a socket whose peer is gone raises.
+    """
+
+
+class Connections:
+    """The connections of one server, and the loop of the thread that owns them.
+
+    register: see Broadcast.register. context: for TLS, or None.
+    """
+
+    def __init__(self, answers: Answers, register: Callable[[socket.socket, Opening, str], bool],
+                 context: ssl.SSLContext | None) -> None:
+        self.answers = answers
+        self.context = context
+        self.authorizing = Pool(MAX_THREADS)
+        self.publishing = Pool(MAX_THREADS)
+        self._register = register
+
+        # What other threads hand over: the accept loop, and those that have done a job. Only the
+        # owner takes it out.
+        self._newcomers: deque[tuple[socket.socket, str, bytes]] = deque()
+        self._done: deque[tuple[Connection, Future[Any]]] = deque()
+
+        # Whether the thread will look at these two without another wake-up. It says no before it
+        # looks, and others add to them before they ask: so nothing is overlooked.
+        self._is_woken = False
+        self._wakeup = WakeUp()
+        self._is_stopping = False
+
+        # How many requests were refused, by status: the accept loop's count, and the owner's.
+        self._refused_at_once: dict[int, int] = {}
+        self._refused: dict[int, int] = {}
+
+        # All below belongs to the thread. A connection is in one of these two dicts, of which the
+        # first is evicted first, and in each the one that has been there longest.
+        self._idle: dict[Connection, None] = {}
+        self._busy: dict[Connection, None] = {}
+
+        # Connections that go on in the next turn.
+        self._in_turn: list[Connection] = []
+
+        # When to look for deadlines that have passed, on time.monotonic. None is before.
+        self._look_at = math.inf
+
+        # Bytes of bodies that are under way.
+        self._held = 0
+
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wakeup, READABLE)
+
+    # Called by the accept loop
+
+    def take(self, sock: socket.socket, peer: str) -> None:
+        """Take an accepted socket, and never wait."""
+        sock.setblocking(False)
+        received = b"" if self.context else self._serve_at_once(sock, peer)
+        if received is None:
+            return
+        if len(self._newcomers) >= MAX_NEWCOMERS:
+            sock.close()
+            return
+        self._newcomers.append((sock, peer, received))
+        self._wake()
+
+    def _serve_at_once(self, sock: socket.socket, peer: str) -> bytes | None:
+        """Register or refuse who asks for a stream with a GET that has wholly arrived.
+
+        Returns None if that is done, else what was received. To go through the other thread would
+        cost 0.4 times as much again.
+        """
+        received, request = b"", None
+        try:
+            received = sock.recv(http1.MAX_HEAD)
+            request, _ = http1.parse(received) or (None, 0)
+            if request is None or request.method != "GET" or self.answers.is_slow(request):
+                return received
+            answer = self.answers.respond(request)
+            is_client = isinstance(answer, Opening) and self._register(sock, answer, peer)
+            return None if is_client else received
+        except Refusal as refusal:
+            if not received.endswith(b"\r\n\r\n"):
+                return received
+            _count_refusal(self._refused_at_once, refusal, peer)
+            # Some hundred bytes: they fit into the socket's buffer.
+            with suppress(OSError):
+                sock.send(self.answers.refuse(refusal, request))
+            sock.close()
+            return None
+        except Exception:
+            # Nothing has arrived, a reset, or a fault of ours. The other thread meets it again.
+            return received
+
+    # Called from any thread
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        """How many requests were refused, by status in growing order."""
+        counts = self._refused.copy(), self._refused_at_once.copy()
+        return {str(status): sum(count.get(status, 0) for count in counts)
+                for status in sorted({*counts[0], *counts[1]})}
+
+    def stop(self) -> None:
+        """Have the thread close all connections and end. Join it then."""
+        self._is_stopping = True
+        self._wakeup.wake()
+
+    def join_jobs(self, until: float) -> None:
+        """Begin no job any more, and join the threads of those that end until then."""
+        for pool in (self.authorizing, self.publishing):
+            pool.stop(until)
+
+    def _wake(self) -> None:
+        if not self._is_woken:
+            self._is_woken = True
+            self._wakeup.wake()
+
+    # Run by the thread
+
+    def run(self) -> None:
+        """Serve connections until `stop`."""
+        try:
+            while not self._is_stopping:
+                self._serve_ready()
+        finally:
+            self.close()
+
+    def _serve_ready(self) -> None:
+        """Wait until there is something to do, and do one turn of it."""
+        now = time.monotonic()
+        timeout = 0.0 if self._in_turn else max(0.0, self._look_at - now)
+        ready = self._selector.select(None if timeout == math.inf else timeout)
+        now = time.monotonic()
+        in_turn, self._in_turn = self._in_turn, []
+        for key, _ in ready:
+            if key.data is None:
+                self._wakeup.clear()
+            else:
+                self._socket_ready(key.data, now)
+        for connection in in_turn:
+            self._step(connection, TURN, now)
+        self._is_woken = False
+        for _ in range(len(self._done)):
+            self._step(*self._done.popleft(), now)
+        for _ in range(len(self._newcomers)):
+            self._add(*self._newcomers.popleft(), now)
+        if now >= self._look_at:
+            self._look_for_deadlines(now)
+
+    def _socket_ready(self, connection: Connection, now: float) -> None:
+        if isinstance(connection.wait, Future):
+            # Nobody reads this before the job is done.
+            self._watch(connection, TURN)
+        elif connection.wait in (READABLE, WRITABLE):
+            self._step(connection, connection.wait, now)
+
+    def _add(self, sock: socket.socket, peer: str, received: bytes, now: float) -> None:
+        """Begin with a newcomer; if there are too many, evict one."""
+        if len(self._idle) + len(self._busy) >= MAX_CONNECTIONS:
+            self._end(next(iter(self._idle or self._busy)))
+        connection = Connection(sock, peer, received, self)
+        self._busy[connection] = None
+        self._step(connection, TURN, now)
+
+    def _look_for_deadlines(self, now: float) -> None:
+        for connection in [*self._idle, *self._busy]:
+            if connection.deadline > now:
+                continue
+            if isinstance(connection.wait, Future):
+                # If no thread has begun it, this takes it back. Else it has no deadline any more.
+                connection.deadline = math.inf
+                connection.wait.cancel()
+            else:
+                self._step(connection, connection.wait, now)
+        first = min((each.deadline for each in [*self._idle, *self._busy]), default=math.inf)
+        self._look_at = max(now + LOOK_INTERVAL, first)
+
+    def _step(self, connection: Connection, wait: Wait | None, now: float) -> None:
+        """Run a connection's code up to its next wait, or to its end, if it still waits for this.
+
+        It does not if it was evicted, or has gone on for another reason in the same turn.
+        """
+        if wait != connection.wait:
+            return
+        is_late = connection.deadline <= now and not isinstance(wait, Future)
+        try:
+            code = connection.code
+            late = TimeUp("its time was up")
+            self._wait_for(connection, code.throw(late) if is_late else next(code))
+            self._look_at = min(self._look_at, connection.deadline)
+        except StopIteration:
+            self._end(connection)
+        except Exception as error:
+            self._end(connection)
+            # What a logging handler raises costs nobody else, either.
+            with suppress(Exception):
+                if isinstance(error, (OSError, TimeUp)):
+                    logger.debug("%s left during its request: %s", connection.peer, error)
+                else:
+                    logger.exception("%s: a fault ended a connection", connection.peer)
+
+    def _wait_for(self, connection: Connection, wait: Wait) -> None:
+        connection.wait = wait
+        if isinstance(wait, Future):
+            wait.add_done_callback(partial(self._job_done, connection))
+        elif isinstance(wait, Opening):
+            self._hand_over(connection, wait)
+        elif wait == TURN:
+            self._in_turn.append(connection)
+        else:
+            self._watch(connection, wait)
+
+    def _job_done(self, connection: Connection, job: Future[Any]) -> None:
+        """Have a connection go on. Called by whichever thread did its job, or took it back."""
+        self._done.append((connection, job))
+        self._wake()
+
+    def _hand_over(self, connection: Connection, opening: Opening) -> None:
+        """Make a connection a client, or have it go on a turn later."""
+        self._watch(connection, TURN)
+        if self._register(connection.sock, opening, connection.peer):
+            self._forget(connection)
+        else:
+            self._wait_for(connection, TURN)
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        """Watch a socket for these events. TURN: do not watch it."""
+        if events == connection.watched_for:
+            return
+        if not events:
+            self._selector.unregister(connection.descriptor)
+        elif connection.watched_for:
+            self._selector.modify(connection.descriptor, events, connection)
+        else:
+            self._selector.register(connection.descriptor, events, connection)
+        connection.watched_for = events
+
+    def _forget(self, connection: Connection) -> None:
+        """End the code of a connection whose socket is somebody else's from now on, or nobody's."""
+        connection.wait = None
+        self._idle.pop(connection, None)
+        self._busy.pop(connection, None)
+        connection.code.close()
+
+    def _end(self, connection: Connection) -> None:
+        """Close a connection, whatever it is doing."""
+        if isinstance(connection.wait, Future):
+            connection.wait.cancel()
+        self._watch(connection, TURN)
+        self._forget(connection)
+        connection.sock.close()
+
+    def close(self) -> None:
+        """Close all. The thread does it at its end, or whoever stops a server that never ran."""
+        for connection in [*self._idle, *self._busy]:
+            self._end(connection)
+        while self._newcomers:
+            self._newcomers.popleft()[0].close()
+        self._selector.close()
+        self._wakeup.close()
+
+    # Called by the code of a connection
+
+    def begin_request(self, connection: Connection) -> None:
+        """Count a connection as the one whose request has begun last."""
+        self._idle.pop(connection, None)
+        self._busy.pop(connection, None)
+        self._busy[connection] = None
+
+    def end_request(self, connection: Connection) -> None:
+        """Count a connection among those that nobody would miss."""
+        self._busy.pop(connection, None)
+        self._idle[connection] = None
+
+    def hold(self, length: int, held: int) -> int:
+        """Count so many bytes of a body in place of those `held`. Raises Refusal."""
+        total = self._held + length - held
+        if length > held and total > MAX_BODIES:
+            raise Refusal(503, "This server holds too many bodies of requests. Try again later.",
+                          ["Retry-After: 1"])
+        self._held = total
+        return length
+
+    def refused(self, refusal: Refusal, peer: str) -> None:
+        """Count and log a refusal."""
+        _count_refusal(self._refused, refusal, peer)
+
+
+def _count_refusal(counts: dict[int, int], refusal: Refusal, peer: str) -> None:
+    counts[refusal.status] = counts.get(refusal.status, 0) + 1
+    logger.debug("%s refused: %d %s", peer, refusal.status, refusal.text)
+
+
+class Connection:
+    """One accepted socket, and the code that serves it."""
+
+    def __init__(self, sock: socket.socket, peer: str, received: bytes,
+                 others: Connections) -> None:
+        # The owner's: what is watched does not change when TLS makes the socket another object.
+        self.sock = sock
+        self.peer = peer
+        self.descriptor = sock.fileno()
+        self.watched_for = TURN
+
+        # What it waits for. None: it is a connection no more.
+        self.wait: Wait | None = TURN
+        self.code: Code[None] = self._run()
+
+        # When TimeUp is raised, on time.monotonic.
+        self.deadline = time.monotonic() + REQUEST_TIME
+
+        # All below is the code's.
+        self._others = others
+        self._answers = others.answers
+
+        # What has arrived of a request, or already of the next one.
+        self._received = received
+
+        # A request was answered, and nothing of the next one has been read.
+        self._is_idle = False
+
+        # Nothing more of the request is under way.
+        self._is_whole = False
+
+        # Bytes of its body that are counted.
+        self._held = 0
+
+    def _run(self) -> Code[None]:
+        if self._others.context:
+            yield from self._start_tls(self._others.context)
+        while (yield from self._serve()):
+            self._others.end_request(self)
+            self._is_idle, self.deadline = True, time.monotonic() + IDLE_TIME
+            if self._received:
+                self._begin()
+                yield TURN
+        yield from self._linger()
+
+    def _start_tls(self, context: ssl.SSLContext) -> Code[None]:
+        # A peer that sends nothing costs no object of OpenSSL.
+        yield READABLE
+        if not self.sock.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError("it sent nothing")
+        self.sock = tls = context.wrap_socket(self.sock, server_side=True,
+                                              do_handshake_on_connect=False)
+        while True:
+            try:
+                tls.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                yield READABLE
+            except ssl.SSLWantWriteError:
+                yield WRITABLE
+
+    def _serve(self) -> Code[bool]:
+        """Serve one request. Returns whether the connection is kept for the next one."""
+        request = None
+        try:
+            request = yield from self._read_head()
+            return request is not None and (yield from self._answer(request))
+        except Refusal as refusal:
+            yield from self._refuse(refusal, request)
+        except (OSError, TimeUp):
+            raise
+        except Exception:
+            # A fault, ours or of `authorize`: it costs this connection alone.
+            logger.exception("%s: the request could not be answered", self.peer)
+            yield from self._refuse(Refusal(500, "The server could not answer this request; its "
+                                                 "log says why."), request)
+        finally:
+            self._held = self._others.hold(0, self._held)
+        return False
+
+    def _answer(self, request: Request) -> Code[bool]:
+        if request.method == "POST":
+            yield from self._send_answer((yield from self._publish(request)))
+            return request.keeps_alive
+        respond = partial(self._answers.respond, request)
+        if self._answers.asks_program(request):
+            answer = yield from self._work(self._others.authorizing, respond)
+        else:
+            answer = respond()
+        if isinstance(answer, Opening):
+            yield answer
+            raise Refusal(503, "This server has as many clients as it can take. Try again "
+                               "later.", ["Retry-After: 10"])
+        yield from self._send_answer(answer)
+        return False
+
+    def _publish(self, request: Request) -> Code[bytes]:
+        """Read the body of a POST, publish its events, and return the answer."""
+        self._answers.admit_post(request)
+        body = yield from self._read_body(request)
+        publish = partial(self._answers.post, request, body)
+        if len(body) <= SMALL_BODY and not self._answers.is_slow_post(request):
+            # What would have to wait for the publisher, does so in another thread.
+            with suppress(WouldWait):
+                return publish()
+        return (yield from self._work(self._others.publishing, publish))
+
+    def _work(self, pool: Pool, call: Callable[[], T]) -> Code[T]:
+        """Have a thread do what may block. Raises Refusal; RuntimeError if the call fails."""
+        self.deadline = time.monotonic() + PLACE_TIME
+        job = pool.submit(call)
+        yield job
+        if job.cancelled():
+            raise Refusal(503, "This server is too busy. Try again later.", ["Retry-After: 5"])
+        error = job.exception()
+        if error is None:
+            return job.result()
+        if isinstance(error, Refusal):
+            raise error
+        # An OSError, too: it is not the peer that has left.
+        raise RuntimeError("the request could not be worked on") from error
+
+    def _read_head(self) -> Code[Request | None]:
+        """Return the request; None if the peer closes before it is whole. Raises Refusal."""
+        seen = 0
+        while True:
+            # Whatever is wrong with a head, nothing more of the request follows its end.
+            self._is_whole = self._received.endswith(b"\r\n\r\n")
+            request, length = http1.parse(self._received, seen) or (None, 0)
+            if request:
+                self._is_whole = request.method != "POST"
+                self._received = self._received[length:]
+                return request
+            seen = len(self._received)
+            if not (yield from self._receive()):
+                return None
+
+    def _read_body(self, request: Request) -> Code[bytes]:
+        """Return the body of a POST. Raises Refusal; ConnectionAbortedError if it is cut short."""
+        body = Body(request.body_length)
+        rest = body.feed(self._received)
+        if rest is None and request.chunked and "expect" in request.known:
+            yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while rest is None:
+            self._held = self._others.hold(len(body.data), self._held)
+            self._received = b""
+            if not (yield from self._receive()):
+                raise ConnectionAbortedError("the body was cut short")
+            rest = body.feed(self._received)
+        self._received, self._is_whole = rest, True
+        return bytes(body.data)
+
+    def _receive(self) -> Code[bool]:
+        """Add to what was received; False at the end of the stream. Raises Refusal when time is up.
+        """
+        data = None
+        try:
+            while data is None:
+                yield TURN if self._has_decrypted() else READABLE
+                # Of a TLS record, only a part may be there.
+                with suppress(BlockingIOError):
+                    data = self.sock.recv(PIECE)
+        except TimeUp:
+            # A 408 could pass for the answer to the request that comes just now.
+            if self._is_idle:
+                return False
+            raise Refusal(408, f"The request took longer than {REQUEST_TIME:g} seconds.") from None
+        if self._is_idle:
+            self._begin()
+        self._received += data
+        return bool(data)
+
+    def _has_decrypted(self) -> bool:
+        """Say whether OpenSSL holds data of the peer's, of which no selector knows."""
+        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
+
+    def _begin(self) -> None:
+        """Begin with the next request of a kept connection."""
+        self._others.begin_request(self)
+        self._is_idle, self.deadline = False, time.monotonic() + REQUEST_TIME
+
+    def _send_answer(self, answer: bytes) -> Code[None]:
+        self.deadline = time.monotonic() + REQUEST_TIME
+        yield from self._send(answer)
+
+    def _send(self, data: bytes) -> Code[None]:
+        rest = memoryview(data)
+        while rest:
+            with suppress(BlockingIOError):
+                rest = rest[self.sock.send(rest):]
+            if rest:
+                yield WRITABLE
+
+    def _refuse(self, refusal: Refusal, request: Request | None) -> Code[None]:
+        self._others.refused(refusal, self.peer)
+        # It may not wait to be told why.
+        with suppress(OSError, TimeUp):
+            yield from self._send_answer(self._answers.refuse(refusal, request))
+
+    def _linger(self) -> Code[None]:
+        """End what we send, and give a peer that may still be sending the time to read it.
+
+        To close while input is under way would reset the connection, and could lose the answer.
+        """
+        with suppress(OSError, TimeUp):
+            # Over TLS with close_notify (RFC 9112 section 9.8).
+            self.sock.shutdown(socket.SHUT_WR)
+            if self._is_whole:
+                return
+            self._others.end_request(self)
+            self.deadline = time.monotonic() + LINGER_TIME
+            while True:
+                yield READABLE
+                # As plain bytes: nobody reads them.
+                if not socket.socket.recv(self.sock, PIECE):
+                    return
