@@ -210,8 +210,13 @@ class SSEServer(_Listener):
                  reuse_port: bool = False) -> None:
         """Begin to listen. The options stand above."""
         host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        texts = {"jwt_key": jwt_key, "cert": cert, "key": key, "redis": redis, "stream": stream,
+                 "history_file": history_file}
         _refuse(
             (not host, "host is empty: 0.0.0.0 is every address of this machine"),
+            # What an unset variable gives would be no TLS, no history, a server open to everybody
+            *((value == "", f"{name} is empty: was a variable not set?")
+              for name, value in texts.items()),
             (not isinstance(port, int) or not 0 <= port < 65536, "port is not from 0 to 65535"),
             (not isinstance(history, int), "history is not a whole number"),
             (not callable(authorize or len), "authorize is not a function"),
@@ -296,7 +301,6 @@ class SSEServer(_Listener):
             self._shared.stream.load(self._shared, time.time())
         self._sender.start()
         self._serving.start()
-        logger.info("listening on %s", self.url)
         self._acceptor.start()
         if self._shared:
             self._follower.start()
@@ -498,7 +502,7 @@ def _make_server(options: argparse.Namespace) -> SSEServer:
 
 def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str]:
     """Yield what a person needs to know at the start; the original's two lines come first."""
-    if not options.stdin:
+    if not options.stdin and command_line.has_foreground(sys.stdin):
         yield "Press enter to terminate"
     yield f"Listening on {server.url}"
     if options.quiet:
@@ -507,12 +511,11 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
     url = server._url_at(_host_to_visit(str(server.server_address[0]), options.allowed_hosts))
     yield (f"Watch: curl -N {url}/TOKEN, or open {url}/#TOKEN in a browser" if asks else
            f"Watch: curl -N {url}/token, or open {url}/ in a browser")
-    who = ("anybody with a token" if asks else
+    who = (command_line.who_has(options, "token") if asks else
            "everybody on this machine" if options.host in LOOPBACK else
            "everybody who can reach this address")
     pages = "" if asks or options.origins else ", and every web page that is open there"
-    publishers = ("anybody with a token that grants it" if options.jwt_key else
-                  "anybody with a publish token" if options.publish_tokens else "nobody")
+    publishers = command_line.who_has(options, "publish token") or "nobody"
     yield f"May watch: {who}{pages}. May publish: {publishers}"
 
 
@@ -545,10 +548,10 @@ def _run_source(server: SSEServer, options: argparse.Namespace, stopping: thread
             logger.log(logging.INFO if clients else logging.WARNING,
                        "%s published; at the end %s connected", count_of(number, "event"),
                        f"{count_of(clients, 'client')} {'was' if clients == 1 else 'were'}")
-        elif options.redis or not options.interval:
-            stopping.wait()
-        else:
+        elif options.interval:
             sources.clock(server.publish, stopping, options.interval)
+        else:
+            stopping.wait()
     finally:
         waker.send(b"\0")
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, NoReturn, TextIO
@@ -24,6 +25,7 @@ from sse_core import __version__
 CLEAR_LINE = "\r\x1b[K"     # of a terminal
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
 STATUS_EVERY = 1.0          # seconds between two status lines
+TICK = 1.0                  # seconds between two ticks of the clock, as in the original
 
 logger = logging.getLogger("sse_server")
 
@@ -39,29 +41,39 @@ def _number(kind: Callable[[str], float], limit: float, what: str) -> Callable[[
     return convert
 
 
+def text(value: str) -> str:
+    """Return an option's value. An empty one is refused: it is what an unset variable gives."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty: was a variable not set?")
+    return value
+
+
 port_number = _number(int, 1 << 16, "a port from 0 to 65535")
 whole_number = _number(int, 1 << 31, "a whole number from 0 on")
 seconds = _number(float, 1e6, "a number of seconds from 0 on")
 
+
+VARIABLES = ("SSE_TOKEN", "SSE_PUBLISH_TOKEN", "SSE_JWT_KEY")
 
 NEEDS = {"json": "stdin", "wait_clients": "stdin", "stream": "redis", "sync": "history_file",
          "key": "cert"}     # flags that mean nothing without another one
 
 # A flag with what it takes; its type, `list` if it can be repeated; the default; the help
 FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
-    ("--host HOST", str, "127.0.0.1", "address to listen on (default %(default)s)"),
+    ("--host HOST", text, "127.0.0.1", "address to listen on (default %(default)s)"),
     ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default %(default)g)"),
-    ("--interval SECONDS", seconds, 1.0,
-     "time between two ticks of the clock; 0: no clock (default %(default)g)"),
+    ("--interval SECONDS", seconds, None,
+     f"time between two ticks of the clock; 0: no clock (default {TICK:g}; but 0 where events can "
+     "come from elsewhere: with --stdin, --redis, --history-file, --publish-token, --jwt-key)"),
     ("--stdin", bool, False, "each line of standard input is an event, in place of the clock; "
      "after the last one, everyone served, the server stops"),
     ("--json", bool, False,
      'with --stdin: each line is {"data": ..., "event": ..., "channel": ...}'),
     ("--wait-clients N", whole_number, 0, "with --stdin: begin when so many clients are there"),
-    ("--redis URL", str, None, "redis://HOST:PORT/DB: events come from a Redis stream, and what is "
-     "published goes to it, so that many servers serve the same"),
-    ("--stream KEY", str, None, "key of that stream (default sse)"),
-    ("--history-file FILE", str, None, "an SQLite file that keeps what is published: it is there "
+    ("--redis URL", text, None, "redis://HOST:PORT/DB: events come from a Redis stream, and what "
+     "is published goes to it, so that many servers serve the same"),
+    ("--stream KEY", text, None, "key of that stream (default sse)"),
+    ("--history-file FILE", text, None, "an SQLite file that keeps what is published: it is there "
      "after a restart, and servers on this machine can share it"),
     ("--sync", bool, False, "what is in that file survives a power failure, too; slower"),
     ("--reuse-port", bool, False, "let other servers that say so listen on the same port"),
@@ -72,7 +84,7 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
      "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
     ("--publish-token TOKEN", list, [],
      "who may publish by POST; in the same way, or from SSE_PUBLISH_TOKEN (default: nobody)"),
-    ("--jwt-key KEY", str, None, "secret of 32 bytes, or PEM public key, of signed tokens that "
+    ("--jwt-key KEY", text, None, "secret of 32 bytes, or PEM public key, of signed tokens that "
      "grant channels; can come from SSE_JWT_KEY instead"),
     ("--token-file FILE", list, [], "a file with who may watch, a token a line; "
      "lines that begin with # are comments; can be repeated"),
@@ -81,8 +93,8 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
      "(default: any)"),
     ("--origin ORIGIN", list, [], "of pages that may read and publish, as https://example.org; "
      "can be repeated (default: all)"),
-    ("--cert FILE", str, None, "certificate chain for TLS, PEM"),
-    ("--key FILE", str, None, "its key, if that is not in the same file"),
+    ("--cert FILE", text, None, "certificate chain for TLS, PEM"),
+    ("--key FILE", text, None, "its key, if that is not in the same file"),
     ("--history FRAMES", whole_number, 1024, "events kept for clients that come back, 64 at least; "
      "0: no ids, the wire of the original (default %(default)g)"),
     ("--heartbeat SECONDS", seconds, 15.0,
@@ -99,24 +111,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     A bad one ends the process with one line on standard error and status 2.
     """
     parser = Parser(prog=PROGRAM, description="A small Server-Sent Events server.")
-    for flag, kind, default, text in FLAGS:
+    for flag, kind, default, about in FLAGS:
         name, _, metavar = flag.partition(" ")
         if not metavar:
-            parser.add_argument(name, action="store_true", help=text)
+            parser.add_argument(name, action="store_true", help=about)
         elif kind is list:
             plural = name[2:].replace("-", "_") + "s"       # as SSEServer calls it
-            parser.add_argument(name, action="append", default=[], dest=plural, metavar=metavar,
-                                help=text)
+            parser.add_argument(name, action="append", type=text, default=[], dest=plural,
+                                metavar=metavar, help=about)
         else:
-            parser.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
+            parser.add_argument(name, type=kind, default=default, metavar=metavar, help=about)
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
     loudness.add_argument("--quiet", action="store_true", help="log warnings only")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    options = parser.parse_args(arguments)
-    options.tokens += os.environ.get("SSE_TOKEN", "").split()
-    options.publish_tokens += os.environ.get("SSE_PUBLISH_TOKEN", "").split()
-    options.jwt_key = options.jwt_key or os.environ.get("SSE_JWT_KEY")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # Only the name: what follows can be a token
+        name = unknown[0].partition("=")[0]
+        known = [each.partition(" ")[0] for each, *_ in FLAGS]
+        near = get_close_matches(name, [*known, "--verbose", "--quiet", "--version"], 1)
+        parser.error("".join([f"unrecognized argument {name}",
+                              *(f": was {each} meant?" for each in near)]))
+    _add_environment(options, parser)
     try:
         options.tokens += chain(*map(_tokens_in, options.token_files))
         options.publish_tokens += chain(*map(_tokens_in, options.publish_token_files))
@@ -127,7 +144,45 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} needs --{needed}".replace("_", "-"))
     if options.stdin and sys.stdin is None:
         parser.error("--stdin needs a standard input")
+    if options.interval is None:
+        # Ticks would push real events out of the log and fill the file
+        comes_from_elsewhere = (options.stdin or options.redis or options.history_file
+                                or options.publish_tokens or options.jwt_key)
+        options.interval = 0.0 if comes_from_elsewhere else TICK
     return options
+
+
+def _add_environment(options: argparse.Namespace, parser: Parser) -> None:
+    """Add what comes from the environment; `options.variables` are those that were used.
+
+    One that is empty is refused: whoever set it wanted a server that is closed.
+    """
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    for name, value in found.items():
+        if not value.strip():
+            parser.error(f"{name} is set, and empty: give it a value, or unset it")
+    if options.jwt_key:
+        found.pop("SSE_JWT_KEY", None)
+    options.tokens += found.get("SSE_TOKEN", "").split()
+    options.publish_tokens += found.get("SSE_PUBLISH_TOKEN", "").split()
+    options.jwt_key = options.jwt_key or found.get("SSE_JWT_KEY")
+    options.variables = frozenset(found)
+
+
+def who_has(options: argparse.Namespace, kind: str) -> str:
+    """Name the holders of a `token` or `publish token`, and the variables that say which these are.
+
+    A variable can be left over from another day. Empty: there is no such token.
+    """
+    variable = {"token": "SSE_TOKEN", "publish token": "SSE_PUBLISH_TOKEN"}[kind]
+    holders = []
+    if options.tokens if kind == "token" else options.publish_tokens:
+        holders.append(f"a {kind}" + f" (from {variable})" * (variable in options.variables))
+    if options.jwt_key:
+        grants = "" if kind == "token" else " that grants it"
+        key = ", key from SSE_JWT_KEY" * ("SSE_JWT_KEY" in options.variables)
+        holders.append(f"a signed token{grants}{key}")
+    return f"anybody with {' or '.join(holders)}" if holders else ""
 
 
 def _tokens_in(path: str) -> list[str]:

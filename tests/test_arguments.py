@@ -21,7 +21,12 @@ from sse_server import SSEServer
     ({"stream": "x"}, "redis, which is missing"), ({"sync": True}, "history_file, which is"),
     ({"redis": "redis://x", "history_file": "x"}, "one shared log"),
     ({"jwt_key": "short"}, "32 bytes"), ({"heartbeat": -1}, "heartbeat"),
-    ({"allowed_hosts": ["a/b"]}, "example.org, .* in place of 'a/b'")])
+    ({"allowed_hosts": ["a/b"]}, "example.org, .* in place of 'a/b'"),
+    ({"jwt_key": ""}, "jwt_key is empty: was a variable not set"), ({"cert": ""}, "cert is empty"),
+    ({"key": ""}, "key is empty"), ({"redis": ""}, "redis is empty"),
+    ({"stream": ""}, "stream is empty"), ({"history_file": ""}, "history_file is empty"),
+    ({"origins": [""]}, "the origin ''"), ({"allowed_hosts": [""]}, "in place of ''"),
+    ({"publish_tokens": [""]}, "publish_tokens: one is empty")])
 def test_an_option_that_cannot_be_meant_is_refused_with_a_sentence(options, said):
     with pytest.raises((ValueError, TypeError), match=said):
         SSEServer(**{"port": 0, **options})

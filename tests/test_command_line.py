@@ -34,11 +34,12 @@ def test_stops_within_a_second_with_status_0_and_the_end_chunk(by):
         assert server.close() == ""
 
 
-def test_says_where_it_listens_before_it_serves():
-    with serving() as server:
-        lines = server.output.decode().splitlines()
-        assert lines == ["Press enter to terminate", f"Listening on http://127.0.0.1:{server.port}"]
+def test_says_once_where_it_listens_and_nothing_of_enter_where_no_terminal_is():
+    with serving("--verbose", stdin=subprocess.PIPE) as server:
         server.stop()
+        shown = server.output + server.process.stdout.read()
+        assert shown.startswith(b"Listening on http://127.0.0.1:%d\n" % server.port)
+        assert b"enter" not in shown and "istening" not in server.close()
 
 
 def test_end_of_standard_input_does_not_stop_it():
@@ -52,7 +53,7 @@ def test_end_of_standard_input_does_not_stop_it():
 def test_runs_without_any_standard_input():
     command = f'exec "{sys.executable}" "{TOP}/sse_server.py" --port 0 <&-'
     with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() and process.stdout.readline()
+        assert process.stdout.readline()
         process.terminate()
         assert process.wait(PATIENCE) == 0
 
@@ -63,7 +64,6 @@ def test_runs_on_with_a_standard_input_that_cannot_be_read():
                "--interval 0.02 0>/dev/null")
     with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
-        assert process.stdout.readline()
         port = int(re.search(rb":([0-9]+)\n", process.stdout.readline())[1])
         with Client(port) as client:
             client.read_events(1)
@@ -112,9 +112,12 @@ def test_requests_iterates_and_ends_without_an_exception():
     (["--port", "-1"], "'-1' is not a port"),
     (["--interval", "-1"], "'-1' is not a number of seconds from 0 on"),
     (["--interval", "nan"], "'nan' is not a number of seconds from 0 on"),
-    (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--port", "0", "--origin", "https://a.test/"], "write https://a.test\n"),
     (["--port", "0", "--allowed-host", "a.test:80"], "write a.test in place of 'a.test:80'\n"),
+    (["--nonsense"], "unrecognized argument --nonsense (--help shows the options)"),
+    (["--prot", "6500"], "unrecognized argument --prot: was --port meant?"),
+    (["--jwt-kay=SECRET"], "unrecognized argument --jwt-kay: was --jwt-key meant?"),
+    (["6500"], "unrecognized argument 6500"),
     (["--host", "256.0.0.1", "--port", "0"], "cannot listen on 256.0.0.1 port 0"),
     (["--host", "192.0.2.1", "--port", "0"], "cannot listen on 192.0.2.1 port 0"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -139,7 +142,7 @@ def test_works_from_any_folder_with_nothing_installed(tmp_path):
     command = [sys.executable, "-E", "-s", "-S", str(TOP / "sse_server.py"), "--port", "0"]
     process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with process:
-        assert process.stdout.readline() and process.stdout.readline()
+        assert process.stdout.readline()
         process.terminate()
         process.communicate(timeout=PATIENCE)
         assert process.returncode == 0
@@ -168,7 +171,7 @@ def test_a_port_can_be_used_again_at_once():
         command = [sys.executable, TOP / "sse_server.py", "--port", str(server.port)]
         again = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with again:
-            assert again.stdout.readline() and again.stdout.readline()
+            assert again.stdout.readline()
             again.terminate()
             again.communicate(timeout=PATIENCE)
             assert again.returncode == 0
@@ -181,12 +184,11 @@ def test_verbose_says_who_left_and_no_more():
         connect(server.port).close()
         server.stop()
         assert all(re.search(" connected$| dropped: | left ", line) for line in server.peer_lines())
-        assert server.close().startswith("listening on http://127.0.0.1:")
         assert re.search(r"stopped; clients: \d+\n$", server.close())
 
 
 def test_without_a_flag_only_the_edges_are_logged_and_quiet_logs_nothing():
-    for flag, expected in (("--loud", ["listening", "stopped;"]), ("--quiet", [])):
+    for flag, expected in (("--loud", ["stopped;"]), ("--quiet", [])):
         with serving(flag, *FAST) as server:
             with Client(server.port) as client:
                 client.read_events(1)
@@ -247,6 +249,79 @@ def test_the_command_begins_where_the_library_does(monkeypatch, capsys):
         assert said and said[1] == re.sub(r"\.0$", "", str(defaults[name])), flag
 
 
+EMPTY = ["--host", "--redis", "--stream", "--history-file", "--token", "--publish-token",
+         "--jwt-key", "--token-file", "--publish-token-file", "--allowed-host", "--origin",
+         "--cert", "--key"]
+
+
+@pytest.mark.parametrize("flag", EMPTY)
+def test_an_empty_option_as_an_unset_variable_gives_it_is_refused(capsys, flag):
+    """`--jwt-key "$UNSET"` began a server that was open to everybody, without a word."""
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments([flag, ""])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert f"argument {flag}: it is empty: was a variable not set?" in error
+
+
+@pytest.mark.parametrize("variable", ["SSE_TOKEN", "SSE_PUBLISH_TOKEN", "SSE_JWT_KEY"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_a_variable_that_is_set_and_empty_is_refused(monkeypatch, capsys, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments([])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{variable} is set, and empty" in error
+
+
+@pytest.mark.parametrize("arguments, interval", [
+    ([], 1.0), (["--token", "x"], 1.0), (["--interval", "0"], 0.0), (["--stdin"], 0.0),
+    (["--history-file", "x"], 0.0), (["--publish-token", "x"], 0.0), (["--redis", "x"], 0.0),
+    (["--jwt-key", "x"], 0.0), (["--history-file", "x", "--interval", "2"], 2.0),
+    (["--redis", "x", "--interval", "2"], 2.0)])
+def test_the_clock_runs_only_where_nothing_else_brings_events_or_where_it_is_asked_for(
+        arguments, interval):
+    """Its ticks filled the file, and pushed real events out after 2.8 hours."""
+    assert parse_arguments(arguments).interval == interval
+
+
+def test_beside_a_publish_token_there_is_no_clock_and_beside_an_interval_there_is():
+    with serving("--publish-token", PUBLISH_TOKEN, "--interval", "0.02") as server, \
+            Client(server.port) as client:
+        client.read_events(2)
+        assert server.stop() == 0
+    with serving("--publish-token", PUBLISH_TOKEN, before=HASTY) as server, \
+            Client(server.port) as client:
+        client.open()
+        time.sleep(0.2)         # the time of ten ticks: that none comes is what is tested
+        post(server.port, body=b"real")
+        assert [event.data for event in client.read_events(1)] == ["real"]
+        assert server.stop() == 0
+
+
+# A clock that no flag asks for ticks so fast that a test need not wait for it
+HASTY = "from sse_core import command_line; command_line.TICK = 0.02"
+
+
+def test_what_comes_from_the_environment_is_named():
+    """It can be left over from another day."""
+    pytest.importorskip("jwt", reason="signed tokens need the package PyJWT")
+    key = "a-secret-of-this-test-that-is-long"
+    shown = []
+    for flags, env in (((), {"SSE_TOKEN": "x", "SSE_PUBLISH_TOKEN": "y", "SSE_JWT_KEY": key}),
+                       (("--jwt-key", key), {"SSE_JWT_KEY": key}), (("--token", "x"), {})):
+        with serving("--loud", *flags, env=env) as server:
+            server.stop()
+            shown.append(server.process.stdout.read().decode().splitlines()[-1])
+    assert shown == [
+        "May watch: anybody with a token (from SSE_TOKEN) or a signed token, key from SSE_JWT_KEY. "
+        "May publish: anybody with a publish token (from SSE_PUBLISH_TOKEN) or a signed token that "
+        "grants it, key from SSE_JWT_KEY",
+        "May watch: anybody with a signed token. "
+        "May publish: anybody with a signed token that grants it",
+        "May watch: anybody with a token. May publish: nobody"]
+
+
 def test_tokens_come_from_files_too(tmp_path):
     watch, publish, empty = (tmp_path / name for name in ("watch", "publish", "empty"))
     watch.write_text("\ufeffone\n# a comment\n\n  two \n  # three\n", "utf-8")
@@ -292,8 +367,8 @@ def test_quiet_says_only_what_the_original_does_and_else_where_to_look():
             server.stop(signal.SIGTERM)
             rest = server.process.stdout.read()
             shown[loudness] = (server.output + rest).decode().splitlines()
-    assert len(shown["--quiet"]) == 2
-    assert [line.partition(":")[0] for line in shown["--verbose"][2:]] == ["Watch", "May watch"]
+    assert len(shown["--quiet"]) == 1
+    assert [line.partition(":")[0] for line in shown["--verbose"][1:]] == ["Watch", "May watch"]
 
 
 @contextmanager

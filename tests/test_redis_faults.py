@@ -652,7 +652,6 @@ def test_a_fault_in_the_follower_ends_the_process(store):
     process = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        process.stdout.readline()
         port = int(process.stdout.readline().rpartition(":")[2])
         with Client(port) as client:
             client.open()

@@ -89,7 +89,7 @@ def test_the_cookie_lets_a_page_watch_and_never_publish(server):
 
 
 def test_the_key_may_come_from_the_environment_and_a_short_one_is_one_line():
-    with serving(env={"SSE_JWT_KEY": SECRET}) as server:
+    with serving("--interval", "0.05", env={"SSE_JWT_KEY": SECRET}) as server:
         assert ask(server.port, get("/")).startswith(b"HTTP/1.1 401 ")
         with Client(server.port, get(f"/{token(subscribe=['*'])}")) as client:
             client.read_events(1)

@@ -30,7 +30,8 @@ BAD = [
     ('{"data": "x", "channel": ""}', "the channel has no name"),
     ('{"data": "x", "event": "a\\nb"}', "CR, LF, NUL"), ('{"data": "\\ud800"}', "surrogate"),
     ('{"data": "x", "event": "gap"}', "server's own"), ('{"data": NaN}', "JSON"),
-    ('{"data": 01}', "Expecting"), ('{"data": [-Infinity]}', "JSON"), ("[" * 100_000, "nested too deeply"),
+    ('{"data": 01}', "Expecting"), ('{"data": [-Infinity]}', "JSON"),
+    ("[" * 100_000, "nested too deeply"),
     ('{"data": "%s"}' % ("x" * (frames.MAX_EVENT + 1)), "longer than"),
 ]
 
