@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sse_core import frames
-from sse_core.broadcast import LOOK, PACE, Broadcast
+from sse_core.broadcast import LOOK, Broadcast
 from sse_core.clients import AT_ONCE, Client, Subscription
 from sse_core.groups import Group, Groups
 from sse_core.log import Batch, Bytes, Frame
@@ -247,10 +247,9 @@ class Publisher:
             self._drop(client, RESET)
             return -1
         if sent:
-            now = client.sent_at = self._clock()
-            if client.awaited_until > now:
-                until = client.awaited_until + sent / PACE
-                client.awaited_until = min(until, now + self._clients.credit)
+            client.sent_at = self._clock()
+            if client in self._clients.lagging:
+                self._clients.took(client, sent, client.sent_at)
             self.counters.bytes += sent
         return sent
 
@@ -306,7 +305,7 @@ class Publisher:
         client.sock.close()
         self.counters.drops[reason] += 1
         self._ahead.pop(client, None)
-        self._clients.remove(client)
+        self._clients.remove(client, self._clock())
         self._groups.leave(client)
         level = logging.WARNING if reason in (STALLED, UNWATCHED) else logging.DEBUG
         logger.log(level, "%s dropped: %s", client.peer, reason)

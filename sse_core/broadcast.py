@@ -22,10 +22,6 @@ from sse_core.log import Batch, Frame, Log
 
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
 LOOK = 0.1              # seconds between two looks of one who waits: a pace changes by time alone
-PACE = 16 << 10         # bytes a second; a client that takes less is not waited for
-LUMP = 128 << 10        # bytes more that it may owe: a kernel says what its reader took in lumps as
-                        # large as its buffer. With the defaults of Linux, one that read 17 kB a
-                        # second was silent for 8 s, and then for 5.6 s each time
 WAITERS_SHARE = 0.75    # of the log, for those who wait for clients; the rest is for who does not
 BATCHES_KEPT = 64       # clients that lag and are at the same place share them
 ID_LENGTH = 64          # bytes that an id adds to a frame, at most
@@ -60,7 +56,7 @@ class Broadcast:
         self._mutex = threading.RLock()
         self._moved = threading.Condition(self._mutex)  # clients have, or the log, or it is the end
         self._log = Log(history, (int(wall() * 1000), 0))
-        self.clients = Clients(self._mutex, patience and patience + LUMP / PACE)
+        self.clients = Clients(self._mutex, patience)
         self.fanned_out = 0                     # number of the frame that the fan-out begins with
         self.newest = self._log.last_id         # the newest id before that
         self._woken = False                     # the publisher looks for work without a wake-up
@@ -128,13 +124,16 @@ class Broadcast:
         began = self.clock()
         with self._mutex:
             # First for what is in the shared log and has not come back from it
-            until = began + max(1.0, self.clients.credit)
+            until = began + max(1.0, self.clients.pace.longest)
             while self._log.complete_at < began and self.clock() < until and not self.stopping:
                 self._moved.wait(LOOK)
             end = self._log.next
             while not self.stopping and (
                     self.fanned_out < end or not self.clients.have(end, self.clock())):
+                if self.fanned_out >= end:      # else it waits for the publisher
+                    self.clients.pace.hold(self.clock())
                 self._moved.wait(LOOK)
+            self.clients.pace.release(self.clock())
 
     @contextmanager
     def not_waiting(self) -> Iterator[None]:
@@ -240,9 +239,13 @@ class Broadcast:
                 self._floor = self.clients.floor(self.fanned_out, self.clock())
             if log.first >= self._floor if wait else (
                     (log.next - self.fanned_out) * 4 > (log.next - log.first) * 3):
+                if wait and self._floor < self.fanned_out:      # else it waits for the publisher
+                    self.clients.pace.hold(self.clock())
                 self._wait()
             else:
                 log.evict()
+        if wait:
+            self.clients.pace.release(self.clock())
 
     def _begin_stream(self, client: Client) -> None:
         """Put a client behind the id it brought, or tell it the newest one if it has none."""

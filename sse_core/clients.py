@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from sse_core import frames
 from sse_core.frames import Id
 from sse_core.log import Batch, Bytes, Frame, Log
+from sse_core.pace import Pace
 
 AT_ONCE = 256           # clients greeted, and others served, before there is a look for new events
 LISTED = 1000           # clients that are described one by one, at most
@@ -48,7 +49,7 @@ class Opening(NamedTuple):
 class Client:
     """One connected socket and its cursor."""
     __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
-                 "last_id", "begin_at", "ends_at", "ahead", "sent_at", "awaited_until", "group")
+                 "last_id", "begin_at", "ends_at", "ahead", "sent_at", "group")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
@@ -64,7 +65,6 @@ class Client:
         self.ends_at = opening.ends_at
         self.ahead = False                  # this server has not come to that id yet
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
-        self.awaited_until = -math.inf      # while it lags, by a patient source; else see Clients
         self.group: Any = None              # the publisher's
 
     def begin(self, batch: Batch, sent: int) -> int:
@@ -95,9 +95,9 @@ class Client:
 class Clients:
     """All registered clients: in a list, and apart those that join and those that lag."""
 
-    def __init__(self, mutex: threading.RLock, credit: float) -> None:
+    def __init__(self, mutex: threading.RLock, patience: float) -> None:
         self._mutex = mutex                     # guards all in here
-        self.credit = credit                    # seconds: the most that a client is waited for
+        self.pace = Pace(patience)
         self._all: dict[Client, None] = {}      # ordered set
         self.joining: list[Client] = []         # not yet seen by the publisher
         self.lagging: dict[Client, None] = {}   # ordered: served longest ago first
@@ -120,7 +120,7 @@ class Clients:
 
     def _awaited(self, now: float) -> Iterator[Client]:
         """Yield the clients that are not current and keep the pace."""
-        lagging = (client for client in self.lagging if client.awaited_until > now)
+        lagging = (client for client in self.lagging if self.pace.waits_for(client, now))
         return (client for client in chain(lagging, self.joining) if not client.ahead)
 
     def floor(self, fanned_out: int, now: float) -> int:
@@ -155,25 +155,29 @@ class Clients:
     def set_lagging(self, client: Client, now: float) -> None:
         """Sort a client among those that read on from their own cursor."""
         with self._mutex:
-            client.awaited_until = now + min(self.credit, now - client.awaited_until)
+            self.pace.fall_behind(client, now)
             self.lagging[client] = None
             client.group.current.pop(client, None)
 
-    def caught_up(self, client: Client, now: float) -> None:
-        """Sort a client that is due nothing: it is current, unless it is ahead.
-
-        From now on the credit it has left grows by a second each second: one that falls behind
-        again at once is not waited for anew.
-        """
+    def took(self, client: Client, size: int, now: float) -> None:
+        """Say how many bytes a client that lags has taken."""
         with self._mutex:
-            if client in self.lagging:
-                del self.lagging[client]
-                client.awaited_until = now - max(0.0, client.awaited_until - now)
+            self.pace.take(client, size, now)
+
+    def caught_up(self, client: Client, now: float) -> None:
+        """Sort a client that is due nothing: it is current, unless it is ahead."""
+        with self._mutex:
+            self._forget_lag(client, now)
             if not client.ahead:
                 client.group.current[client] = None
 
-    def remove(self, client: Client) -> None:
+    def remove(self, client: Client, now: float) -> None:
         """Forget a client."""
         with self._mutex:
-            self.lagging.pop(client, None)
+            self._forget_lag(client, now)
             del self._all[client]
+
+    def _forget_lag(self, client: Client, now: float) -> None:
+        if client in self.lagging:
+            del self.lagging[client]
+            self.pace.forget(client, now)

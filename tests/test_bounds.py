@@ -4,13 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import sse_server
-from helpers import GET, PATIENCE, TOP, Client, ask, connect, wait_until
+from helpers import GET, PATIENCE, TOP, Client, ask, connect, serving, wait_until
 from sse_core import frames, http1
 from sse_server import SSEServer
 

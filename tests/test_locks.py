@@ -93,7 +93,8 @@ BROADCAST = {
     "greeted": lambda broadcast, _: broadcast.clients.greeted(1),
     "set_lagging": lambda broadcast, client: broadcast.clients.set_lagging(client, 1000.0),
     "caught_up": lambda broadcast, client: broadcast.clients.caught_up(client, 1000.0),
-    "remove": lambda broadcast, client: broadcast.clients.remove(client)}
+    "took": lambda broadcast, client: broadcast.clients.took(client, 1, 1000.0),
+    "remove": lambda broadcast, client: broadcast.clients.remove(client, 1000.0)}
 SHARED = {
     "preload": lambda shared: shared.preload([]),
     "complete": lambda shared: shared.complete(1.0),
@@ -109,6 +110,7 @@ def test_nobody_is_in_the_broadcast_while_another_is(sock, first, second):
     broadcast.register(sock, OPENING)
     client, = broadcast.take()[0]
     client.rest, client.group = b"", SimpleNamespace(current={})
+    broadcast.clients.pace.fall_behind(client, 1000.0)
     if (first, second) == ("publish", "drain"):
         broadcast.fanned_out = 1        # nobody does it here
         client.cursor = 1

@@ -852,6 +852,19 @@ def test_a_trickling_reader_holds_up_a_pipe_once(bench):
     assert reader.data() == texts and trickling.data() == []
 
 
+@pytest.mark.parametrize("size", [50_000, 700])      # the pipe waits for room; or drains at its end
+def test_deaf_clients_one_after_the_other_hold_up_a_pipe_once(bench, size):
+    b = bench(history=64)
+    began = b.now
+    texts = [f"{number} ".ljust(size, "x") for number in range(100)]
+
+    def come_anew():
+        if (b.now - began) % 10 == 0:
+            b.peer(narrow=True, last_id="0-0")
+            b.turn()
+    assert piped(b, texts, come_anew, step=1.0) < 13 + 3 + 1
+
+
 def test_a_reader_that_is_current_now_and_then_is_not_waited_for_anew_each_time(bench):
     """A small log of short lines fits into a kernel's buffer: it catches up, falls behind again."""
     b = bench(history=64)

@@ -170,7 +170,7 @@ def memory(process: subprocess.Popen) -> int:
 
 
 # So that a client that does not read is given up after 2 s, and not after 9
-SHORT_PAUSE = "from sse_core import broadcast; broadcast.LUMP = broadcast.PACE"
+SHORT_PAUSE = "from sse_core import pace; pace.LUMP = pace.RATE"
 
 
 def flood(number: int, readers: int, slow: bool) -> None:

@@ -1,0 +1,156 @@
+"""How long a slow client is waited for: a table of cases; what all clients together can cost."""
+import random
+
+import pytest
+
+from sse_core.pace import LUMP, RATE, Pace
+
+LONGEST = 5.0 + LUMP / RATE     # seconds, with a patience of 5
+
+
+def after(events, patience: float = 5.0) -> Pace:
+    """Return a pace after events of one client: (seconds, what it does, bytes)."""
+    pace = Pace(patience)
+    for now, what, *size in events:
+        getattr(pace, what)("client", *size, now)
+    return pace
+
+
+# One client
+
+BEHIND = (0.0, "fall_behind")
+CASES = {
+    "one that has just fallen behind": ([BEHIND], 0.0, True),
+    "one that takes nothing, before its longest pause is over": ([BEHIND], LONGEST - 0.1, True),
+    "one that takes nothing, after that": ([BEHIND], LONGEST, False),
+    "what it takes pays for the pause before":
+        ([BEHIND, (8.0, "take", 8 * RATE)], 8.0 + LONGEST - 0.1, True),
+    "but for that pause only: nothing is paid in advance":
+        ([BEHIND, (8.0, "take", 1000 * RATE)], 8.0 + LONGEST, False),
+    "a part of it pays for a part":
+        ([BEHIND, (8.0, "take", 3 * RATE)], 3.0 + LONGEST, False),
+    "one that takes a byte a second":
+        ([BEHIND, *((float(second), "take", 1) for second in range(1, 14))], 13.1, False),
+    "one that takes the least pace, each second, for an hour":
+        ([BEHIND, *((float(second), "take", RATE) for second in range(1, 3600))], 3600.0, True),
+    "one that takes half of the least pace, for half a minute":
+        ([BEHIND, *((float(second), "take", RATE // 2) for second in range(1, 28))], 28.0, False),
+    "one that was given up and has paid what it owed":
+        ([BEHIND, (60.0, "take", 60 * RATE)], 60.1, True),
+    "one that was given up and has paid half of it":
+        ([BEHIND, (60.0, "take", 30 * RATE)], 60.1, False),
+    "one that caught up and falls behind again owes nothing":
+        ([BEHIND, (40.0, "fall_behind")], 40.1, True),
+}
+
+
+@pytest.mark.parametrize("events, now, is_waited_for", CASES.values(), ids=CASES.keys())
+def test_a_client_is_waited_for_while_it_keeps_the_least_pace(events, now, is_waited_for):
+    assert after(events).waits_for("client", now) is is_waited_for
+
+
+def test_without_patience_nobody_is_waited_for():
+    assert not after([BEHIND], patience=0.0).waits_for("client", 0.0)
+
+
+def test_fuzz_a_reader_whose_kernel_reports_it_in_lumps_is_waited_for_at_every_moment(request):
+    """Whatever the lumps: it is never further behind the least pace than one of them."""
+    seed = random.randrange(1 << 32)
+    draw = random.Random(seed)
+    for _ in range(200 * request.config.getoption("fuzz")):
+        pace, now, behind = after([BEHIND]), 0.0, 0.0
+        for _ in range(100):
+            pause = draw.uniform(0.0, LUMP / RATE + 4.9 - behind)
+            now, behind = now + pause, behind + pause
+            assert pace.waits_for("client", now), f"seed {seed}: after {now} s"
+            lump = draw.uniform(0.0, 1.5) * behind
+            pace.take("client", int(lump * RATE) + 1, now)
+            behind = max(0.0, behind - lump)
+
+
+# All clients together
+
+def held(pace: Pace, client: str, began: float) -> float:
+    """Have a client fall behind and take nothing. Return how many seconds a source waits for it."""
+    now = began
+    pace.fall_behind(client, now)
+    while pace.waits_for(client, now):
+        pace.hold(now)
+        now += 0.1
+    pace.forget(client, now)
+    return now - began
+
+
+def test_after_one_that_took_nothing_the_next_is_waited_for_a_tenth_of_the_time():
+    pace = Pace(5.0)
+    assert held(pace, "first", 0.0) == pytest.approx(LONGEST, abs=0.2)
+    assert held(pace, "second", LONGEST) == pytest.approx(0.1 * LONGEST, abs=0.3)
+
+
+def test_the_shared_credit_comes_back_in_the_course_of_two_minutes():
+    pace = Pace(5.0)
+    held(pace, "first", 0.0)
+    assert held(pace, "second", 2 * 60.0) == pytest.approx(LONGEST, abs=0.2)
+
+
+def test_peers_that_connect_anew_and_take_nothing_cost_an_eighth_of_the_time():
+    pace, now, lost = Pace(5.0), 0.0, 0.0
+    while now < 600.0:
+        lost_now = held(pace, f"at {now}", now)
+        lost, now = lost + lost_now, now + max(10.0, lost_now)
+    assert lost < 1.2 * LONGEST + 600.0 / 8
+
+
+def test_a_pause_that_is_made_good_costs_no_credit():
+    pace = after([BEHIND])
+    for second in range(8, 800, 8):
+        pace.hold(second - 8.0)
+        pace.take("client", LUMP, float(second))
+    assert held(pace, "another", 800.0) == pytest.approx(LONGEST, abs=0.2)
+
+
+def test_a_pause_that_held_up_nobody_costs_no_credit():
+    pace = after([BEHIND])
+    pace.forget("client", 59.0)
+    assert held(pace, "another", 60.0) == pytest.approx(LONGEST, abs=0.2)
+
+
+def test_those_that_take_nothing_one_after_the_other_share_one_pause():
+    """As clients do that resume at the oldest frame: it is the same one that is held for each."""
+    pace = Pace(5.0)
+    clients = []
+    for second in range(60):
+        if second % 10 == 0:
+            clients.append(second)
+            pace.fall_behind(second, float(second))
+        if not any(pace.waits_for(client, float(second)) for client in clients):
+            break
+        pace.hold(float(second))
+    assert LONGEST < second < 1.2 * LONGEST
+
+
+def test_a_pause_that_is_partly_made_good_costs_the_rest():
+    pace = after([BEHIND])
+    pace.hold(0.0)
+    pace.take("client", 4 * RATE, 10.0)
+    pace.forget("client", 10.0)
+    assert held(pace, "another", 10.0) == pytest.approx(LONGEST - 5.0 + 0.9, abs=0.2)
+
+
+def test_the_time_after_a_client_has_moved_is_not_lost():
+    """The source wakes up a moment later: of a fast pipe, these moments are a good part."""
+    pace = after([BEHIND])
+    pace.hold(0.0)
+    pace.take("client", RATE, 1.0)
+    pace.release(10.0)
+    pace.forget("client", 10.0)
+    assert held(pace, "another", 10.0) == pytest.approx(LONGEST, abs=0.2)
+
+
+def test_a_slow_reader_that_is_steady_is_waited_for_though_others_have_used_up_the_credit():
+    pace, now = after([BEHIND, (8.0, "take", LUMP)]), 8.0
+    for number in range(5):
+        now += held(pace, f"deaf {number}", now)
+        pace.take("client", LUMP * 2, now)
+    pace.fall_behind("new", now)
+    assert pace.waits_for("client", now + 5.6) and not pace.waits_for("new", now + 5.6)
