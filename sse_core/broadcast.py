@@ -19,6 +19,7 @@ from sse_core import frames
 from sse_core.clients import AT_ONCE, Client, Clients, Opening, Subscription
 from sse_core.frames import Draft, Id
 from sse_core.log import Batch, Frame, Log
+from sse_core.wakeup import WakeUp
 
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
 LOOK = 0.1              # seconds between two looks of one who waits: a pace changes by time alone
@@ -75,7 +76,9 @@ class Broadcast:
         self._max_clients = max_clients
         self.clock = clock
         self.wall = wall
-        self.wake: Callable[[], None] = lambda: None    # makes the publisher look; set by it
+        # Makes the publisher look, which waits in it.
+        self.wakeup = WakeUp()
+
         # The threads that are in `not_waiting`. Each adds and removes itself.
         self._not_waiting: set[int] = set()
 
@@ -113,7 +116,7 @@ class Broadcast:
             self._published += 1
             wake, self._woken = not self._woken, True
         if wake:
-            self.wake()
+            self.wakeup.wake()
         return frames.format_id(new)
 
     def drain(self) -> None:
@@ -168,7 +171,7 @@ class Broadcast:
             self.clients.add(client)
             wake, self._woken = not self._woken, True
         if wake:
-            self.wake()
+            self.wakeup.wake()
         return True
 
     def figures(self) -> dict[str, Any]:
@@ -214,7 +217,7 @@ class Broadcast:
         with self._mutex:
             if self._stop_by is None:
                 self._stop_by = self.clock() + seconds
-        self.wake()
+        self.wakeup.wake()
 
     def _line_ends(self, payload: bytes) -> bytes:
         return payload if self._ids else frames.with_original_line_ends(payload)

@@ -152,7 +152,7 @@ class Connections:
         self._held = 0
 
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wakeup, READABLE)
+        self._selector.register(self._wakeup.open(), READABLE)
 
     # Called by the accept loop
 

@@ -251,4 +251,4 @@ class Shared(Broadcast):
         with self._mutex:
             self._make_room(len(payload))
             self._log.append(payload, None, None, self.clock())
-        self.wake()
+        self.wakeup.wake()

@@ -684,7 +684,7 @@ def threads(seed: int) -> None:
 def close(bench: Bench) -> None:
     bench.broadcast.stop()
     bench.now += 10         # nobody is waited for
-    bench.publisher._wake()
+    bench.broadcast.wakeup.wake()
     bench.stop()
     for peer in bench.peers:
         peer.sock.close()

@@ -445,7 +445,7 @@ def test_what_is_loaded_and_a_gap_leave_the_log_in_its_bounds(path):
         shared.preload(events)
         assert (shared._log.first, shared._log.next) == (-64, 0)
         woken = []
-        shared.wake = lambda: woken.append(True)
+        shared.wakeup.wake = lambda: woken.append(True)
         shared.tell_gap((99, 0), None)      # and clients are sent it at once
         assert (shared._log.first, shared._log.next) == (-63, 1) and woken
 

@@ -144,7 +144,7 @@ def test_many_that_publish_and_register_are_all_counted(sock):
 def test_who_takes_all_clients_does_not_while_another_goes_through_them():
     door = Door(lambda: broadcast.describe_clients())
     broadcast = Broadcast(**KEPT, clock=door)
-    broadcast.wake = door.enter         # after the stop, which would have waited for it
+    broadcast.wakeup.wake = door.enter         # after the stop, which would have waited for it
     assert waits(door, broadcast.close, enter=False)
 
 

@@ -644,7 +644,7 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
     stopper.start()
     wait_until(lambda: b.broadcast.stopping and b.broadcast.fanned_out == 100)
     b.now += 2      # the deaf one keeps it waiting until its second is over
-    b.publisher._wake()
+    b.broadcast.wakeup.wake()
     stopper.join(5)
     assert not stopper.is_alive()
     assert chunked.data() == plain.data() == [str(number) for number in range(100)]
@@ -1322,7 +1322,7 @@ def test_the_pipe_is_closed_when_nobody_writes_to_it_any_more():
 
     def wake():
         sys.setprofile(stop_before_the_system_call)
-        broadcast.wake()
+        broadcast.wakeup.wake()
     arrived, closed = threading.Event(), threading.Event()
     gc.collect()        # what earlier tests have left is not closed meanwhile
     before = os.listdir("/dev/fd")
