@@ -188,6 +188,7 @@ class SSEServer(_Listener):
     history_file    the same with an SQLite file, which servers on one machine share; what is
                     published is there after a restart. sync: after a power failure, too
     reuse_port      other servers may listen on the same port: the system shares out the clients
+    on_fault        called when a fault has ended the server, in the thread that met it
 
     Raises ValueError for an option that cannot be; OSError if it cannot listen.
 
@@ -207,7 +208,8 @@ class SSEServer(_Listener):
                  cert: str | None = None, key: str | None = None,
                  redis: str | None = None, stream: str | None = None,
                  history_file: str | None = None, sync: bool = False,
-                 reuse_port: bool = False) -> None:
+                 reuse_port: bool = False,
+                 on_fault: Callable[[], object] | None = None) -> None:
         """Begin to listen. The options stand above."""
         host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         texts = {"jwt_key": jwt_key, "cert": cert, "key": key, "redis": redis, "stream": stream,
@@ -229,7 +231,7 @@ class SSEServer(_Listener):
         self._stopped = False                   # or `stop` is at it
         self._ended = threading.Event()         # set when `stop` has done all it does
         self._scheme = "https" if cert else "http"
-        self.on_fault: Callable[[], object] = lambda: None
+        self._on_fault = on_fault
         access = Access(tokens, publish_tokens, authorize, origins, self._scheme, host=host,
                         allowed_hosts=allowed_hosts, jwt_key=jwt_key)
         context = tls_context(cert, key) if cert else None
@@ -272,7 +274,8 @@ class SSEServer(_Listener):
             finally:
                 if self._broadcast.fault:
                     self._ended.set()
-                    self.on_fault()
+                    if self._on_fault:
+                        self._on_fault()
         return threading.Thread(target=run, name=name, daemon=True)
 
     def start(self) -> SSEServer:
@@ -462,18 +465,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = command_line.parse_arguments(arguments)
     command_line.set_up_logging(options)
+    wakee, waker = command_line.catch_signals()
     try:
-        server = _make_server(options)
+        server = _make_server(options, on_fault=partial(waker.send, b"\0"))
     except ValueError as error:
         print(f"{command_line.PROGRAM}: {error}", file=sys.stderr)
         return 2
-    wakee, waker = command_line.catch_signals()
     if not options.stdin:
         command_line.ask_about_input()
     command_line.say(*_first_lines(server, options))
     stopping = threading.Event()
     source = server._thread("source", lambda: _run_source(server, options, stopping, waker))
-    server.on_fault = partial(waker.send, b"\0")
     has_status = command_line.has_terminal() and not options.quiet
     status = command_line.status_lines(server.figures) if has_status else None
     try:
@@ -490,11 +492,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _make_server(options: argparse.Namespace) -> SSEServer:
+def _make_server(options: argparse.Namespace, on_fault: Callable[[], object]) -> SSEServer:
     """Return the server that was asked for. Raises ValueError with a text for its user."""
     names = inspect.signature(SSEServer).parameters
     try:
-        return SSEServer(**{name: value for name, value in vars(options).items() if name in names})
+        return SSEServer(on_fault=on_fault, **{
+            name: value for name, value in vars(options).items() if name in names})
     except OSError as error:
         raise ValueError(f"cannot listen on {options.host} port {options.port}: "
                          f"{error.strerror}") from None

@@ -237,7 +237,7 @@ def test_the_command_begins_where_the_library_does(monkeypatch, capsys):
     defaults = {name: parameter.default
                 for name, parameter in inspect.signature(SSEServer).parameters.items()}
     both = defaults.keys() & options
-    assert both == defaults.keys() - {"authorize"}
+    assert both == defaults.keys() - {"authorize", "on_fault"}
     assert {name: options[name] or None for name in both} == {
         name: defaults[name] or None for name in both}
     with pytest.raises(SystemExit):
