@@ -464,12 +464,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Call it in the main thread.
     """
     options = command_line.parse_arguments(arguments)
-    command_line.set_up_logging(options)
+    writer = command_line.set_up_logging(options)
     wakee, waker = command_line.catch_signals()
     try:
         server = _make_server(options, on_fault=partial(waker.send, b"\0"))
     except ValueError as error:
-        print(f"{command_line.PROGRAM}: {error}", file=sys.stderr)
+        logger.error("%s: %s", command_line.PROGRAM, error)
         return 2
     if not options.stdin:
         command_line.ask_about_input()
@@ -481,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with server:
             source.start()
-            command_line.wait_for_stop(wakee, not options.stdin, status)
+            command_line.wait_for_stop(wakee, not options.stdin, status, writer)
             stopping.set()
     except Fault:       # it was logged when it happened
         return 1

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn, TextIO
 
 from sse_core import __version__
+from sse_core.log_writer import LogWriter
 
-CLEAR_LINE = "\r\x1b[K"     # of a terminal
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
 STATUS_EVERY = 1.0          # seconds between two status lines
 TICK = 1.0                  # seconds between two ticks of the clock, as in the original
@@ -208,12 +208,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
 
 
-def set_up_logging(options: argparse.Namespace) -> None:
-    """Log to standard error, as far as that takes it; on a terminal, over the status line."""
-    logging.raiseExceptions = False         # it may be full: that is not to be told there
-    logging.basicConfig(format=(CLEAR_LINE if has_terminal() else "") + "%(message)s")
+def set_up_logging(options: argparse.Namespace) -> LogWriter | None:
+    """Log to standard error, as far as that takes it. Returns what writes it; None if it is closed.
+    """
+    writer = LogWriter(sys.stderr) if sys.stderr else None
+    logging.basicConfig(format="%(message)s", handlers=[writer or logging.NullHandler()])
     quiet = logging.WARNING if options.quiet else logging.INFO
     logger.setLevel(logging.DEBUG if options.verbose else quiet)
+    return writer
 
 
 def has_terminal() -> bool:
@@ -282,8 +284,9 @@ def ask_about_input() -> None:
         logger.warning("standard input is not read: was --stdin meant?")
 
 
-def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Iterator[str] | None) -> None:
-    """Return on Enter or when `wakee` can be read.
+def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Iterator[str] | None,
+                  writer: LogWriter | None) -> None:
+    """Return on Enter or when `wakee` can be read. Have lines of status shown now and then.
 
     Enter counts from a terminal in whose foreground this process is, as long as it is: so a job
     that was begun with `&` goes on. The end of standard input is no Enter: services have none.
@@ -293,9 +296,8 @@ def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Iterator[str]
         watches = watch_input and has_foreground(sys.stdin) and not rests
         watched = [wakee.fileno(), *([sys.stdin.fileno()] if watches else [])]
         ready = select.select(watched, [], [], STATUS_EVERY if watch_input or status else None)[0]
-        if status and has_foreground(sys.stderr):
-            sys.stderr.write(CLEAR_LINE + ("" if ready else next(status)))
-            sys.stderr.flush()
+        if status and writer and has_foreground(sys.stderr):
+            writer.show_status("" if ready else next(status))
         if wakee.fileno() in ready:
             return
         typed = _typed() if ready else b""

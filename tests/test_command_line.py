@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, connect, post, serving
+from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, post, serving
 from sse_core.command_line import parse_arguments, status_lines
 from sse_server import SSEServer
 
@@ -185,6 +185,37 @@ def test_verbose_says_who_left_and_no_more():
         server.stop()
         assert all(re.search(" connected$| dropped: | left ", line) for line in server.peer_lines())
         assert re.search(r"stopped; clients: \d+\n$", server.close())
+
+
+# Refused requests, each of which is a line of --verbose: more than a pipe and the server hold.
+REFUSED = 2500
+
+
+def test_a_log_that_nobody_reads_stops_nothing():
+    """A pager, or a stuck collector: after 816 lines nobody was accepted any more."""
+    with serving("--verbose", "--interval", "100") as server:
+        for _ in range(REFUSED):
+            ask(server.port, get("/", method="BREW"))
+        with Client(server.port) as client:
+            client.open()
+            server.process.send_signal(signal.SIGTERM)
+            assert client.read_to_end().ended
+        assert server.process.wait(3) == 0
+        lines = server.close().splitlines()
+    assert all(" refused: 501 " in line for line in lines[:-1])
+
+
+def test_lines_left_out_of_the_log_are_counted_once_somebody_reads_it_again():
+    with serving("--verbose", "--interval", "100") as server:
+        for _ in range(REFUSED):
+            ask(server.port, get("/", method="BREW"))
+        lines = [server.process.stderr.readline().decode() for _ in range(1500)]
+        ask(server.port, get("/", method="BREW"))
+        while "refused: 501" in lines[-1]:
+            lines.append(server.process.stderr.readline().decode())
+        told = re.fullmatch(r"lines left out, because nobody read .*: (\d+)\n", lines[-1])
+        assert len(lines) - 1 + int(told[1]) == REFUSED
+        server.stop()
 
 
 def test_without_a_flag_only_the_edges_are_logged_and_quiet_logs_nothing():

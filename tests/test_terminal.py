@@ -184,7 +184,7 @@ def run_on(streams: str) -> subprocess.Popen:
 
 def has_begun(process: subprocess.Popen) -> bool:
     """Say whether it has its threads: main, accept, connections, publisher, source."""
-    return process.poll() is not None or len(os.listdir(f"/proc/{process.pid}/task")) == 5
+    return process.poll() is not None or len(os.listdir(f"/proc/{process.pid}/task")) >= 5
 
 
 def cpu(process: subprocess.Popen) -> float:
@@ -204,6 +204,22 @@ def test_closed_and_full_streams_are_no_traceback_and_no_busy_loop():
         errors = process.communicate(timeout=PATIENCE)[1]
         assert "Traceback" not in errors and "Exception" not in errors, (streams, errors)
         assert process.returncode == 0 and used[streams] < 0.05, (streams, used)
+
+
+def test_a_terminal_that_is_held_by_ctrl_s_stops_nothing_and_enter_still_counts(terminal):
+    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core import command_line; "
+            "command_line.STATUS_EVERY = 0.1; import sse_server; "
+            "sys.exit(sse_server.main(['--port', '0', '--interval', '0.05', '--verbose']))")
+    screen = terminal(sys.executable, "-c", code)
+    port = int(screen.until(r"Listening on http://127.0.0.1:(\d+)")[1])
+    screen.until("deliveries/s")
+    screen.type("\x13")
+    with Client(port) as client:
+        count = len(client.read_events(1))
+        client.read_events(count + 5)       # so some looks at the terminal are done, too
+        screen.type("\n")
+        assert client.read_to_end().ended
+    assert screen.status() == 0
 
 
 def test_a_pipe_without_its_flag_runs_on_and_asks():
