@@ -164,3 +164,42 @@ def test_the_backlog_is_1024_or_what_the_system_allows():
         pytest.skip("ss is not installed")
     finally:
         server.stop()
+
+
+@pytest.mark.long
+def test_a_peer_that_connects_anew_and_reads_nothing_leaves_a_pipe_half_of_its_speed():
+    """It took a pipe from 135 MiB a second to 0.1; and the reader beside it misses nothing."""
+    line, received, gaps, stopping = b"x" * 1000 + b"\n", [0], [], threading.Event()
+
+    def feed(pipe):
+        with suppress(BrokenPipeError):
+            while not stopping.is_set():
+                pipe.write(line * 100)
+
+    def read(client):
+        while not stopping.is_set():
+            data = client.sock.recv(1 << 20)
+            received[0] += len(data)
+            gaps.extend([data] * (b"event: gap" in data))
+
+    def speed(seconds: float) -> float:
+        before = received[0]
+        time.sleep(seconds)         # the time over which the speed is measured
+        return (received[0] - before) / seconds
+    with serving("--stdin") as server, Client(server.port) as reader:
+        threads = [threading.Thread(target=feed, args=[server.process.stdin]),
+                   threading.Thread(target=read, args=[reader.open()])]
+        for thread in threads:
+            thread.start()
+        quiet, attacked = speed(10), []
+        for _ in range(6):
+            with Client(server.port, receive_buffer=4096):
+                attacked.append(speed(10))
+        stopping.set()
+        server.process.kill()
+        for thread in threads:
+            thread.join()
+    mean = sum(attacked) / len(attacked)
+    print(f"{quiet / 2**20:.1f} MiB/s alone, {mean / 2**20:.1f} MiB/s beside such peers: "
+          f"{[round(each / quiet, 2) for each in attacked]}")
+    assert mean > quiet / 2 and not gaps
