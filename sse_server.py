@@ -8,7 +8,7 @@ A socket goes one way: the thread `accept` accepts it. The thread `connections`
 registers a client. From then on the publisher (publisher.py) owns the socket. An event goes another
 way: `publish`, the log, the publisher.
 
-`_process` and `_stopped` belong to who holds `_lifecycle`, `_accept_failed_at` to the accept loop.
+`_started` and `_stopped` belong to who holds `_lifecycle`, `_accept_failed_at` to the accept loop.
 All else is set in the constructor, and guards itself.
 """
 from __future__ import annotations
@@ -97,9 +97,12 @@ class _Listener(socketserver.ThreadingTCPServer):
         self._reuse_port = reuse_port
         self._stopping = stopping               # set before `_connect_to_self` is called
         self._accept_failed_at = -math.inf      # on the monotonic clock
-        if ":" in host:
-            self.address_family = socket.AF_INET6
-        super().__init__((host, port), socketserver.BaseRequestHandler)
+        try:
+            self.address_family, address = _local_address(host, port)
+            super().__init__(address, socketserver.BaseRequestHandler)
+        except OSError as error:
+            what = f"cannot listen on {host} port {port}: {error.strerror}"
+            raise OSError(error.errno, what) from error
 
     def server_bind(self) -> None:
         """Bind; with others on the same port if that is wanted."""
@@ -157,7 +160,31 @@ class _Listener(socketserver.ThreadingTCPServer):
     handle_request = process_request = process_request_thread = finish_request = _not_used
 
 
-class SSEServer(_Listener):
+def _local_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """Return family and address of the first of a name's addresses that this machine has.
+
+    IPv4 comes first. That another program listens there is no reason to take the next: its clients
+    would be taken for ours. Raises OSError for a name that has no address.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found.sort(key=lambda each: each[0] != socket.AF_INET)
+    for family, *_, address in found:
+        with suppress(OSError), socket.socket(family) as probe:
+            probe.bind((address[0], 0, *address[2:]))
+            return family, address
+    # None: to bind the first will say why
+    return found[0][0], found[0][4]
+
+
+class _Documented(type):
+    """A class whose `help` shows its own methods, and not the many that it inherits."""
+
+    def __dir__(cls) -> set[str]:
+        documented = (each for each in cls.__mro__ if isinstance(each, _Documented))
+        return {name for each in documented for name in vars(each)}
+
+
+class SSEServer(_Listener, metaclass=_Documented):
     """Serve one stream of events to every client that asks for it.
 
     Use it as a context manager, or call `start` and `stop`; or call `serve_forever`. Any thread
@@ -227,7 +254,8 @@ class SSEServer(_Listener):
             (sync and not history_file, "sync is for history_file, which is missing"),
             (redis and history_file, "one shared log is enough: redis, or history_file"))
         self._lifecycle = threading.RLock()
-        self._process: int | None = None        # the one whose threads serve, once it is started
+        self._process = os.getpid()             # the one that it serves in
+        self._started = False
         self._stopped = False                   # or `stop` is at it
         self._ended = threading.Event()         # set when `stop` has done all it does
         self._scheme = "https" if cert else "http"
@@ -281,16 +309,15 @@ class SSEServer(_Listener):
     def start(self) -> SSEServer:
         """Start the threads and return the server. Does nothing if they run.
 
-        Raises NotRunning after `stop`, and in a process that was forked from the one it runs in:
-        then make a new server.
+        Raises NotRunning after `stop`, and in a process that was forked after the server was made:
+        then make a new one.
         """
-        if self._is_forked():
-            raise NotRunning(self._why_not())
+        self._refuse_fork()
         with self._lifecycle:
             if self._stopped:
                 raise NotRunning("the server was stopped; make a new one")
-            if self._process is None:
-                self._process = os.getpid()
+            if not self._started:
+                self._started = True
                 try:
                     self._start()
                 except BaseException:       # the system gives no more threads
@@ -317,7 +344,7 @@ class SSEServer(_Listener):
         interrupts a `publish` of its thread. In a forked child it does nothing: the server is the
         parent's.
         """
-        if self._is_forked():
+        if self._process != os.getpid():
             return
         self._broadcast.refuse_inside()
         self._stopping.set()
@@ -351,7 +378,7 @@ class SSEServer(_Listener):
         super().server_close()
         if self._follower.is_alive():
             self._follower.join(FOLLOWER_TIME)
-        if self._process:       # only now: whatever a logging handler does harms nothing any more
+        if self._started:       # only now: whatever a logging handler does harms nothing any more
             logger.info("stopped; clients: %d", clients)
 
     def _stop_connections(self) -> None:
@@ -392,14 +419,14 @@ class SSEServer(_Listener):
         not run, and Unavailable if the shared log does not take it within 4 seconds: with `wait`
         that is waited for, too. An event whose answer was lost may then be published twice.
         """
-        if self._process != os.getpid():
-            raise NotRunning(self._why_not())
+        self._refuse_fork()
+        if not self._started:
+            raise NotRunning("the server has not been started")
         return self._broadcast.publish(data, event, channel, wait)
 
     def drain(self) -> None:
         """Wait until clients have every event; those that `patience` gives up are left out."""
-        if self._is_forked():
-            raise NotRunning(self._why_not())
+        self._refuse_fork()
         self._broadcast.drain()
 
     @property
@@ -429,18 +456,15 @@ class SSEServer(_Listener):
         """Return the figures, and a list of clients: times in seconds, at most 1000 of them."""
         return {**self.figures(), "list": self._broadcast.describe_clients()}
 
-    def _is_forked(self) -> bool:
-        """Say whether this is a child of the process in which the server runs.
+    def _refuse_fork(self) -> None:
+        """Raise NotRunning in a child of the process in which the server was made.
 
-        It has none of the threads, and any lock may be held for ever by one of them.
+        It has none of the threads, any lock may be held for ever by one of them, and what the
+        selectors watch is the parent's.
         """
-        return self._process not in (None, os.getpid())
-
-    def _why_not(self) -> str:
-        if self._process is None:
-            return "the server has not been started"
-        return (f"the server runs in process {self._process}, from which this one was forked: "
-                "start a server of its own here, after the fork")
+        if self._process != os.getpid():
+            raise NotRunning(f"the server runs in process {self._process}, from which this one was "
+                             "forked: start a server of its own here, after the fork")
 
     def _serve(self) -> None:
         with self._broadcast.not_waiting():
@@ -499,8 +523,7 @@ def _make_server(options: argparse.Namespace, on_fault: Callable[[], object]) ->
         return SSEServer(on_fault=on_fault, **{
             name: value for name, value in vars(options).items() if name in names})
     except OSError as error:
-        raise ValueError(f"cannot listen on {options.host} port {options.port}: "
-                         f"{error.strerror}") from None
+        raise ValueError(error.strerror) from None
 
 
 def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str]:

@@ -60,7 +60,8 @@ NEEDS = {"json": "stdin", "wait_clients": "stdin", "stream": "redis", "sync": "h
 
 # A flag with what it takes; its type, `list` if it can be repeated; the default; the help
 FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
-    ("--host HOST", text, "127.0.0.1", "address to listen on (default %(default)s)"),
+    ("--host HOST", text, "127.0.0.1",
+     "address to listen on, or the name of one (default %(default)s)"),
     ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default %(default)g)"),
     ("--interval SECONDS", seconds, None,
      f"time between two ticks of the clock; 0: no clock (default {TICK:g}; but 0 where events can "

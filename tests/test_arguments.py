@@ -1,13 +1,14 @@
 """Arguments that cannot be meant are refused at once, with a sentence."""
 import configparser
 import os
+import socket
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 import sse_server
-from helpers import TOP
+from helpers import GET, PATIENCE, TOP, need_ipv6
 from sse_server import SSEServer
 
 
@@ -61,8 +62,44 @@ def test_half_a_pair_of_brackets_is_no_address(host):
 
 
 def test_an_ipv6_address_may_have_its_brackets():
-    try:
-        with SSEServer("[::1]", 0) as server:
-            assert server.url.startswith("http://[::1]:")
-    except OSError:
-        pytest.skip("this machine has no IPv6 loopback")
+    need_ipv6()
+    with SSEServer("[::1]", 0) as server:
+        assert server.url.startswith("http://[::1]:")
+
+
+def addresses(*found):
+    """Return a resolver that finds these addresses for any name."""
+    def getaddrinfo(host, port, **_):
+        return [(socket.AF_INET6 if ":" in each else socket.AF_INET, socket.SOCK_STREAM, 6, "",
+                 (each, port, 0, 0) if ":" in each else (each, port)) for each in found]
+    return getaddrinfo
+
+
+@pytest.mark.parametrize("found, host", [
+    (["192.0.2.1", "127.0.0.1"], "127.0.0.1"), (["2001:db8::1", "::1"], "::1"),
+    (["192.0.2.1", "::1"], "::1"), (["::1", "127.0.0.1"], "127.0.0.1")])
+def test_every_address_of_a_name_is_tried_ipv4_first(monkeypatch, found, host):
+    with SSEServer("localhost", 0) as server:
+        assert server.url.startswith(("http://127.0.0.1:", "http://[::1]:"))
+    if ":" in host:
+        need_ipv6()
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", addresses(*found))
+        server = SSEServer("a.test", 0)
+    with server:
+        assert server.server_address[0] == host
+        with socket.create_connection((host, server.port), PATIENCE) as sock:
+            sock.sendall(GET)
+            assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_name_of_no_address_here_is_refused_and_a_busy_address_is_not_left_for_another(
+        monkeypatch):
+    """Who connects to the busy one would meet another program, and take it for this server."""
+    monkeypatch.setattr(socket, "getaddrinfo", addresses("192.0.2.1", "2001:db8::1"))
+    with pytest.raises(OSError, match="cannot listen on a.test port 0: "):
+        SSEServer("a.test", 0)
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        monkeypatch.setattr(socket, "getaddrinfo", addresses("127.0.0.1", "127.0.0.2"))
+        with pytest.raises(OSError, match="cannot listen on a.test"):
+            SSEServer("a.test", busy.getsockname()[1])

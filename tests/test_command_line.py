@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, post, serving
+from helpers import (PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, need_ipv6, post,
+                     serving)
 from sse_core.command_line import parse_arguments, status_lines
 from sse_server import SSEServer
 
@@ -146,15 +147,6 @@ def test_works_from_any_folder_with_nothing_installed(tmp_path):
         process.terminate()
         process.communicate(timeout=PATIENCE)
         assert process.returncode == 0
-
-
-def need_ipv6() -> None:
-    if not socket.has_ipv6:
-        pytest.skip("this Python has no IPv6")
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("this machine has no IPv6 loopback")
 
 
 def test_an_ipv6_address_is_listened_on_and_told_in_brackets():

@@ -1,7 +1,11 @@
 """Start, stop and the end of a program, from any thread; and streams that end in order."""
+import errno
 import importlib
 import logging
+import pydoc
+import re
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -184,6 +188,21 @@ def test_hooks_of_socketserver_that_are_replaced_say_so(server, name):
         client.open()
 
 
+class Derived(SSEServer):
+    def more(self):
+        """Do more."""
+
+
+@pytest.mark.parametrize("kind", [SSEServer, Derived])
+def test_help_shows_what_a_user_may_call_and_not_half_of_socketserver(kind):
+    shown = pydoc.render_doc(kind, renderer=pydoc.plaintext)
+    methods = set(re.findall(r"^ \|  (\w+)(?: = \w+)?\(self", shown, re.M))
+    assert methods == {
+        "__enter__", "__exit__", "__init__", "drain", "figures", "publish", "serve_forever",
+        "server_close", "shutdown", "start", "status", "stop", *(["more"] * (kind is Derived))}
+    assert issubclass(kind, socketserver.ThreadingTCPServer)
+
+
 def test_verify_request_decides_before_a_socket_is_taken():
     class Picky(SSEServer):
         let_in = False
@@ -211,9 +230,12 @@ def test_a_start_that_finds_no_thread_leaves_nothing(monkeypatch):
         server.start()
 
 
-def test_a_port_that_is_taken_leaves_nothing(server):
-    with pytest.raises(OSError):
+def test_a_port_that_is_taken_leaves_nothing_and_is_named(server):
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {server.port}: ") as raised:
         SSEServer(port=server.port)
+    assert raised.value.errno == errno.EADDRINUSE
+    with pytest.raises(OSError, match="cannot listen on nowhere.invalid port 0: "):
+        SSEServer("nowhere.invalid", 0)
     with pytest.raises(ValueError):
         SSEServer(port=0, retry=-1)
 
@@ -261,6 +283,25 @@ def test_stop_waits_for_requests_that_are_nearly_done():
         assert asked.wait(PATIENCE)
         server.stop()
         assert not request_threads()
+
+
+def test_a_server_that_was_made_before_a_fork_is_not_started_after_it(tmp_path):
+    """Children that share one set of watched sockets would send each other's events."""
+    with program("""
+import os
+from sse_server import NotRunning
+server = SSEServer(port=0)
+print(server.port, flush=True)
+if os.fork() == 0:
+    try:
+        server.start()
+    except NotRunning as error:
+        os._exit(7 if f"runs in process {os.getppid()}" in str(error) else 1)
+_, status = os.wait()
+print(status >> 8, flush=True)
+server.start().stop()
+""", tmp_path) as (process, _):
+        assert process.stdout.readline() == "7\n" and process.wait(PATIENCE) == 0
 
 
 def test_a_fork_while_another_thread_publishes_does_not_hang_the_child(tmp_path):
