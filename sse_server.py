@@ -43,7 +43,7 @@ from sse_core.file_stream import FileStream
 from sse_core.http1 import Request
 from sse_core.redis_stream import RedisStream
 from sse_core.shared import Shared
-from sse_core.tls import tls_context
+from sse_core.tls import Certificate, Password
 
 BACKLOG = 1024              # connections the kernel holds ready for accept
 SEND_BUFFER = 64 << 10      # bytes of kernel memory for a client; else 4 MiB for a stalled one
@@ -208,7 +208,9 @@ class SSEServer(_Listener, metaclass=_Documented):
                     time; if it raises, that is a 500
     origins         of pages that may read and publish, as `https://example.org`; none: all
     allowed_hosts   names and addresses that requests may be for; none: any
-    cert, key       PEM files for TLS; the key may be in the first
+    cert, key       PEM files for TLS; the key may be in the first. They are loaded again when they
+                    change
+    key_password    of an encrypted key, or a function that returns it
     redis, stream   redis://HOST:PORT/DB and the key of a stream, which takes the place of this
                     server's own events: what is published on any server goes to it, and comes
                     back to the clients of all. Needs the package `redis`
@@ -233,6 +235,7 @@ class SSEServer(_Listener, metaclass=_Documented):
                  authorize: Authorize | None = None, origins: Sequence[str] = (),
                  allowed_hosts: Sequence[str] = (), jwt_key: str | None = None,
                  cert: str | None = None, key: str | None = None,
+                 key_password: Password | None = None,
                  redis: str | None = None, stream: str | None = None,
                  history_file: str | None = None, sync: bool = False,
                  reuse_port: bool = False,
@@ -262,7 +265,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         self._on_fault = on_fault
         access = Access(tokens, publish_tokens, authorize, origins, self._scheme, host=host,
                         allowed_hosts=allowed_hosts, jwt_key=jwt_key)
-        context = tls_context(cert, key) if cert else None
+        context = Certificate(cert, key, key_password).context if cert else None
         kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
                                 "max_clients": max_clients, "heartbeat": heartbeat}
         shared_log = (RedisStream(redis, stream or "sse", history) if redis else
@@ -489,12 +492,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = command_line.parse_arguments(arguments)
     writer = command_line.set_up_logging(options)
-    wakee, waker = command_line.catch_signals()
+    wakee, waker = socket.socketpair()
+    waker.setblocking(False)
     try:
         server = _make_server(options, on_fault=partial(waker.send, b"\0"))
     except ValueError as error:
         logger.error("%s: %s", command_line.PROGRAM, error)
         return 2
+    command_line.catch_signals(waker)
     if not options.stdin:
         command_line.ask_about_input()
     command_line.say(*_first_lines(server, options))

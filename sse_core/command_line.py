@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, NoReturn, TextIO
@@ -95,7 +96,8 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
     ("--origin ORIGIN", list, [], "of pages that may read and publish, as https://example.org; "
      "can be repeated (default: all)"),
     ("--cert FILE", text, None, "certificate chain for TLS, PEM"),
-    ("--key FILE", text, None, "its key, if that is not in the same file"),
+    ("--key FILE", text, None, "its key, if that is not in the same file; "
+     "the password of an encrypted one is asked for at a terminal"),
     ("--history FRAMES", whole_number, 1024, "events kept for clients that come back, 64 at least; "
      "0: no ids, the wire of the original (default %(default)g)"),
     ("--heartbeat SECONDS", seconds, 15.0,
@@ -150,6 +152,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         comes_from_elsewhere = (options.stdin or options.redis or options.history_file
                                 or options.publish_tokens or options.jwt_key)
         options.interval = 0.0 if comes_from_elsewhere else TICK
+    options.key_password = ask_password if has_foreground(sys.stdin) else None
     return options
 
 
@@ -249,20 +252,39 @@ def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
         yield line[:(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
 
 
-def catch_signals() -> tuple[socket.socket, socket.socket]:
-    """Turn SIGINT, SIGTERM and SIGHUP into a byte: return where it is read, and the other end.
+def catch_signals(waker: socket.socket) -> None:
+    """Turn SIGINT and SIGTERM into a byte to this socket, and SIGHUP if a terminal sends it.
 
-    Call it in the main thread. Any thread may send a byte of its own into the other end.
+    Without a terminal, as a service, SIGHUP is ignored: there it means that configuration has
+    changed, and a new certificate is noticed anyway. Call this in the main thread.
     """
-    wakee, waker = socket.socketpair()
-    waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
     # A read just after the terminal was given to another job fails then, and does not stop us
     signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:   # by nohup
-            signal.signal(signum, lambda *_: None)      # that it came is read from the socket
-    return wakee, waker
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)      # that it came is read from the socket
+    if not _has_controlling_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:     # by nohup
+        signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def _has_controlling_terminal() -> bool:
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY))
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def ask_password() -> str:
+    """Return what is typed at the terminal; it is asked once. Raises ValueError if nothing is."""
+    import getpass
+    try:
+        return getpass.getpass("Password of the key of the certificate: ")
+    except (EOFError, KeyboardInterrupt):
+        raise ValueError("no password was typed") from None
 
 
 def has_foreground(stream: TextIO | None) -> bool:

@@ -1,11 +1,22 @@
 """Turn a certificate into TLS sockets that behave like plain ones."""
 from __future__ import annotations
 
+import logging
+import os
 import ssl
+import time
 from contextlib import suppress
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Callable, NoReturn, Union
+
+# Seconds between two looks whether the files of a certificate have changed, at least.
+LOOK_INTERVAL = 1.0
 
 RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
+
+Password = Union[str, Callable[[], str]]
+
+logger = logging.getLogger("sse_server")
 
 
 class TLSSocket(ssl.SSLSocket):
@@ -58,17 +69,79 @@ class TLSSocket(ssl.SSLSocket):
             raise BlockingIOError from None
 
 
-def tls_context(cert: str, key: str | None = None) -> ssl.SSLContext:
-    """Return a server's context for this certificate. Raises ValueError if that cannot be used."""
-    def no_password() -> NoReturn:
-        raise ValueError("the key of the certificate is encrypted, and nobody is there to type its "
-                         "password")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.sslsocket_class = TLSSocket
-    try:
-        context.load_cert_chain(cert, key, password=no_password)
-    except OSError as error:        # ssl.SSLError is one too
-        raise ValueError(f"cannot use {cert} and {key or 'the key in it'}: "
-                         f"{error.strerror or error}") from None
-    return context
+class Certificate:
+    """A certificate and its key in files, which are loaded again when they have changed.
+
+    cert, key: see SSEServer. password: of an encrypted key, or a function that returns it.
+    Raises ValueError if they cannot be used. Later that is one warning, and the old ones stay.
+    """
+
+    def __init__(self, cert: str, key: str | None, password: Password | None) -> None:
+        self._cert = cert
+        self._key = key
+        self._password = password
+
+        # What the files looked like before they were loaded, and when to look again. They belong
+        # to the thread that does handshakes.
+        self._seen = self._look()
+        self._look_at = time.monotonic() + LOOK_INTERVAL
+
+        self._newest = self._load()
+
+        # New sockets come from this one. OpenSSL asks the callback in each handshake, and there a
+        # socket may still take its certificate from another context.
+        self.context = self._newest
+        self.context.sni_callback = self._give_newest  # type: ignore[assignment]  # an SSLSocket
+
+    def _give_newest(self, sock: ssl.SSLSocket, *_: object) -> None:
+        if time.monotonic() >= self._look_at:
+            self._renew()
+        sock.context = self._newest
+
+    def _renew(self) -> None:
+        """Load the files into a context of their own, so that half a change spoils nothing."""
+        self._look_at = time.monotonic() + LOOK_INTERVAL
+        seen = self._look()
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._newest = self._load()
+            logger.info("%s has changed: its certificate is served from now on", self._cert)
+        except ValueError as error:
+            logger.warning("%s; the old certificate is served on", error)
+
+    def _look(self) -> list[tuple[int, ...]]:
+        """Return what changes when a file is written or replaced. A missing one is none."""
+        found: list[tuple[int, ...]] = []
+        for path in (self._cert, self._key or self._cert):
+            with suppress(OSError):
+                state = os.stat(path)
+                found.append((state.st_mtime_ns, state.st_size, state.st_ino))
+        return found
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = TLSSocket
+        try:
+            context.load_cert_chain(self._cert, self._key, self._password or _no_password)
+        except OSError as error:
+            files = " and ".join(filter(None, (self._cert, self._key)))
+            raise ValueError(f"cannot use {files}: {self._why(error)}") from None
+        return context
+
+    def _why(self, error: OSError) -> str:
+        """Say in words why the files cannot be used: OpenSSL says `PEM lib`, whatever it is."""
+        if not isinstance(error, ssl.SSLError):
+            return error.strerror or str(error)
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return "the key is that of another certificate"
+        if not self._key and b"PRIVATE KEY-----" not in Path(self._cert).read_bytes():
+            return "it holds no private key, and --key is missing"
+        return "not PEM, or the password of the key is wrong"
+
+
+def _no_password() -> NoReturn:
+    raise ValueError("the key of the certificate is encrypted: its password is typed at a terminal,"
+                     " or given as key_password")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from helpers import PATIENCE, TOP, Client, wait_until
+from helpers import PATIENCE, TOP, Client, make_certificate, wait_until
 
 SERVER = [sys.executable, str(TOP / "sse_server.py"), "--port", "0"]
 
@@ -169,6 +169,37 @@ def test_a_terminal_that_is_closed_ends_the_streams_in_order(terminal):
         os.kill(screen.pid, signal.SIGHUP)
         assert client.read_to_end().ended
     assert screen.status() == 0
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory):
+    """The flags for a certificate whose key is encrypted with the password `x`."""
+    folder = tmp_path_factory.mktemp("locked")
+    cert, key = make_certificate(folder)
+    subprocess.run(["openssl", "ec", "-in", key, "-aes256", "-passout", "pass:x", "-out",
+                    folder / "locked.pem"], check=True, capture_output=True)
+    return ["--cert", cert, "--key", str(folder / "locked.pem")]
+
+
+def test_the_password_of_an_encrypted_key_is_asked_at_a_terminal(terminal, locked):
+    screen = terminal(*SERVER, *locked)
+    screen.until("Password of the key")
+    screen.type("x\n")
+    screen.until("Listening on https://")
+    assert screen.text.count("Password") == 1
+    screen.type("\n")
+    assert screen.status() == 0
+
+
+@pytest.mark.parametrize("typed, said", [
+    ("wrong\n", "locked.pem: .* password of the key is wrong"), ("\x03", "no password was typed"),
+    ("\x04", "no password was typed")])
+def test_a_password_that_is_wrong_or_not_typed_is_one_line_and_status_2(terminal, locked, typed,
+                                                                       said):
+    screen = terminal(*SERVER, *locked)
+    screen.until("Password of the key")
+    screen.type(typed)
+    assert screen.status() == 2 and re.search(said, screen.text) and "Traceback" not in screen.text
 
 
 STREAMS = ["</dev/null >/dev/full", "</dev/null 2>/dev/full", "</dev/zero",

@@ -1,18 +1,22 @@
 """TLS: all as without it; records and handshakes hold up nobody; files that are no use are told."""
 import logging
+import os
+import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
 
 from helpers import (GET, PATIENCE, TOP, Client, connect, make_certificate, serving, unfinished,
                      wait_until)
-from sse_core import connections
+from sse_core import connections, tls
 from sse_server import SSEServer
 
 
@@ -188,8 +192,112 @@ def test_what_would_be_no_protection_is_one_line_and_status_2(arguments, said):
     assert said in one_line_and_status_2(*arguments)
 
 
-def test_an_encrypted_key_is_one_line_and_no_prompt(certificate, tmp_path):
-    locked = tmp_path / "locked.pem"
+def test_a_certificate_without_its_key_says_what_is_missing(certificate):
+    said = one_line_and_status_2("--cert", certificate[0])
+    assert f"cannot use {certificate[0]}: it holds no private key, and --key is missing" in said
+
+
+@pytest.fixture(scope="module")
+def locked(certificate, tmp_path_factory):
+    """A key that is encrypted with the password `x`."""
+    path = tmp_path_factory.mktemp("locked") / "locked.pem"
     subprocess.run(["openssl", "ec", "-in", certificate[1], "-aes256", "-passout", "pass:x",
-                    "-out", locked], check=True, capture_output=True)
+                    "-out", path], check=True, capture_output=True)
+    return str(path)
+
+
+def test_an_encrypted_key_is_one_line_and_no_prompt_where_no_terminal_is(certificate, locked):
     assert "encrypted" in one_line_and_status_2("--cert", certificate[0], "--key", locked)
+
+
+@pytest.mark.parametrize("password", ["x", lambda: "x"])
+def test_a_program_may_give_the_password_of_an_encrypted_key(certificate, locked, password):
+    with SSEServer(port=0, cert=certificate[0], key=locked, key_password=password) as server:
+        with SecureClient(server.port) as client:
+            client.open()
+    with pytest.raises(ValueError, match="locked.pem: .* password of the key is wrong"):
+        SSEServer(port=0, cert=certificate[0], key=locked, key_password="y")
+    with pytest.raises(ValueError, match="encrypted: .* key_password"):
+        SSEServer(port=0, cert=certificate[0], key=locked)
+
+
+# A certificate that changes
+
+def served(port: int) -> bytes:
+    """Return the certificate that a new client is shown."""
+    with SecureClient(port) as client:
+        return client.sock.getpeercert(binary_form=True)
+
+
+def in_files(cert: Path) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(cert.read_text())
+
+
+@pytest.fixture
+def renewals(tmp_path, monkeypatch):
+    """Two certificates with their keys, the first of which is copied to where a server has it."""
+    monkeypatch.setattr(tls, "LOOK_INTERVAL", 0.02)
+    made = []
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        made.append([Path(path) for path in make_certificate(tmp_path / name)])
+    live = [tmp_path / "cert.pem", tmp_path / "key.pem"]
+    for source, target in zip(made[0], live):
+        shutil.copy(source, target)
+    return live, made[1]
+
+
+def put(source: Path, target: Path) -> None:
+    """Replace a file as tools that renew certificates do."""
+    copy = target.with_suffix(".new")
+    shutil.copy(source, copy)
+    os.replace(copy, target)
+
+
+def test_a_changed_certificate_is_served_without_a_restart(renewals):
+    (cert, key), new = renewals
+    with SSEServer(port=0, cert=str(cert), key=str(key)) as server, \
+            SecureClient(server.port) as client:
+        client.open()
+        assert served(server.port) == in_files(cert) != in_files(new[0])
+        put(new[1], key), put(new[0], cert)
+        wait_until(lambda: served(server.port) == in_files(new[0]))
+        server.publish("to who was there before")
+        client.read_events(1)
+
+
+def test_a_certificate_that_cannot_be_loaded_is_one_warning_and_the_old_one_stays(renewals, caplog):
+    (cert, key), new = renewals
+    old = in_files(cert)
+    caplog.set_level(logging.INFO, "sse_server")
+    with SSEServer(port=0, cert=str(cert), key=str(key)) as server:
+        def is_told(text: str) -> bool:
+            assert served(server.port) == old
+            return any(text in message for message in caplog.messages)
+        cert.write_text("half a certif")
+        wait_until(lambda: is_told("cannot use"))
+        time.sleep(0.1)         # the time of some more looks: that no more is told is what is tested
+        assert served(server.port) == old and len(caplog.messages) == 1
+        assert caplog.messages[0].endswith("; the old certificate is served on")
+        cert.unlink()
+        wait_until(lambda: is_told("No such file"))
+        # Its key is still to come
+        put(new[0], cert)
+        wait_until(lambda: is_told("that of another certificate"))
+        put(new[1], key)
+        wait_until(lambda: served(server.port) == in_files(new[0]))
+    assert any("has changed: its certificate is served" in each for each in caplog.messages)
+
+
+def test_a_service_that_is_told_to_reload_by_sighup_serves_the_new_certificate(renewals):
+    """It was stopped. A terminal that closes sends the same, and still ends the server."""
+    (cert, key), new = renewals
+    before = "import os; os.setsid(); from sse_core import tls; tls.LOOK_INTERVAL = 0.02"
+    with serving("--interval", "0.05", "--cert", str(cert), "--key", str(key),
+                 before=before) as server, SecureClient(server.port) as client:
+        count = len(client.read_events(1))
+        put(new[1], key), put(new[0], cert)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: served(server.port) == in_files(new[0]))
+        client.read_events(count + 3)
+        assert server.stop() == 0
