@@ -53,7 +53,8 @@ $(VENV)/ready: setup.cfg
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__ \
+		tests/interop/node_modules
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/bench.py
@@ -65,7 +66,9 @@ soak:
 	$(PYTHON) benchmarks/soak.py
 
 interop: $(VENV)/ready
-	$(VENV)/bin/python -m pip install --quiet httpx httpx-sse sseclient-py psycopg
+	$(VENV)/bin/python -m pip install --quiet psycopg -r tests/interop/requirements.txt
+	if command -v npm >/dev/null; then npm install --prefix tests/interop \
+		--no-audit --no-fund --no-package-lock --ignore-scripts --loglevel=error; fi
 	$(VENV)/bin/python -m pytest -m interop
 
 bench-peers: $(VENV)/ready

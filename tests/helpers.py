@@ -228,8 +228,7 @@ def need(command: str, package: str) -> str:
     """Return the path of a program that a test needs; where it is missing, skip, but in CI fail."""
     path = shutil.which(command)
     if not path:
-        reason = f"{command} is not installed (Debian package {package})"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        lack(f"{command} (Debian package {package})")
     return path
 
 
@@ -240,3 +239,9 @@ def need_ipv6() -> None:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("this machine has no IPv6 loopback")
+
+
+def lack(what: str) -> None:
+    """Skip a test because the machine lacks this; in CI fail."""
+    reason = f"{what} is not installed"
+    pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)

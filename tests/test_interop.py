@@ -1,6 +1,5 @@
 """Clients that others wrote, on a real server: every event as it was, once, also after a cut."""
 import json
-import shutil
 import subprocess
 import threading
 from contextlib import closing, contextmanager
@@ -9,9 +8,9 @@ from typing import Callable, Iterator, List, Tuple
 
 import pytest
 
-from helpers import PATIENCE, need, wait_until
+from door import door_before
+from helpers import PATIENCE, lack, need, wait_until
 from sse_server import SSEServer
-from test_page import Proxy
 
 pytestmark = pytest.mark.interop
 
@@ -46,17 +45,13 @@ class Listener:
         self.notes: List[str] = []
 
 
-@pytest.fixture(scope="module")
-def eventsource(tmp_path_factory) -> Path:
-    """Install the npm package beside a copy of the script, and return the copy."""
+@pytest.fixture
+def eventsource() -> Path:
+    """Return the script, if its package is there."""
     need("node", "nodejs")
-    folder = tmp_path_factory.mktemp("npm")
-    install = [need("npm", "npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder),
-               "eventsource"]
-    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        pytest.skip("npm cannot install eventsource: " + done.stderr.strip()[-300:])
-    return Path(shutil.copy(SCRIPT, folder))
+    if not (SCRIPT.parent / "node_modules" / "eventsource-4").exists():
+        lack("the npm package eventsource (make interop installs it)")
+    return SCRIPT
 
 
 @contextmanager
@@ -85,17 +80,6 @@ def collect(lines, take: Callable[[str], object]) -> None:
         take(line)
 
 
-@contextmanager
-def proxied(port: int) -> Iterator[Proxy]:
-    """Run a proxy to the port that can cut its connections."""
-    proxy = Proxy(port)
-    proxy.start()
-    try:
-        yield proxy
-    finally:
-        proxy.stop()
-
-
 def publish_all(server: SSEServer) -> List[Got]:
     """Publish every kind of event, and return what a client must see."""
     return [(name or "message", data, server.publish(data, name)) for data, name in EVENTS]
@@ -111,7 +95,7 @@ def test_eventsource_gets_every_event_as_it_was(eventsource):
 
 
 def test_eventsource_comes_back_by_itself_and_misses_nothing(eventsource):
-    with SSEServer(**OPTIONS) as server, proxied(server.port) as proxy, \
+    with SSEServer(**OPTIONS) as server, door_before(server.port) as proxy, \
             listening(eventsource, f"http://127.0.0.1:{proxy.port}/token") as client:
         wait_until(lambda: server.clients == 1)
         published = []
@@ -136,9 +120,8 @@ def by_httpx_sse(url: str, last_id: str) -> Iterator[Iterator[Got]]:
     headers = {"Last-Event-ID": last_id} if last_id else {}
     with httpx.Client(timeout=PATIENCE, trust_env=False) as client, \
             httpx_sse.connect_sse(client, "GET", url, headers=headers) as source:
-        # It shows `retry:` alone as an event, which by WHATWG 9.2.6 is none
         yield ((event.event, event.data, event.id) for event in source.iter_sse()
-               if event.retry is None)
+               if event.event != "welcome")
 
 
 @contextmanager
@@ -150,7 +133,8 @@ def by_sseclient(url: str, last_id: str) -> Iterator[Iterator[Got]]:
         session.trust_env = False
         with closing(session.get(url, headers=headers, stream=True, timeout=PATIENCE)) as response:
             yield ((event.event, event.data, event.id)
-                   for event in sseclient.SSEClient(response).events())
+                   for event in sseclient.SSEClient(response).events()
+                   if event.event != "welcome")
 
 
 both = pytest.mark.parametrize("opened", [by_httpx_sse, by_sseclient])

@@ -1,5 +1,5 @@
 // Print every event of a stream as a line of JSON: node listen.mjs URL NAME...
-import { EventSource } from "eventsource";
+import { EventSource } from "eventsource-4";
 
 const [url, ...names] = process.argv.slice(2);
 const source = new EventSource(url);
