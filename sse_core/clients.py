@@ -49,7 +49,7 @@ class Opening(NamedTuple):
 class Client:
     """One connected socket and its cursor."""
     __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
-                 "last_id", "begin_at", "ends_at", "ahead", "sent_at", "group")
+                 "last_id", "begin_at", "ends_at", "ahead", "sent_at", "received", "group")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
@@ -65,6 +65,7 @@ class Client:
         self.ends_at = opening.ends_at
         self.ahead = False                  # this server has not come to that id yet
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
+        self.received = 0                   # bytes that it has sent after its request
         self.group: Any = None              # the publisher's
 
     def begin(self, batch: Batch, sent: int) -> int:

@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -57,6 +58,7 @@ def connect(port: int, **options) -> socket.socket:
 
 class Client:
     """A client on a real socket whose stream is decoded strictly."""
+    host = "127.0.0.1"
 
     def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None,
                  last_id: str = "", proxied: bool = False) -> None:
@@ -65,7 +67,7 @@ class Client:
         if receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
-            self.sock.connect(("127.0.0.1", port))
+            self.sock.connect((self.host, port))
             self.sock.sendall(request)
         except OSError:
             self.sock.close()
@@ -123,6 +125,22 @@ class Client:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
+
+
+class SecureClient(Client):
+    """A client over TLS, not verifying."""
+
+    def __init__(self, port: int, request: bytes = GET, receive_buffer: Optional[int] = None
+                 ) -> None:
+        super().__init__(port, b"", receive_buffer)
+        self.wrap()
+        self.sock.sendall(request)
+
+    def wrap(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        # An end without close_notify is an error to this client
+        self.sock = context.wrap_socket(self.sock, suppress_ragged_eofs=False)
 
 
 def reset(sock: socket.socket) -> None:

@@ -17,13 +17,14 @@ import pytest
 
 import publisher
 from helpers import KEPT, PATIENCE, wait_until
-from publisher import STALL, Publisher
-from sse_core import frames
+from publisher import Publisher
+from sse_core import frames, stalls
 from sse_core.broadcast import Broadcast, NotRunning, Unavailable
 from sse_core.clients import AT_ONCE
 from sse_core.log import SCAN, Batch
 from sse_core.clients import Opening, Subscription
 from sse_core.shared import Event, Shared
+from sse_core.stalls import STALL
 from sse_core.tls import TLSSocket
 from wire import Decoder
 
@@ -43,6 +44,7 @@ class Narrow:
         self.sock = sock
         self.room = 0
         self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
+        self.getsockopt = sock.getsockopt
         self.shutdown = sock.shutdown
 
     def send(self, data) -> int:
@@ -595,13 +597,29 @@ def test_a_client_that_closes_is_removed_at_once_and_what_it_sends_is_discarded(
     b = bench()
     closing, talking = b.peer(), b.peer()
     b.turn()
-    talking.sock.send(b"x" * 100000)
+    talking.sock.send(b"x" * 60_000)
     closing.sock.close()
     b.turn(3)
     assert len(b.broadcast.clients) == 1
     b.publish("still there")
     b.turn()
     assert talking.data() == ["still there"]
+
+
+def test_a_client_that_sends_64_kib_after_its_request_is_dropped(bench):
+    """Two that sent without end cost 70 % of a core."""
+    b = bench()
+    talking, other = b.peer(), b.peer()
+    b.turn()
+    for size in (40_000, (64 << 10) - 40_000):
+        talking.sock.send(b"x" * size)
+        b.turn(2)
+        assert len(b.broadcast.clients) == 2
+    talking.sock.send(b"x")
+    b.publish("to the other")
+    b.turn(2)
+    assert len(b.broadcast.clients) == 1 and other.data() == ["to the other"]
+    assert b.publisher.counters.drops["flooding"] == 1
 
 
 def test_a_reset_during_the_fan_out_harms_nobody_else(bench):
@@ -1146,6 +1164,68 @@ def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(
         wait_until(lambda: b.pass_time(1) or not len(b.broadcast.clients))
         drops = {**dict.fromkeys(publisher.REASONS, 0), "stalled": 1}
         assert b.publisher.counters.drops == drops
+
+
+def stops_reading(b, events: int) -> float:
+    """Have a client on a real TCP socket read a little of so many events, and then stop.
+
+    Returns after how many seconds it is dropped. Sizes are such that its kernel's buffers are full
+    when it stops, but for a part of which our selector tells nothing.
+    """
+    ours, theirs = tcp_pair(4096, 65536)
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.settimeout(5)
+        assert b.broadcast.register(ours, opening())
+        for _ in range(events):
+            b.publish("x" * 1000)
+            b.turn()
+        b.pass_time(10)
+        theirs.recv(8000)
+        wait_until(lambda: b.pass_time(0.01) or not unsent_moves(ours))
+        stopped = b.now
+        while len(b.broadcast.clients):
+            b.pass_time(0.5)
+            assert b.now < stopped + 100
+        return b.now - stopped
+
+
+def unsent_moves(sock: socket.socket) -> bool:
+    """Say whether a kernel still moves data to the peer's."""
+    before = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)[120:]
+    time.sleep(0.1)     # longer than a kernel may delay an acknowledgement
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)[120:] != before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a peer acknowledges is asked on Linux")
+@pytest.mark.parametrize("events", [20, 400])       # they fit into our kernel's buffer, or do not
+def test_a_client_that_stops_reading_is_dropped_after_30_seconds_whoever_holds_the_bytes(
+        bench, events):
+    """It was 60: at 30 there was room in our own kernel for some bytes more. And never, if all fit.
+    """
+    b = bench(history=64, heartbeat=15.0)
+    assert 28 <= stops_reading(b, events) <= 33
+    assert b.publisher.counters.drops["stalled"] == 1
+
+
+def test_some_hundreds_of_clients_are_asked_in_a_second_and_all_in_turn(bench, monkeypatch):
+    monkeypatch.setattr(stalls, "ASKED", 10)
+    monkeypatch.setattr(stalls, "ASKED_AGAIN", 5)
+    b = bench(history=64, heartbeat=1.0)        # so there are eight sweeps in a second
+    asked, ask = [], stalls.Stalls._owed
+
+    def owed(self, client, now):
+        asked.append(client)
+        return ask(self, client, now)
+    monkeypatch.setattr(stalls.Stalls, "_owed", owed)
+    for number in range(40):
+        b.peer(narrow=number % 2)
+    b.turn(2)
+    for _ in range(5):
+        before = len(asked)
+        b.pass_time(1, step=0.125)
+        assert 8 <= len(asked) - before <= 16
+    assert len(set(asked)) == 40
 
 
 def test_a_logging_handler_may_publish(bench):

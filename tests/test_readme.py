@@ -12,7 +12,7 @@ import requests
 
 import publisher
 from helpers import PATIENCE, TOP, Client, free_port, get, need, wait_until
-from sse_core import clients, connections, frames, http1, log, parameters, signed
+from sse_core import clients, connections, frames, http1, log, parameters, signed, stalls
 from sse_server import SSEServer
 
 README = (TOP / "README.md").read_text()
@@ -232,7 +232,7 @@ def test_the_table_of_bounds_is_what_the_code_says():
         connections.PLACE_TIME, http1.MAX_LINE, http1.MAX_HEAD, http1.MAX_FIELDS,
         frames.MAX_EVENT, connections.MAX_BODIES, frames.MAX_NAME,
         parameters.MAX_ASKED, parameters.MAX_NAMES, log.MAX_LATEST, http1.MAX_LAST_ID,
-        signed.MAX_TOKEN, clients.LISTED, publisher.STALL]
+        signed.MAX_TOKEN, clients.LISTED, stalls.STALL, publisher.MAX_INPUT]
 
 
 def test_since(shell):

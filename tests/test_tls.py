@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from helpers import (GET, PATIENCE, TOP, Client, connect, make_certificate, serving, unfinished,
-                     wait_until)
+from helpers import (GET, PATIENCE, TOP, Client, SecureClient, connect, make_certificate, serving,
+                     unfinished, wait_until)
 from sse_core import connections, tls
 from sse_server import SSEServer
 
@@ -30,21 +30,6 @@ def secure(certificate):
     with SSEServer(port=0, cert=certificate[0], key=certificate[1], publish_tokens=["t"],
                    history=1024) as server:
         yield server
-
-
-class SecureClient(Client):
-    """A client over TLS, not verifying."""
-
-    def __init__(self, port: int, request: bytes = GET, receive_buffer=None) -> None:
-        super().__init__(port, b"", receive_buffer)
-        self.wrap()
-        self.sock.sendall(request)
-
-    def wrap(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        # An end without close_notify is an error to this client
-        self.sock = context.wrap_socket(self.sock, suppress_ragged_eofs=False)
 
 
 def test_tls_streams_resumes_and_takes_posts_with_a_verified_certificate(secure, certificate):
