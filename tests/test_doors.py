@@ -135,6 +135,13 @@ def test_the_page_tells_nobody_its_address():
         assert b"\r\nReferrer-Policy: no-referrer\r\n" in ask(server.port, get("/", NAVIGATION))
 
 
+def test_health_answers_a_preflight_as_every_path_does():
+    with SSEServer(port=0, allowed_hosts=["good.test"]) as server:
+        for host, status in (("good.test", b"204"), ("evil.test", b"421")):
+            head = get("/-/health", method="OPTIONS").replace(b"Host: x", b"Host: " + host.encode())
+            assert ask(server.port, head).startswith(b"HTTP/1.1 " + status)
+
+
 @pytest.mark.parametrize("path, head, status", [
     ("/-/health", "Host: 10.0.0.7:6500", b"200"), ("/-/health", "", b"200"),     # HAProxy's, AWS's
     ("/-/health?x", "Host: evil.test", b"200"), ("/-/health", "Host: good.test", b"200"),
