@@ -174,7 +174,7 @@ class Clients:
         if fd == self._witness:
             self.ids += re.findall(rb"\nid: ([0-9]+-[0-9]+)\ndata: .{68}\r?\n", data)
         at = data.rfind(b"\ndata: ")
-        if data[at + 7:at + 8].isdigit():       # else it is `welcome`
+        if at >= 0 and data[at + 7:at + 8].isdigit():       # else it is `welcome`
             sent, number = int(data[at + 7:at + 26]), int(data[at + 27:at + 36])
             self._last[fd] = number
             self.latencies.append(time.monotonic() - sent / 1e9)

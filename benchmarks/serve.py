@@ -3,7 +3,8 @@
 Prints its port. Then each line `COUNT MICROSECONDS [CHANNEL [CHANNELS]]` on standard input
 publishes COUNT events with that pause between two of them, on that channel or on so many numbered
 ones in turn, and is answered by a line. The end of standard input ends it. Arguments: NAME=VALUE
-for SSEServer; slow=1 lets requests for /slow wait for 5 s.
+for SSEServer; slow=MILLISECONDS lets requests for /slow wait so long in `authorize`; token=TOKEN
+and publish=TOKEN are those of who may watch and publish.
 """
 import sys
 import time
@@ -25,8 +26,12 @@ def main() -> None:
         return
     options = {name: int(value) if value.isdigit() else value
                for name, value in (argument.split("=") for argument in sys.argv[1:])}
-    if options.pop("slow", 0):      # requests for /slow sit in `authorize`
-        options["authorize"] = lambda request: request.path != "/slow" or not time.sleep(5)
+    slow = options.pop("slow", 0) / 1000
+    if slow:
+        options["authorize"] = lambda request: request.path != "/slow" or not time.sleep(slow)
+    for name, option in (("token", "tokens"), ("publish", "publish_tokens")):
+        if name in options:
+            options[option] = [options.pop(name)]
     sequence = 0
     with SSEServer(**{"port": 0, **options}) as server:
         print(server.port, flush=True)

@@ -33,7 +33,7 @@ puts it into the selector. It leaves that before it is closed or becomes a clien
 readable during a job.
 
 When there are too many connections, one more evicts one: the one that has been idle or lingering
-longest, else the one whose request began first.
+longest, else the one whose request began first, once it had its time of grace.
 """
 from __future__ import annotations
 
@@ -74,8 +74,12 @@ PLACE_TIME = 10.0
 
 MAX_CONNECTIONS = 2048
 
-# Accepted sockets that wait to be taken over.
-MAX_NEWCOMERS = 1024
+# Accepted sockets that wait to be taken over, and how many of them wait for those whose requests
+# are young: so 3,000 honest clients that come at once all get in.
+MAX_NEWCOMERS, MAX_PATIENT = 1024, 960
+
+# Seconds for a request before it can be evicted, unless too many wait.
+GRACE_TIME = 1.0
 
 # Of each kind of job: `authorize`, and publishing.
 MAX_THREADS = 64
@@ -247,10 +251,9 @@ class Connections:
         self._is_woken = False
         for _ in range(len(self._done)):
             self._step(*self._done.popleft(), now)
-        for _ in range(len(self._newcomers)):
-            self._add(*self._newcomers.popleft(), now)
         if now >= self._look_at:
             self._look_for_deadlines(now)
+        self._take_newcomers(now)
 
     def _socket_ready(self, connection: Connection, now: float) -> None:
         if isinstance(connection.wait, Future):
@@ -259,13 +262,25 @@ class Connections:
         elif connection.wait in (READABLE, WRITABLE):
             self._step(connection, connection.wait, now)
 
-    def _add(self, sock: socket.socket, peer: str, received: bytes, now: float) -> None:
-        """Begin with a newcomer; if there are too many, evict one."""
-        if len(self._idle) + len(self._busy) >= MAX_CONNECTIONS:
-            self._end(next(iter(self._idle or self._busy)))
-        connection = Connection(sock, peer, received, self)
-        self._busy[connection] = None
-        self._step(connection, TURN, now)
+    def _take_newcomers(self, now: float) -> None:
+        """Begin with those that wait, as far as there is room or somebody can be evicted."""
+        for _ in range(len(self._newcomers)):
+            if len(self._idle) + len(self._busy) >= MAX_CONNECTIONS and not self._evict(now):
+                self._look_at = min(self._look_at, now + LOOK_INTERVAL)
+                break
+            connection = Connection(*self._newcomers.popleft(), self)
+            self._busy[connection] = None
+            self._step(connection, TURN, now)
+
+    def _evict(self, now: float) -> bool:
+        """Close a connection to make room for a newcomer. Returns whether there was one for that.
+        """
+        first = next(iter(self._idle or self._busy))
+        is_due = self._idle or first.began <= now - GRACE_TIME
+        if is_due or len(self._newcomers) > MAX_PATIENT:
+            self._end(first)
+            return True
+        return False
 
     def _look_for_deadlines(self, now: float) -> None:
         for connection in [*self._idle, *self._busy]:
@@ -411,8 +426,9 @@ class Connection:
         self.wait: Wait | None = TURN
         self.code: Code[None] = self._run()
 
-        # When TimeUp is raised, on time.monotonic.
-        self.deadline = time.monotonic() + REQUEST_TIME
+        # When its request began, and when TimeUp is raised, on time.monotonic.
+        self.began = time.monotonic()
+        self.deadline = self.began + REQUEST_TIME
 
         # All below is the code's.
         self._others = others
@@ -575,7 +591,8 @@ class Connection:
     def _begin(self) -> None:
         """Begin with the next request of a kept connection."""
         self._others.begin_request(self)
-        self._is_idle, self.deadline = False, time.monotonic() + REQUEST_TIME
+        self._is_idle, self.began = False, time.monotonic()
+        self.deadline = self.began + REQUEST_TIME
 
     def _send_answer(self, answer: bytes) -> Code[None]:
         self.deadline = time.monotonic() + REQUEST_TIME

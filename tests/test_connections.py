@@ -251,6 +251,7 @@ def test_who_takes_a_long_answer_gets_all_of_it(open_server):
 
 def test_one_too_many_evicts_the_one_whose_request_began_first(server, monkeypatch):
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 10)
+    monkeypatch.setattr(connections, "GRACE_TIME", 0.0)
     silent = []
     for number in range(30):
         silent.append(connect(server.port))
@@ -294,6 +295,7 @@ def test_a_connection_that_lingers_makes_room_before_a_request_that_is_older(ser
 @pytest.mark.parametrize("more", [b"", POST + b"hello"], ids=["one by one", "at once"])
 def test_a_kept_connection_is_as_old_as_its_last_request(open_server, monkeypatch, more):
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(connections, "GRACE_TIME", 0.0)
     with connect(open_server.port) as used:
         used.sendall(POST + b"hello")
         assert used.recv(1000).startswith(b"HTTP/1.1 200 ")
@@ -307,6 +309,21 @@ def test_a_kept_connection_is_as_old_as_its_last_request(open_server, monkeypatc
                 assert half.recv(1) == b""
                 used.sendall(POST[10:] + b"hello")
                 wait_until(lambda: open_server.figures()["events"] == 3 + bool(more))
+
+
+def test_nobody_is_evicted_before_a_time_of_grace_unless_too_many_wait(server, monkeypatch):
+    """So that an honest crowd gets in, which has sent all but what it is about to."""
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(connections, "GRACE_TIME", 0.5)
+    monkeypatch.setattr(connections, "MAX_PATIENT", 1)
+    with connect(server.port) as first, connect(server.port) as second:
+        wait_until(lambda: unfinished(server) == 2)
+        began = time.monotonic()
+        with connect(server.port), closing(connect(server.port)) as more:
+            assert first.recv(1) == b""         # two wait, which is too many
+            assert second.recv(1) == b"" and 0.4 <= time.monotonic() - began < 5
+            more.sendall(GET)
+            assert more.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 def test_sockets_that_nobody_takes_over_are_bounded(monkeypatch):
