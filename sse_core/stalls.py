@@ -61,9 +61,11 @@ class Stalls:
     def find(self, everyone: Callable[[], Iterable[Client]], share: float, now: float
              ) -> list[Client]:
         """Ask some clients, as many as are due in this share of a second; return the stalled."""
-        due = list(islice(self._round, max(1, round(ASKED * share))))
+        number = max(1, round(ASKED * share))
+        due = [*islice(self._round, number)]
         if not due:
             self._round = iter([*everyone()])
+            due = [*islice(self._round, number)]
         due += islice(self._owing, max(1, round(ASKED_AGAIN * share)))
         return [client for client in dict.fromkeys(due) if self._is_stalled(client, now)]
 

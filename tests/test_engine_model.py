@@ -466,7 +466,8 @@ class Driver:
         assert not self.readers and not len(self.broadcast.clients)
         groups = self.publisher._groups
         assert not any((groups._groups, groups._by_channel, self.publisher._ahead,
-                        self.broadcast.clients.lagging))
+                        self.publisher._stalls._owing, self.broadcast.clients.lagging,
+                        self.broadcast.clients.pace._paid))
 
     def serve_all(self) -> None:
         """Give everybody room until nobody lags."""

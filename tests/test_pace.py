@@ -26,13 +26,13 @@ CASES = {
     "what it takes pays for the pause before":
         ([BEHIND, (8.0, "take", 8 * RATE)], 8.0 + LONGEST - 0.1, True),
     "but for that pause only: nothing is paid in advance":
-        ([BEHIND, (8.0, "take", 1000 * RATE)], 8.0 + LONGEST, False),
+        ([BEHIND, (2.0, "take", RATE), (8.0, "take", 1000 * RATE)], 8.0 + LONGEST, False),
     "a part of it pays for a part":
         ([BEHIND, (8.0, "take", 3 * RATE)], 3.0 + LONGEST, False),
     "one that takes a byte a second":
         ([BEHIND, *((float(second), "take", 1) for second in range(1, 14))], 13.1, False),
-    "one that takes the least pace, each second, for an hour":
-        ([BEHIND, *((float(second), "take", RATE) for second in range(1, 3600))], 3600.0, True),
+    "one that takes 16 KiB each second, for an hour":
+        ([BEHIND, *((float(second), "take", 16 << 10) for second in range(1, 3600))], 3600.0, True),
     "one that takes half of the least pace, for half a minute":
         ([BEHIND, *((float(second), "take", RATE // 2) for second in range(1, 28))], 28.0, False),
     "one that was given up and has paid what it owed":
