@@ -19,7 +19,7 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
 
 QUICK = $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py package.py readme.py \
-	interop.py bridges.py)
+	interop.py bridges.py browser.py)
 
 quick: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(QUICK)

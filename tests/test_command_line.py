@@ -400,12 +400,12 @@ def addresses(*flags: str, before: tuple = ()) -> Iterator[tuple]:
     command = [*before, sys.executable, str(TOP / "sse_server.py"), "--port", "0", *flags]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
                           stderr=subprocess.DEVNULL) as process:
-        told = None
-        while not told:
-            line = process.stdout.readline()
-            assert line, "it says no address"
-            told = re.fullmatch(r"Watch: curl -N (\S+), or open (\S+) in a browser\n", line)
         try:
+            line = process.stdout.readline()
+            while line and not line.startswith("Watch: "):
+                line = process.stdout.readline()
+            told = re.fullmatch(r"Watch: curl -N (\S+), or open (\S+) in a browser\n", line)
+            assert told, line
             yield told.groups()
         finally:
             process.terminate()
