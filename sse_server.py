@@ -51,7 +51,8 @@ ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descrip
 RECOVERED = 10.0            # seconds without a failure after which the next is worth a warning
 SELF_CONNECT_TIME = 1.0     # seconds
 REQUESTS_TIME = 1.0         # seconds for what requests have begun
-FOLLOWER_TIME = 2.0         # seconds for the thread that follows a shared log to end
+STORE_TIME = 2.0            # seconds for the threads that read and write a shared log to end
+LOAD_TIME = 1.0             # seconds in which a start waits for the newest events of a shared log
 WAIT_CHECK = 0.05           # seconds between two looks whether --wait-clients are there
 # Without the charset, some HTTP clients take Latin-1. The original sends none.
 STREAM_TYPE = "text/event-stream; charset=utf-8"
@@ -282,7 +283,9 @@ class SSEServer(_Listener, metaclass=_Documented):
         self._connections = Connections(answers, self._broadcast.register, context)
         self._acceptor = self._thread("accept", self._accept)
         self._serving = self._thread("connections", self._serve)
-        self._follower = self._thread("source", self._follow)
+        self._store_threads = [
+            self._thread("source", partial(shared_log.follow, self._shared, stopping)),
+            self._thread("store", shared_log.write)] if shared_log and self._shared else []
         self._sender = self._thread("publisher", self._publisher.run)
         try:
             super().__init__(host, port, self._connections.take, stopping, reuse_port)
@@ -330,13 +333,13 @@ class SSEServer(_Listener, metaclass=_Documented):
 
     def _start(self) -> None:
         _running.add(self)
-        if self._shared:
-            self._shared.stream.load(self._shared, time.time())
         self._sender.start()
+        if self._shared:
+            for thread in self._store_threads:
+                thread.start()
+            self._shared.wait_until_loaded(LOAD_TIME)
         self._serving.start()
         self._acceptor.start()
-        if self._shared:
-            self._follower.start()
 
     def stop(self) -> None:
         """Stop within 3 seconds: clients get what is in the log, and their streams end.
@@ -352,7 +355,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         self._broadcast.refuse_inside()
         self._stopping.set()
         if threading.current_thread() in (self._acceptor, self._serving, self._sender,
-                                          self._follower):
+                                          *self._store_threads):
             threading.Thread(target=self.stop, name="stop", daemon=True).start()
             return
         with self._lifecycle:
@@ -379,8 +382,12 @@ class SSEServer(_Listener, metaclass=_Documented):
         else:
             self._sender.join()
         super().server_close()
-        if self._follower.is_alive():
-            self._follower.join(FOLLOWER_TIME)
+        if self._shared:
+            self._shared.stream.end()
+        until = time.monotonic() + STORE_TIME
+        for thread in self._store_threads:
+            if thread.is_alive():
+                thread.join(max(0.0, until - time.monotonic()))
         if self._started:       # only now: whatever a logging handler does harms nothing any more
             logger.info("stopped; clients: %d", clients)
 
@@ -472,10 +479,6 @@ class SSEServer(_Listener, metaclass=_Documented):
     def _serve(self) -> None:
         with self._broadcast.not_waiting():
             self._connections.run()
-
-    def _follow(self) -> None:
-        assert self._shared, "there is nothing to follow"
-        self._shared.stream.follow(self._shared, self._stopping)
 
 
 def _refuse(*options: tuple[object, str]) -> None:

@@ -503,8 +503,8 @@ class Connection:
             answer = respond()
         if isinstance(answer, Opening):
             yield answer
-            raise Refusal(503, "This server has as many clients as it can take. Try again "
-                               "later.", ["Retry-After: 10"])
+            raise Refusal(503, "This server has as many clients as it can take, or is not ready "
+                               "yet: /-/health says so. Try again later.", ["Retry-After: 10"])
         yield from self._send_answer(answer)
         return False
 

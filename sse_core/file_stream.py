@@ -1,11 +1,20 @@
 """Turn an SQLite file into the log that processes share: each follows it, and publishes to it.
 
 An event is a row of the table `event`, its id is `ms-n`. Ids are given inside the transaction that
-adds the rows: who has read all rows up to an id has missed none. Any tool may read and add rows.
+adds the rows: who has read all rows up to an id has missed none. Any program may read rows, and add
+some with ids that grow.
+
+The file says of itself, in the one row of the table `meta`, which is the newest row that was
+removed: a trigger sees to that, whoever removes it. So whoever has a place in the file knows
+whether a row after that place is gone.
+
+A connection is opened once and kept. SQLite keeps to the file that it has opened, whatever becomes
+of its name, and would take the -wal of one file for that of another that has its name now. So a
+file that is removed or replaced while a server runs is told and not followed; and in `meta` stands
+for which file, by its inode, the -wal was made, so that nobody opens one beside a wrong one.
 """
 from __future__ import annotations
 
-import logging
 import os
 import random
 import threading
@@ -13,357 +22,377 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Callable
+from urllib.parse import quote
 
-from sse_core.broadcast import Unavailable
-from sse_core.frames import Draft, Id, format_id
-from sse_core.log import MAX_LOG
+from sse_core.frames import MAX_EVENT, Draft, Id
+from sse_core.log import NOTHING
 from sse_core.shared import MIN_KEPT, Row, SharedLog
 
 if TYPE_CHECKING:       # who has no such file does without
     import sqlite3
 
-APPLICATION, SCHEMA = 0x73736531, 1     # what the file says that it is, and in which version
-POLL, IDLE_POLL = 0.01, 0.05    # seconds between two looks for what others write, when they just
-SLOWER = 1.01                   # did and 4 s later; it grows by this factor. A look costs 120 us
+# What the file says that it is, and in which version. In version 1 there was no `meta`.
+APPLICATION, SCHEMA = 0x73736531, 2
+
+# Seconds between two looks for what others write, when they just did and 4 s later; it grows by
+# this factor. A look costs 120 us.
+POLL, IDLE_POLL = 0.01, 0.05
+SLOWER = 1.01
+
 READ_COUNT, READ_BYTES = 512, 1 << 20       # rows, and bytes of data, that are read at once
 BUSY_TIME = 2.0         # seconds to wait for another process that writes; it may be stopped
 BUSY_PAUSE = 0.002      # seconds between two tries meanwhile, at most, at random
+TIDY_TIME = 0.5         # seconds to wait for it where no event waits
+
+# Rows beyond those kept are counted once in COUNT_EVERY seconds; that takes 40 ns for each row that
+# is kept. Without an order, TRIM_ROWS of them are deleted every TRIM_PAUSE seconds, so that rows
+# of others go, too: these can be of 1 MiB, so that this takes up to 60 ms.
+COUNT_EVERY = 1.0
+TRIM_ROWS, TRIM_PAUSE = 100, 0.01
+
+# Bytes to which the -wal shrinks again after a reader that has kept it from being reused.
+WAL_LIMIT = 16 << 20
 
 _WHOLE = "integer check (typeof({0}) = 'integer' and {0} between 0 and 999999999999999)"
-_CREATE = (f"create table event(ms {_WHOLE.format('ms')}, n {_WHOLE.format('n')}, channel text, "
-           "event text, data text, primary key (ms, n)) without rowid")
+_EVENT = (f"create table event(ms {_WHOLE.format('ms')}, n {_WHOLE.format('n')}, channel text, "
+          "event text, data text, primary key (ms, n)) without rowid")
+_META = (
+    "create table meta(removed_ms, removed_n, inode, probe)",
+    "insert into meta values ({0}, {1}, null, null)",
+    "create trigger removed after delete on event when max(old.ms, old.n) < 1000000000000000 and "
+    "(old.ms, old.n) > (select removed_ms, removed_n from meta) "
+    "begin update meta set removed_ms = old.ms, removed_n = old.n; end",
+    # Whoever reads a row holds it in memory whole. A row that no event can be is kept without data.
+    "create trigger too_long before insert on event "
+    f"when length(cast(new.data as blob)) > {MAX_EVENT} begin "
+    "insert into event values (new.ms, new.n, new.channel, new.event, null); "
+    "select raise(ignore); end",
+    f"pragma user_version = {SCHEMA}")
 _ROWS = ("select ms, n, cast(channel as text), cast(event as text), cast(data as text) "
-         "from event ")         # a damaged file, or another's table, can hold numbers there
-_FROM = _ROWS + "where (ms, n) >= (?, ?) order by ms, n limit ?"
-_NEWEST = _ROWS + "order by ms desc, n desc limit ?"
+         "from event where (ms, n) {} (?, ?) order by ms {}, n {} limit ?")
+_AFTER, _BEFORE = _ROWS.format(">", "", ""), _ROWS.format("<", "desc", "desc")
 _NEWEST_ID = "select ms, n from event order by ms desc, n desc limit 1 offset ?"
 _OLDEST_ID = "select ms, n from event order by ms, n limit 1 offset ?"
-_ADVICE = (             # what to do, by a part of what SQLite says
+_REMOVED = "select removed_ms, removed_n from meta"
+_END: Id = 1 << 62, 0       # newer than every row
+
+_MOVED = ("it was removed or replaced: stop all servers that use it, put a file in its place "
+          "without a -wal beside it, and start them")
+_ADVICE = (             # what to do, by a part of what SQLite or the system says
     ("not a database", "name another file, or move it away"),
     ("malformed", "restore a copy, or move it away"),
     ("readonly", "let this user write to it and to its folder"),
+    ("ermission denied", "let this user write to it and to its folder"),
     ("unable to open", "it must be a file that this user may read and write, its folder, too"),
     ("full", "make room on the disk"), ("locked", "end the process that holds it"))
-
-logger = logging.getLogger("sse_server")
 
 
 class Unusable(Exception):
     """The file is not for us, or not there any more."""
 
 
+class WrongWal(Unusable):
+    """A -wal lies beside a file for which it was not made, or for which it is just being made."""
+
+
 class FileStream(SharedLog):
-    """An SQLite file, followed by one thread; any thread may call `publish`.
+    """An SQLite file. See SharedLog for who may call what.
 
     history: see SharedLog. sync: what is published outlives a power failure, too. Raises
     ValueError, one line that says what to do, for a file that is not ours or cannot be used; it is
     left as it was.
     """
-    _away = "the history file cannot be used now (%s); trying until it can"
-    _back, _skips = "the history file is back", "the history file has rows"
+    _away = "the history file cannot be used now: %s"
+    _back, _skips = "the history file is back", "rows of the history file"
+    _refuses = "the history file"
 
     def __init__(self, path: str | os.PathLike[str], history: int, sync: bool) -> None:
         super().__init__(history)
         import sqlite3
         self._faults = (sqlite3.Error, OSError, Unusable)
-        self._changed = threading.Condition()   # guards the next three; a commit has ended
-        self._orders: list[_Order] = []         # that nobody commits yet
-        self._taken: list[_Order] = []          # that one thread commits now
-        self._committing: int | None = None     # the thread that does now
-        # What follows belongs to that thread
-        self._writer = _File(path, sync)
-        self._written: Id = (0, 0)              # the newest id that was given here
-        self._uncounted = 0                     # rows since the last look for what to trim
-        self._counted: sqlite3.Connection | None = None     # in which that was
-        self._floor: Id | None = None           # rows below it are trimmed, some at each commit
-        self._closed = False
-        # And this belongs to the thread that follows, and to `load` before there is one
-        self._reader = _File(path, sync)
-        self._news = threading.Event()          # there may be something to read
-        self._is_own = False                    # it may be from this process
-        self._file: Id | None = None            # which it was, when the newest rows were read
-        self._highest: Id = (0, 0)              # that was ever read
-        self._seen: tuple[Any, ...] = ()        # connection, and its version that was read whole
+        self._path = os.path.realpath(path)
+        self._sync = sync
+
+        # Both are opened by the thread that follows, together, and once. `_files` is what the
+        # names of the file, its -wal and its -shm meant then.
+        self._reader: sqlite3.Connection | None = None
+        self._writer: sqlite3.Connection | None = None
+        self._files: list[Id | None] = []
+
+        # The writing thread's. Rows below the floor are deleted, some at each commit.
+        self._idle = COUNT_EVERY
+        self._floor: Id | None = None
+        self._count_at = 0.0            # on the monotonic clock
+        self._count_every = max(COUNT_EVERY, self._kept * 1e-4)
+
+        # The following thread's
+        self._news = threading.Event()  # there may be something to read
+        self._is_own = False            # it may be from this process
+        self._seen: Any = None          # the version of the file of which all was read
+        self._place: Id | None = None   # what will be `_last` when the newest rows were read
         self._poll = IDLE_POLL
         try:
-            connection = self._reader.connection()
-            _insist(lambda: connection.execute("begin immediate"), BUSY_TIME)
-            _fetch(connection, _NEWEST, (), self._history, MAX_LOG)
+            with closing(_opened(self._path, sync)) as connection:
+                _insist(lambda: connection.execute("begin immediate"), BUSY_TIME)
+                connection.execute("rollback")
+                _fetch(connection, _BEFORE, _END, READ_COUNT)
         except self._faults as fault:
             raise ValueError(f"cannot use the file {os.fspath(path)}: {_reason(fault)}") from None
-        finally:
-            self._reader.close()
-
-    # For any thread
-
-    def publish(self, drafts: Sequence[Draft]) -> list[str]:
-        """Add events that have been checked, all or none, and return their ids.
-
-        Who comes while another commits waits, then commits for all that wait. Raises Unavailable
-        if the file does not take them, or was removed while it did.
-        """
-        if self._changed._is_owned() or (       # type: ignore[attr-defined]
-                self._committing == threading.get_ident()):
-            raise RuntimeError("a signal handler interrupted a publish of its thread by another")
-        order = _Order(drafts)
-        try:
-            with self._changed:
-                self._orders.append(order)
-                while order.error is None and self._committing:
-                    self._changed.wait()
-                orders = self._take() if order.error is None else []
-            if orders:
-                self._commit(orders, BUSY_TIME)
-        except BaseException:       # a signal handler's: if it came before the commit began
-            self._end_commit("it was interrupted")
-            raise
-        if order.error:
-            raise Unavailable(f"the history file does not take events now ({order.error})")
-        return order.ids
-
-    def _take(self) -> list[_Order]:
-        """Return all orders, which this thread must commit now. Requires holding `_changed`."""
-        self._committing = threading.get_ident()
-        self._taken, self._orders = self._orders, []
-        return self._taken
-
-    def _end_commit(self, error: str) -> None:
-        """Tell all orders what came of them, if this thread commits; let the next one commit."""
-        with self._changed:
-            if self._committing == threading.get_ident():
-                for order in self._taken:
-                    order.error = error
-                self._committing = None
-                self._changed.notify_all()
-
-    # For the thread that commits
-
-    def _commit(self, orders: Sequence[_Order], seconds: float) -> None:
-        """Commit in one transaction, and tell all orders. Others may hold it up so long."""
-        error = "it was interrupted"
-        try:
-            if self._closed:
-                raise Unusable("the server is stopped")
-            ids = iter(self._write([draft for order in orders for draft in order.drafts], seconds))
-            for order in orders:
-                order.ids = [str(format_id(next(ids))) for _ in order.drafts]
-            error, self.trouble = "", None
-            self._news.set()
-        except self._faults as fault:
-            error = self.trouble = _reason(fault)
-        finally:
-            if error:
-                self._writer.close()
-            self._end_commit(error)
-
-    def _write(self, drafts: Sequence[Draft], seconds: float) -> list[Id]:
-        """Commit drafts; without any, something all the same. Returns the ids they got."""
-        connection, ids = self._writer.connection(), []
-        _insist(lambda: connection.execute("begin immediate"), seconds)
-        newest = map(_id, connection.execute(_NEWEST_ID, (0,)).fetchall())
-        last, now = max(self._written, self._highest, *newest), int(time.time() * 1000)
-        for _ in drafts:
-            last = (now, 0) if now > last[0] else (last[0], last[1] + 1)
-            ids.append(last)
-        connection.executemany("insert into event values (?, ?, ?, ?, ?)", (
-            (*new, draft.channel, draft.event or None, draft.data)
-            for new, draft in zip(ids, drafts)))
-        self._trim(connection, len(drafts))
-        if not drafts:
-            connection.execute(f"pragma user_version = {SCHEMA}")
-        connection.execute("commit")
-        self._written = last
-        if not self._writer.is_in_place():      # SQLite would not mind
-            raise Unusable("it was removed or replaced just now")
-        return ids
-
-    def _trim(self, connection: sqlite3.Connection, number: int) -> None:
-        """Delete some of the oldest rows beyond those kept: twice as many as came, at most."""
-        self._uncounted += number
-        if self._uncounted > self._kept // 10 or self._counted is not connection:
-            self._uncounted, self._counted = 0, connection
-            self._floor = connection.execute(_NEWEST_ID, (self._kept - 1,)).fetchone()
-        if self._floor:
-            oldest = connection.execute(_OLDEST_ID, (2 * number,)).fetchone()
-            below = min(self._floor, oldest or self._floor)
-            connection.execute("delete from event where (ms, n) < (?, ?)", below)
-            self._floor = self._floor if below < self._floor else None
 
     # For the thread that follows
 
-    def _read(self) -> tuple[list[Row] | None, bool]:
-        """Look for rows that follow the last one; see SharedLog.
+    def _open(self) -> sqlite3.Connection:
+        """Open the file if that was not done yet, and return the connection that reads.
 
-        That is read again with them, in one statement, so that none can go in between.
+        Raises Unusable if the file was removed or replaced since.
         """
-        seen = self._version()
+        if not self._reader:
+            self._reader = _opened(self._path, self._sync)
+            self._files = self._names()
+        self._check_in_place()
+        if not self._writer:
+            writer = _opened(self._path, self._sync)
+            try:
+                self._check_in_place()
+            except Unusable:
+                writer.close()
+                raise
+            self._writer = writer
+        return self._reader
+
+    def _read(self) -> tuple[list[Row] | None, bool]:
+        """Look for rows that follow the last one; see SharedLog."""
+        connection, last = self._open(), self._last or NOTHING
         self._poll = min(SLOWER * self._poll, IDLE_POLL)
+        seen = connection.execute("pragma data_version").fetchone()
         if seen == self._seen:
             return [], True
         self._poll = self._poll if self._is_own else POLL       # somebody has committed
-        connection, last = seen[0], self._last and self._last[:2]
-        rows, is_all = _fetch(connection, _FROM, last or (0, 0), READ_COUNT, READ_BYTES)
-        if last:    # another file may have it, too: a copy from before what was lost
-            is_lost = not rows or rows.pop(0)[:2] != last or self._file != self._reader.identity
-        else:       # nothing to stand on: it may not be another file, nor have been trimmed
-            is_lost = self._seen[:1] != (connection,) or bool(rows) and bool(
-                connection.execute(_OLDEST_ID, (MIN_KEPT - 1,)).fetchone())
-        if is_lost:
-            logger.warning("rows of the history file are gone, or it is another one: a gap is told")
+        with _transaction(connection, "begin"):     # so that none can go between the two
+            rows, is_all = _fetch(connection, _AFTER, last, READ_COUNT)
+            removed = _newest_removed(connection)
+        if removed > last:
             return None, True
-        self._seen = seen if is_all else self._seen
-        self._stand_on(rows[-1] if rows else self._last)
+        self._seen = seen if is_all else None
+        self._last = rows[-1][:2] if rows else self._last
         return rows, is_all
 
-    def _newest(self) -> list[Row]:
-        seen = self._version()
-        rows = _fetch(seen[0], _NEWEST, (), self._history, MAX_LOG)[0][::-1]
-        new = [row for row in rows if row[:2] > self._highest]
-        self._seen, self._file = seen, self._reader.identity
-        self._stand_on(rows[-1] if rows else None)
-        return new
+    def _page(self, before: Row | None) -> list[Row]:
+        connection = self._open()
+        if before:
+            return _fetch(connection, _BEFORE, before[:2], READ_COUNT)[0]
+        removed = _newest_removed(connection)
+        rows, _ = _fetch(connection, _BEFORE, _END, READ_COUNT)
+        # Behind what was removed before, too: that can be newer if a person did it.
+        place = max(removed, rows[0][:2] if rows else NOTHING)
+        self._place = None if place == NOTHING else place
+        return rows
 
-    def _version(self) -> tuple[sqlite3.Connection, Any]:
-        connection = self._reader.connection()
-        return connection, connection.execute("pragma data_version").fetchone()
+    def _removed(self) -> Id:
+        return _newest_removed(self._open())
 
-    def _stand_on(self, row: Row | None) -> None:
-        self._last = row
-        self._highest = max(self._highest, row[:2]) if row else self._highest
+    def _unread(self, rows: list[Row]) -> list[Row]:
+        last, self._last = self._last or NOTHING, self._place
+        return [row for row in rows if row[:2] > last]
 
-    def _failed(self, fault: Exception) -> str:
-        self._reader.close()
+    def _read_failed(self, fault: Exception) -> str:
         return _reason(fault)
-
-    def _recover(self) -> None:
-        self._try_to_write()
-
-    def _try_to_write(self, wait: bool = False) -> None:
-        """Commit what there is, or nothing, if no other thread does; or wait for that."""
-        with self._changed:
-            while wait and self._committing:
-                self._changed.wait()
-            is_free = not self._committing
-            orders = self._take() if is_free else []
-        if is_free:
-            self._commit(orders, 0.0)
 
     def _rest(self, stopping: threading.Event, seconds: float) -> None:
         self._is_own = self._news.wait(seconds)
         self._news.clear()
 
-    def _close(self) -> None:
-        self._reader.close()
-        self._closed = True
-        self._try_to_write(wait=True)       # which closes
+    def _close_reader(self) -> None:
+        if self._reader:
+            self._reader.close()
+
+    # For the thread that writes
+
+    def _writing(self) -> sqlite3.Connection:
+        """Return the connection that writes. Raises Unusable if the file cannot be used."""
+        if not self._writer:
+            raise Unusable(self._troubles.get("reading", "it is being opened"))
+        self._check_in_place()
+        return self._writer
+
+    def _commit(self, drafts: Sequence[Draft]) -> list[str]:
+        connection = self._writing()
+        self._count(connection)
+        with _transaction(connection, "begin immediate"):
+            ids = self._next_ids(connection, len(drafts))
+            connection.executemany("insert into event values (?, ?, ?, ?, ?)", (
+                (*new, draft.channel, draft.event or None, draft.data)
+                for new, draft in zip(ids, drafts)))
+            self._trim(connection, 2 * len(drafts))
+        self._check_in_place()      # SQLite would not mind
+        self._news.set()
+        return ["%d-%d" % new for new in ids]
+
+    def _next_ids(self, connection: sqlite3.Connection, number: int) -> list[Id]:
+        """Return ids above all that ever were, and above the last that this server has read."""
+        newest = connection.execute(_NEWEST_ID, (0,)).fetchone()
+        last = max(_id(newest or NOTHING), _newest_removed(connection), self._last or NOTHING)
+        now, ids = int(time.time() * 1000), []
+        for _ in range(number):
+            last = (now, 0) if now > last[0] else (last[0], last[1] + 1)
+            ids.append(last)
+        return ids
+
+    def _count(self, connection: sqlite3.Connection) -> None:
+        """See now and then whether there are more rows than are kept."""
+        if time.monotonic() >= self._count_at:
+            self._count_at = time.monotonic() + self._count_every
+            self._floor = connection.execute(_NEWEST_ID, (self._kept - 1,)).fetchone()
+
+    def _trim(self, connection: sqlite3.Connection, number: int) -> None:
+        """Delete so many of the oldest rows, as far as they are more than are kept."""
+        if self._floor:
+            oldest = connection.execute(_OLDEST_ID, (number,)).fetchone()
+            below = min(self._floor, oldest or self._floor)
+            connection.execute("delete from event where (ms, n) < (?, ?)", below)
+            self._floor = self._floor if below < self._floor else None
+
+    def _tidy(self) -> None:
+        """Delete rows that other programs have added."""
+        if self._writer:
+            connection = self._writing()
+            self._count(connection)
+            if self._floor:
+                with _transaction(connection, "begin immediate", TIDY_TIME):
+                    self._trim(connection, TRIM_ROWS)
+        self._idle = TRIM_PAUSE if self._floor else COUNT_EVERY
+
+    def _probe(self, size: int) -> None:
+        connection = self._writing()
+        for value in (bytes(size), None):
+            with _transaction(connection, "begin immediate", TIDY_TIME):
+                connection.execute("update meta set probe = ?", (value,))
+
+    def _write_failed(self, fault: Exception) -> str:
+        return _reason(fault)
+
+    def _close_writer(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    # For both
+
+    def _check_in_place(self) -> None:
+        """Raise Unusable if a name means another file: it can be moved away, and back."""
+        if self._files != self._names():
+            raise Unusable(_MOVED)
+
+    def _names(self) -> list[Id | None]:
+        return [_identity(self._path + ending) for ending in ("", "-wal", "-shm")]
 
 
-class _Order:
-    """Drafts that are to be committed together, and what came of them."""
+def _opened(path: str, sync: bool) -> sqlite3.Connection:
+    """Return a connection to the file, which is made if there is none."""
+    import sqlite3
+    _insist(lambda: _check_wal(path), BUSY_TIME)
+    with suppress(FileExistsError):     # what every private channel was sent is in it
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    connection = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
+    try:
+        _insist(lambda: _set_up(connection, path, sync), BUSY_TIME)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
-    def __init__(self, drafts: Sequence[Draft]) -> None:
-        self.drafts = drafts
-        self.ids: list[str] = []
-        self.error: str | None = None       # None: not tried yet; empty: done
+
+def _check_wal(path: str) -> None:
+    """Raise WrongWal if the -wal there is of another file: SQLite would add it to this one."""
+    if not _size(path + "-wal"):
+        return
+    inode = _inode_in(path)
+    is_ours = _size(path) and inode in (None, _inode(path))
+    if not is_ours:
+        raise WrongWal("the -wal beside it is of another file: remove that; if it is not, as in a "
+                       f"copy of both, run sqlite3 '{path}' 'pragma wal_checkpoint(truncate)'")
 
 
-class _File:
-    """A connection to the file that has this name now, for one thread at a time.
+def _inode_in(path: str) -> bytes | None:
+    """Return for which file the file says that its -wal is made, without a look at the -wal."""
+    import sqlite3
+    url = f"file:{quote(path)}?mode=ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(url, uri=True)) as connection:
+            connection.text_factory = bytes
+            inode: bytes | None = connection.execute("select inode from meta").fetchone()[0]
+            return inode
+    except (sqlite3.Error, TypeError):      # it is empty, of version 1 or not ours
+        return None
 
-    SQLite keeps to the file it has opened, whatever becomes of the name, and would give a new file
-    the -wal and -shm of the one before it. So here each use looks what the name means, and who
-    opens a file first takes away what is of another, while a lock on the folder keeps others out.
+
+def _set_up(connection: sqlite3.Connection, path: str, sync: bool) -> None:
+    """Make sure that the file is ours and can be written; make the tables that it lacks."""
+    connection.text_factory = bytes
+    version = _version(connection)
+    if not os.access(path, os.W_OK):        # SQLite would open it all the same
+        raise Unusable("it is readonly")
+    if version < SCHEMA:
+        with _transaction(connection, "begin immediate"):
+            _make_tables(connection)
+    connection.execute("pragma journal_mode = wal")
+    connection.execute(f"pragma synchronous = {'full' if sync else 'normal'}")
+    connection.execute(f"pragma journal_size_limit = {WAL_LIMIT}")
+    if connection.execute("select inode from meta").fetchone() != (_inode(path),):
+        with _transaction(connection, "begin immediate"):
+            connection.execute("update meta set inode = ?", (_inode(path).decode(),))
+        _insist(lambda: _checkpoint(connection), BUSY_TIME)
+    connection.execute("pragma data_version").fetchone()    # a copy has no -wal and -shm yet
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    """Return the version of the tables, 0 if there are none. Raises Unusable."""
+    application, version, tables = (connection.execute(query).fetchone()[0] for query in (
+        "pragma application_id", "pragma user_version", "select count(*) from sqlite_master"))
+    if application != APPLICATION and (application, version, tables) != (0, 0, 0):
+        raise Unusable("it is of another program: name another file, or move it away")
+    if version > SCHEMA:
+        raise Unusable("it is of a newer version of this server: use that, or another file")
+    return int(version)
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    """Make what the file lacks; another process may have done it just now.
+
+    Version 1 kept 10,000 rows at least and did not say what it had removed. Of a file with so
+    many, all before the oldest row counts as removed: somebody may be told a gap that was none.
     """
+    version, removed = _version(connection), NOTHING
+    if version == 0:
+        connection.execute(_EVENT)
+        connection.execute(f"pragma application_id = {APPLICATION}")
+    elif connection.execute(_NEWEST_ID, (MIN_KEPT - 1,)).fetchone():
+        ms, n = _id(connection.execute(_OLDEST_ID, (0,)).fetchone())
+        removed = ms, n - 1
+    for statement in _META if version < SCHEMA else ():
+        connection.execute(statement.format(*removed))
 
-    def __init__(self, path: str | os.PathLike[str], sync: bool) -> None:
-        self._path = os.path.realpath(path)
-        self._names = [self._path + ending for ending in ("", "-wal", "-shm")]
-        self._sync = sync
-        self._connection: sqlite3.Connection | None = None
-        self._opened: list[Id | None] = []      # what the names meant when that was made
 
-    @property
-    def identity(self) -> Id | None:
-        """Which file is open, by device and inode."""
-        return self._opened[0]
-
-    def is_in_place(self) -> bool:
-        """Say whether the names still mean what is open: a file can be moved away and back."""
-        return [_identity(name) for name in self._names] == self._opened
-
-    def connection(self) -> sqlite3.Connection:
-        """Return the connection, made anew if there is none or the name means another file now.
-
-        Raises sqlite3.Error, OSError or Unusable.
-        """
-        if not self._connection or not self.is_in_place():
-            with _locked(os.path.dirname(self._path)):
-                self._clear_away()
-                self.close()
-                self._connection = self._open()
-        return self._connection
-
-    def close(self) -> None:
-        """Close the connection, if there is one; what was not committed is undone."""
-        if self._connection:
-            self._connection.close()
-        self._connection = None
-
-    def _clear_away(self) -> None:
-        """Remove the -wal and -shm of a file that has not this name any more."""
-        is_gone = _identity(self._path) is None
-        if self._connection:        # to a file that may live on under another name
-            self._connection.execute("pragma wal_checkpoint").fetchall()
-        for name, opened in zip(self._names[1:], self._opened[1:] or (None, None)):
-            if is_gone or self._connection and _identity(name) == opened:
-                with suppress(FileNotFoundError):
-                    os.unlink(name)
-
-    def _open(self) -> sqlite3.Connection:
-        import sqlite3
-        connection = sqlite3.connect(self._path, timeout=0.0, isolation_level=None,
-                                     check_same_thread=False)
-        try:
-            _insist(lambda: self._set_up(connection), BUSY_TIME)
-        except BaseException:
-            connection.close()
-            raise
-        self._opened = [_identity(name) for name in self._names]
-        return connection
-
-    def _set_up(self, connection: sqlite3.Connection) -> None:
-        """Make sure that the file is ours and can be written; make a table in an empty one."""
-        connection.text_factory = bytes
-        application, version, tables = (connection.execute(query).fetchone()[0] for query in (
-            "pragma application_id", "pragma user_version", "select count(*) from sqlite_master"))
-        is_empty = (application, version, tables) == (0, 0, 0)
-        if application != APPLICATION and not is_empty:
-            raise Unusable("it is of another program: name another file, or move it away")
-        if version > SCHEMA:
-            raise Unusable("it is of a newer version of this server: use that, or another file")
-        if not os.access(self._path, os.W_OK):      # SQLite would open it all the same
-            raise Unusable("it is readonly")
-        connection.execute("pragma journal_mode = wal")
-        connection.execute(f"pragma synchronous = {'full' if self._sync else 'normal'}")
-        if is_empty:
-            connection.execute("begin immediate")
-            connection.execute(_CREATE)
-            connection.execute(f"pragma application_id = {APPLICATION}")
-            connection.execute(f"pragma user_version = {SCHEMA}")
-            connection.execute("commit")
-        connection.execute("pragma data_version").fetchone()    # a copy has no -wal and -shm yet
+def _checkpoint(connection: sqlite3.Connection) -> None:
+    """Copy the -wal into the file. Raises BlockingIOError while another connection is at work."""
+    if connection.execute("pragma wal_checkpoint(full)").fetchone()[0]:
+        raise BlockingIOError("database is locked")
 
 
 @contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Hold a lock on a folder, as other processes do for the milliseconds they need it."""
-    import fcntl
-    descriptor = os.open(folder, os.O_RDONLY)
+def _transaction(connection: sqlite3.Connection, begin: str, seconds: float = BUSY_TIME
+                 ) -> Iterator[None]:
+    """Commit what is done in the block, or undo it. Another process may hold it up so long."""
+    _insist(lambda: connection.execute(begin), seconds)
     try:
-        _insist(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), BUSY_TIME)
         yield
+        connection.execute("commit")
     finally:
-        os.close(descriptor)
+        if connection.in_transaction:
+            connection.execute("rollback")
+
+
+def _newest_removed(connection: sqlite3.Connection) -> Id:
+    return _id(connection.execute(_REMOVED).fetchone())
 
 
 def _identity(name: str) -> Id | None:
@@ -375,15 +404,26 @@ def _identity(name: str) -> Id | None:
     return status.st_dev, status.st_ino
 
 
+def _inode(path: str) -> bytes:
+    return b"%d" % os.stat(path).st_ino
+
+
+def _size(name: str) -> int:
+    try:
+        return os.path.getsize(name)
+    except FileNotFoundError:
+        return 0
+
+
 def _insist(take: Callable[[], object], seconds: float) -> None:
-    """Take a lock; while another process has it, try again for so many seconds."""
+    """Do what another process holds up; while it does, try again for so many seconds."""
     until = time.monotonic() + seconds
     while True:
         try:
             take()
             return
         except Exception as error:
-            is_busy = isinstance(error, BlockingIOError) or "locked" in str(error)
+            is_busy = isinstance(error, WrongWal) or "locked" in str(error)
             if not is_busy or time.monotonic() >= until:
                 raise
         time.sleep(random.uniform(0, BUSY_PAUSE))
@@ -397,11 +437,12 @@ def _id(ms_and_n: tuple[Any, ...]) -> Id:
     return ms, n
 
 
-def _fetch(connection: sqlite3.Connection, query: str, values: tuple[int, ...], count: int,
-           size: int) -> tuple[list[Row], bool]:
-    """Return `count` rows at most, of `size` bytes but for the last; and whether these are all."""
+def _fetch(connection: sqlite3.Connection, query: str, place: Id, count: int
+           ) -> tuple[list[Row], bool]:
+    """Return rows from a place on, READ_BYTES but for the last; and whether these are all."""
     rows: list[Row] = []
-    with closing(connection.execute(query, (*values, count))) as cursor:
+    size = READ_BYTES
+    with closing(connection.execute(query, (*place, count))) as cursor:
         for row in cursor:
             _id(row[:2])
             rows.append(row)

@@ -13,13 +13,19 @@ from typing import Callable, NamedTuple, Union
 
 from sse_core.frames import BATCH, Id, chunk, unchunk
 
-MAX_LOG = 64 << 20          # bytes of frames in the log
+MAX_LOG = 64 << 20          # bytes of frames in the log, with what Python needs for each
 MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients that are slow
+
+# Bytes that Python needs to keep a frame, beside those of its chunk. Measured: 325 to 330.
+FRAME_COST = 330
 MAX_LATEST = BATCH          # bytes that `latest` returns, which each client has to itself
 MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
 SCAN = 1024                 # frames looked at in one go: who wants none of them holds up nobody
 Bytes = Union[bytes, memoryview]
 Evicted = tuple[int, tuple[int, ...]]   # of a frame that is gone: number; id, or one between two
+
+# Older than every id: no event is missing before the log.
+NOTHING: Id = (-1, 0)
 
 
 class Frame(NamedTuple):
@@ -40,17 +46,27 @@ class Log:
 
     Ids grow. One that does not begins a new epoch: ids from before are unknown from there on, and
     a client that has one gets all that is kept of the new epoch.
+
+    Events can be missing from the beginning: a store may have removed them, or hold more than was
+    loaded. `begin` is told the newest of their ids.
     """
 
     def __init__(self, history: int, began_with: Id = (0, 0), size: int = MAX_LOG) -> None:
-        # Of a log that is shared with other servers, the caller says what has come from there:
-        self.is_loaded = True                   # all from before this server
-        self.complete_at = math.inf             # all that there was at this time
+        # Of a log that is shared with other servers: it has all that there was at this time.
+        self.complete_at = math.inf
+
         self.first = self.next = 0
         self.last_id = began_with               # of the newest event that has one
-        # The first id of this epoch, or of an event that never was: who has that missed nothing
+
+        # The first id of this epoch, or one before it: a client that has it missed nothing.
         self._began_with = began_with
-        self._epoch = 0                         # number of the frame with which it began
+
+        # Number of the frame with which this epoch began.
+        self._epoch = 0
+
+        # The newest id that was missing when it began, on whatever channel.
+        self._missing = NOTHING
+
         self._evicted: OrderedDict[str | None, Evicted] = OrderedDict()  # the last, by channel
         self._forgotten: Evicted = -1 << 63, (0, 0)     # for every channel that is not in there
         self._count = max(MIN_HISTORY, history)
@@ -62,15 +78,15 @@ class Log:
     def fits(self, length: int, share: float = 1.0) -> bool:
         """Say whether `length` bytes can be appended within this share of the log."""
         kept = self.next - self.first
-        is_small = self._bytes + length <= self._size * share
+        is_small = self._bytes + length + FRAME_COST <= self._size * share
         return kept == 0 or kept < self._count * share and is_small
 
     def evict(self) -> None:
         """Let go of the oldest frame."""
         frame = self._frames.pop(self.first)
-        self._bytes -= len(frame.chunk)
+        self._bytes -= len(frame.chunk) + FRAME_COST
         self.first += 1
-        if self._newest[frame.channel] is frame:
+        if self._newest.get(frame.channel) is frame:
             del self._newest[frame.channel]
         # A frame without an id came after the newest one: (ms, n) < (ms, n, 1) < (ms, n + 1)
         self._evicted[frame.channel] = frame.number, frame.id or (*frame.newest, 1)
@@ -84,18 +100,23 @@ class Log:
         if event_id is not None:
             if event_id <= self.last_id:
                 self._epoch, self._began_with = self.next, event_id
+                self._missing = NOTHING
             self.last_id = event_id
             payload = b"id: %d-%d\n%b" % (*event_id, payload)
         frame = Frame(self.next, event_id, self.last_id, channel, time, chunk(payload))
-        self._frames[frame.number] = self._newest[channel] = frame
-        self._bytes += len(frame.chunk)
+        self._frames[frame.number] = frame
+        if event_id is not None:
+            self._newest[channel] = frame
+        self._bytes += len(frame.chunk) + FRAME_COST
         self.next += 1
         return frame
 
-    def begin(self, began_with: Id, number: int) -> None:
-        """Say of an empty log that nothing before this id is known, and number it from here on."""
-        self._began_with = began_with
-        self.first = self.next = self._epoch = number
+    def begin(self, missing: Id) -> None:
+        """Say which event is the newest of those that are missing in what was loaded, or NOTHING.
+        """
+        self._missing = missing
+        self._began_with = max(missing, (0, 0))
+        self.last_id = max(missing, self.last_id)
 
     def next_id(self, milliseconds: int) -> Id:
         """Return the id for an event at this time: it grows even if the clock was set back."""
@@ -119,45 +140,55 @@ class Log:
         Of a shared log, other servers can have had more: an id that is ahead may come yet, until
         there is all that there was when the client brought it.
         """
-        return self.is_loaded and (event_id is None or event_id <= self.last_id
-                                   or self.complete_at > since)
+        return event_id is None or event_id <= self.last_id or self.complete_at > since
 
     def locate(self, event_id: Id | None, channels: Iterable[str] = ()) -> tuple[int, str | None]:
         """Return the number of the frame that follows an id, and why there may be a gap, if so.
 
-        "evicted": the id is ours, and frames after it on these channels, or on none, are gone.
-        "unknown": it is of another epoch, of the future, or not ours at all.
+        "evicted": the id may be ours, and frames after it on these channels, or on none, are gone.
+        "unknown": it is of another epoch, of the future, or not ours at all. So is one that lies
+        before the oldest frame kept, unless it is the beginning, or something was evicted since.
         """
         oldest = max(self.first, self._epoch)
         if event_id is None or event_id > self.last_id:
             return oldest, "unknown"
         number = self._at(event_id)
-        if number < self.next and self._frames[number].id == event_id:
+        is_kept = number < self.next and self._frames[number].id == event_id
+        if event_id < self._missing:
+            return number + is_kept, "evicted"
+        if is_kept:
             return number + 1, None
-        if number > oldest or event_id < self._began_with:
+        may_have_left = number == oldest > self._epoch and event_id > self._began_with
+        if event_id != self._began_with and not may_have_left:
             return number, "unknown"
-        gone, newest = self._last_evicted(channels)
-        return number, "evicted" if gone >= self._epoch and newest > event_id else None
+        return number, "evicted" if self._newest_gone(channels) > event_id else None
 
     def locate_time(self, milliseconds: float, channels: Iterable[str]) -> tuple[int, str | None]:
         """Return the number of the first kept frame from a time on; "evicted" if newer are gone.
 
-        0 is for all that is kept, and inf for what comes: neither is ever a gap.
+        0 is for all there ever was, and inf for the newest frames, see `latest`: "evicted" if that
+        leaves some of these out.
         """
-        if milliseconds == math.inf:        # see `latest`
+        if milliseconds == math.inf:
             found = self._newest_of(channels)
-            return (found[-1].number if found else self.next), None
+            is_cut = len(self.latest(channels)) < len(found) - 1
+            return (found[-1].number if found else self.next), "evicted" if is_cut else None
         begin = int(milliseconds), 0
-        last = self._last_evicted(channels)
-        is_gone = last[0] >= self._epoch and last[1] >= begin
-        # What was loaded was the newest of a shared log: of a full load, older ones were left there
-        was_full = begin < self._began_with and -self._epoch >= self._count
-        return self._at(begin), "evicted" if milliseconds and (is_gone or was_full) else None
+        number = self._at(begin)
+        # A gap that was told to everybody says what is missing before the frame that follows it.
+        if number > self.first and self._frames[number - 1].id is None:
+            number -= 1
+        return number, "evicted" if self._newest_gone(channels) >= begin else None
+
+    def _newest_gone(self, channels: Iterable[str]) -> tuple[int, ...]:
+        """Return the newest id of this epoch that these channels, or none, have not any more."""
+        number, newest = self._last_evicted(channels)
+        return max(self._missing, newest) if number >= self._epoch else self._missing
 
     def latest(self, channels: Iterable[str]) -> list[bytes]:
         """Return the newest kept frame of each of these channels and of none, in order.
 
-        Without the last of them, with which `locate_time` begins; MAX_LATEST bytes at most.
+        Without the last of them, with which `locate_time` begins; MAX_LATEST bytes of the newest.
         """
         kept: list[bytes] = []
         for frame in self._newest_of(channels)[-2::-1]:

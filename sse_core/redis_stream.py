@@ -10,27 +10,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from sse_core.broadcast import Unavailable
 from sse_core.frames import Draft, Id, format_id, parse_id
-from sse_core.log import MAX_LOG
+from sse_core.log import NOTHING
 from sse_core.shared import Row, SharedLog
 
 BLOCK = 250             # milliseconds that Redis waits for entries before it answers with none
 READ_COUNT = 24         # entries read at once: 600 of 1 MB took 219 MB at the start, 401 by 64
-CONNECTIONS = 1000      # at most: each thread that publishes has one meanwhile
 REDIS_TIMEOUT = 2.0     # seconds until Redis counts as away
 FIELDS = (b"channel", b"event", b"data")        # of an entry, in the order of a row
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class RedisStream(SharedLog):
-    """A Redis stream, followed by one thread; any thread may call `publish`.
+    """A Redis stream. See SharedLog for who may call what.
 
     url: redis://HOST:PORT/DB. key: of the stream. history: see SharedLog. Needs the package
     `redis`; ValueError without it, or for a URL that cannot be.
     """
     _away, _back = "%s; trying again until it is back", "Redis is back"
-    _skips = "the Redis stream has entries"
+    _skips, _refuses = "entries of the Redis stream", "Redis"
 
     def __init__(self, url: str, key: str, history: int) -> None:
         super().__init__(history)
@@ -47,7 +45,7 @@ class RedisStream(SharedLog):
             raise ValueError("the URL of Redis has no host and port that can be: percent-encode "
                              "what is special in its password") from None
         parse_url: Any = redis.connection.parse_url
-        options = {"max_connections": CONNECTIONS, **parse_url(url)}
+        options = parse_url(url)
         options.update(     # over what the URL says; its own retries would add an event twice
             socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2,
             decode_responses=False, encoding="utf-8", retry=Retry(NoBackoff(), 0))
@@ -56,27 +54,46 @@ class RedisStream(SharedLog):
             self._redis.connection_pool.make_connection()       # it connects to nothing yet
         except (TypeError, AttributeError, redis.RedisError) as error:
             raise ValueError(f"the URL of Redis has an option that cannot be: {error}") from None
-        self._faults, self._refused = (redis.RedisError,), redis.ResponseError
+        self._faults, self._no_key = (redis.RedisError,), redis.ResponseError
         self._key = key
-        # What follows belongs to the thread that follows, and to `load` before there is one
-        self._gone = 0                          # entries that were gone when it was empty
-        self._known: OrderedDict[Id, int] = OrderedDict()   # read last: id, hash of the row
 
-    def publish(self, drafts: Sequence[Draft]) -> list[str]:
-        """Add events to the stream in one transaction, and return their ids.
+        # Set by the thread that writes, after a failover say: the follower then connects anew.
+        self._is_stale = False
 
-        Raises Unavailable if the answer is missing: trying again may publish them twice.
-        """
+        # The following thread's: entries that were gone when the stream was empty, and what both
+        # will be when all newest rows were read.
+        self._gone = 0
+        self._place: tuple[Row | None, int] = None, 0
+
+        # The rows read last, by their ids: the hash of each.
+        self._known: OrderedDict[Id, int] = OrderedDict()
+
+    # For the thread that writes
+
+    def _commit(self, drafts: Sequence[Draft]) -> list[str]:
         pipe = self._redis.pipeline(transaction=len(drafts) > 1)
         for draft in drafts:
             fields = {name: value for name, value in draft._asdict().items()
                       if value or name == "data"}
             pipe.xadd(self._key, fields, maxlen=self._kept, approximate=True)
-        try:
-            return [new.decode() for new in pipe.execute()]
-        except self._faults as error:
-            self.trouble = self._failed(error)
-            raise Unavailable(f"Redis does not take events now ({type(error).__name__})") from None
+        return [new.decode() for new in pipe.execute()]
+
+    def _probe(self, size: int) -> None:
+        pipe = self._redis.pipeline(transaction=False)      # an event is queued, and not executed
+        pipe.execute_command("MULTI")
+        pipe.xadd(self._key, {"data": "x" * size})
+        pipe.execute_command("DISCARD")
+        pipe.execute()
+
+    def _write_failed(self, fault: Exception) -> str:
+        self._disconnect()
+        self._is_stale = True
+        return _reason(fault)
+
+    def _close_writer(self) -> None:
+        self._disconnect()
+
+    # For the thread that follows
 
     def _read(self) -> tuple[list[Row] | None, bool]:
         """Wait a moment for entries that follow the last one; see SharedLog.
@@ -84,6 +101,9 @@ class RedisStream(SharedLog):
         The look at the last one comes after the read: a burst that trims could come between. Where
         the stream was empty, nothing may have gone since, and no more be there than is known again.
         """
+        if self._is_stale:
+            self._is_stale = False
+            self._disconnect()
         last = format_id(self._last and self._last[:2]) or "0-0"
         pipe = self._redis.pipeline(transaction=False)
         pipe.xread({self._key: last}, count=READ_COUNT, block=BLOCK)
@@ -92,38 +112,52 @@ class RedisStream(SharedLog):
         rows = _rows(streams[0][1]) if streams else []
         is_lost = self._last is not None and _rows(there) != [self._last]
         if rows and self._last is None:
-            first, length, gone = self._look("xrange")
-            is_lost = first[:1] != rows[:1] or gone != self._gone or length > self._history
+            first, info = self._look("xrange")
+            is_lost = (first[:1] != rows[:1] or _gone(info) != self._gone
+                       or info["length"] > self._history)
         if is_lost:
             return None, True
         self._last = rows[-1] if rows else self._last
         return self._new(rows), len(rows) < READ_COUNT
 
-    def _newest(self) -> list[Row]:
-        page, _, gone = self._look("xrevrange")
-        rows, size = page, 0
-        while page and len(rows) < self._history and size < MAX_LOG:
-            size += sum(len(row[4] or b"") for row in page)
+    def _page(self, before: Row | None) -> list[Row]:
+        if before:
             page = _rows(self._redis.xrevrange(
-                self._key, max=format_id(rows[-1][:2]), count=READ_COUNT + 1))
-            page = page[1:] if page[:1] == rows[-1:] else []    # else it is another stream now
-            rows += page
-        self._last, self._gone = rows[0] if rows else None, gone    # not before all was read
-        return self._new(rows[:self._history][::-1])
+                self._key, max=format_id(before[:2]), count=READ_COUNT + 1))
+            return page[1:] if page[:1] == [before] else []     # else it is another stream now
+        rows, info = self._look("xrevrange")
+        self._place = rows[0] if rows else None, _gone(info)
+        return rows
 
-    def _look(self, command: str) -> tuple[list[Row], int, int]:
-        """Return some rows, how many there are, and how many are gone: 0 before Redis 7.0."""
+    def _removed(self) -> Id:
+        """Return the newest id that is gone; see SharedLog.
+
+        Redis 7 says which entry was deleted, but of what was trimmed only that there was some, and
+        before 7 not even that: then it may have been everything before the oldest entry.
+        """
+        _, info = self._look("xrange")
+        if not info or "entries-added" in info and not _gone(info):
+            return NOTHING
+        deleted = _id(info.get("max-deleted-entry-id", b"0-0"))
+        ms, n = _id(info["first-entry"][0]) if info["length"] else _id(info["last-generated-id"])
+        return max(deleted, (ms, n - bool(info["length"])))
+
+    def _unread(self, rows: list[Row]) -> list[Row]:
+        self._last, self._gone = self._place
+        return self._new(rows[::-1])[::-1]
+
+    def _look(self, command: str) -> tuple[list[Row], dict[str, Any]]:
+        """Return some rows, and what Redis says of the stream: nothing if there is none."""
         pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
         getattr(pipe, command)(self._key, count=READ_COUNT)
         pipe.xinfo_stream(self._key)
         entries, info = pipe.execute(raise_on_error=False)
-        if entries == [] and isinstance(info, self._refused):       # there is no such key
-            return [], 0, 0
+        if entries == [] and isinstance(info, self._no_key):
+            return [], {}
         for answer in (entries, info):
             if isinstance(answer, Exception):
                 raise answer
-        gone = info.get("entries-added", info["length"]) - info["length"]
-        return _rows(entries), info["length"], gone
+        return _rows(entries), info
 
     def _new(self, rows: list[Row]) -> list[Row]:
         """Return the rows that are new: a stream restored or renamed has old ones, too."""
@@ -136,21 +170,31 @@ class RedisStream(SharedLog):
             self._known.popitem(last=False)
         return new
 
-    def _failed(self, fault: Exception) -> str:
-        return f"Redis is away ({type(fault).__name__})"
+    def _read_failed(self, fault: Exception) -> str:
+        return _reason(fault)
 
-    def _recover(self) -> None:
-        pipe = self._redis.pipeline(transaction=False)      # an event is queued, and not executed
-        pipe.execute_command("MULTI")
-        pipe.xadd(self._key, {"data": ""})
-        pipe.execute_command("DISCARD")
-        pipe.execute()
-        self.trouble = None
+    def _close_reader(self) -> None:
+        self._disconnect()
 
-    def _close(self) -> None:
+    # For both
+
+    def _disconnect(self) -> None:
+        """Close the connections that are not in use: they are made anew, to who answers now."""
         self._redis.connection_pool.disconnect(inuse_connections=False)
 
 
 def _rows(entries: Iterable[Entry]) -> list[Row]:
-    return [(*(parse_id(entry_id.decode()) or (0, 0)), *map(fields.get, FIELDS))
-            for entry_id, fields in entries]
+    return [(*_id(entry_id), *map(fields.get, FIELDS)) for entry_id, fields in entries]
+
+
+def _id(text: bytes) -> Id:
+    return parse_id(text.decode()) or (0, 0)
+
+
+def _gone(info: dict[str, Any]) -> int:
+    """Return how many entries are gone, as far as Redis says it: since 7.0."""
+    return int(info.get("entries-added", info.get("length", 0)) - info.get("length", 0))
+
+
+def _reason(fault: Exception) -> str:
+    return f"Redis is away ({type(fault).__name__})"

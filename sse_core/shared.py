@@ -3,28 +3,39 @@
 What is published goes to the shared log, and what comes back from it is sent: so every server
 sends the same, in one order. All that is known of such a log is SharedLog.
 
-Nobody is told that a log lost rows: it may be trimmed past the place where one stands, be made
-anew, or be restored older. So with each read goes a look whether the row at that place is still the
-same. If not, a gap is told, and it goes on with the newest rows that were not read before.
+Two threads work on it. `source` follows: it loads the newest rows and adds those that come.
+`store` writes: it takes what is published from a queue and commits at once all that waits there.
+Neither waits for the other.
+
+Until it is loaded, the server takes no client: nobody could say which events came before it and
+which after. From then on, a row that was lost before this server read it is told as a gap.
 """
 from __future__ import annotations
 
 import logging
 import math
+import queue
 import random
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
 from typing import Any, NamedTuple
 
 from sse_core import frames
 from sse_core.broadcast import ID_LENGTH, LOOK, Broadcast, Unavailable
+from sse_core.clients import Opening
 from sse_core.frames import Draft, Id
-from sse_core.log import MIN_HISTORY, Log
+from sse_core.log import FRAME_COST, MAX_LOG, MIN_HISTORY, NOTHING, SCAN, Log
 
 MIN_KEPT = 10000        # rows that are kept at least
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0       # seconds between two tries, growing; less, at random
+
+# Seconds between two tries while it cannot be used: they grow, and are shortened at random.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
+
 Row = tuple[Any, ...]       # ms, n, and as bytes, or None: channel, event, data
 
 logger = logging.getLogger("sse_server")
@@ -37,82 +48,229 @@ class Event(NamedTuple):
     channel: str | None
 
 
-class SharedLog(ABC):
-    """A log that is shared with other servers, and how it is followed, of whatever kind it is.
+class Order(NamedTuple):
+    """Events to be committed together, and who is told what came of them: ids, or Unavailable."""
+    drafts: Sequence[Draft]
+    future: Future[list[str]]
 
-    history: rows it begins with; ten times as many are kept. Of each kind are `publish` and what
-    stands last. Any thread may call `publish` and look at `trouble`; all else belongs to the thread
-    that follows, and to `load` before there is one.
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return sum(len(draft.data.encode()) for draft in self.drafts)
+
+
+class SharedLog(ABC):
+    """A log that is shared with other servers, and how it is read and written, whatever its kind.
+
+    history: rows it begins with; ten times as many are kept. Any thread may call `submit`,
+    `publish` and `end`, and look at `trouble`. All else belongs to the thread in which `follow`
+    runs, or where it says so to that of `write`. Each kind has the methods that stand last.
     """
-    _faults: tuple[type[Exception], ...]    # that a kind raises while it cannot be used
-    _away, _back, _skips = "%s", "", ""     # what the logger is told, in its words
+    # Exceptions that a kind raises while it cannot be used.
+    _faults: tuple[type[Exception], ...]
+
+    # What is logged, in the words of a kind, and how a refusal begins.
+    _away, _back, _skips, _refuses = "%s", "", "", ""
 
     def __init__(self, history: int) -> None:
+        # Guards the next two. Reentrant: a signal handler may publish while its thread does.
+        self._mutex = threading.RLock()
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()     # None: the end
+        self._ended = False
+
+        # Why it cannot be read, or written. Guarded by a lock that only our two threads take.
+        self._troubles_lock = threading.Lock()
+        self._troubles: dict[str, str] = {}
+
         self._history = max(MIN_HISTORY, history)
         self._kept = max(MIN_KEPT, 10 * history)
-        self.trouble: str | None = None         # why it cannot be used now
-        self._last: Row | None = None           # the newest one that was read; None: it was empty
-        self._loaded = False                    # the log has the rows from before this server
-        self._since = math.inf                  # milliseconds since the epoch: its start
+
+        # The following thread's. The newest row that was read; None: there was none.
+        self._last: Row | None = None
         self._poll = 0.0                        # seconds from a read of all to the next one
         self._pause = 0.0                       # before the next try; 0: no fault was met
         self._warned = False                    # of a row that is no event
 
-    def load(self, shared: Shared, now: float) -> None:
-        """Fill the log with the newest rows, if they can be had. now: seconds since the epoch."""
-        self._turn(shared)
-        self._since = now * 1000        # what comes later and is loaded later is for clients, too
+        # The writing thread's. Seconds without an order until it tidies up; None: for ever.
+        self._idle: float | None = None
+        self._refused = 0                       # bytes of the largest order that was refused
+        self._write_pause = 0.0                 # as `_pause`
+
+    # For any thread
+
+    @property
+    def trouble(self) -> str | None:
+        """Why events cannot be read or written now, or None."""
+        return next(iter(self._troubles.values()), None)
+
+    def submit(self, drafts: Sequence[Draft]) -> Future[list[str]]:
+        """Have events committed that have been checked, all or none.
+
+        Returns at once. The future is given their ids, or Unavailable, by the thread that writes:
+        what is called back there must not wait. One that is cancelled in time is not committed.
+        """
+        future: Future[list[str]] = Future()
+        with self._mutex:
+            if not self._ended:
+                self._orders.put(Order(drafts, future))
+                return future
+        future.set_exception(self._unavailable("the server is stopped"))
+        return future
+
+    def publish(self, drafts: Sequence[Draft]) -> list[str]:
+        """Commit events that have been checked, all or none, and return their ids.
+
+        Raises Unavailable while that cannot be. After that they may have been committed all the
+        same, if only the answer was lost.
+        """
+        return self.submit(drafts).result()
+
+    def end(self) -> None:
+        """Take no more orders. The thread that writes ends when it has committed all before."""
+        with self._mutex:
+            self._ended = True
+            self._orders.put(None)
+
+    def _note(self, thread: str, trouble: str | None) -> None:
+        """Say why a thread cannot go on, or that it can; log when all is well no more, or again."""
+        with self._troubles_lock:
+            before = self.trouble
+            self._troubles.pop(thread, None)
+            if trouble:
+                self._troubles[thread] = trouble
+            now = self.trouble
+        if now and not before:
+            logger.warning(self._away, now)
+        if before and not now:
+            logger.warning(self._back)
+
+    def _unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(f"{self._refuses} does not take events now ({reason})")
+
+    # For the thread that writes
+
+    def write(self) -> None:
+        """Commit what is published, all that waits at once, until `end` is called."""
+        orders: list[Order | None] = []
+        try:
+            while None not in orders:
+                orders = self._next_orders()
+                wanted = [order for order in orders
+                          if order and order.future.set_running_or_notify_cancel()]
+                if wanted or not orders:
+                    self._serve(wanted)
+        finally:
+            self.end()
+            while not self._orders.empty():
+                orders.append(self._orders.get())
+            for order in orders:
+                if order and not order.future.done():       # after a fault of our own
+                    order.future.set_exception(self._unavailable("a fault has ended it"))
+            self._close_writer()
+
+    def _next_orders(self) -> list[Order | None]:
+        """Wait for an order, and return it with all others that wait; none if it is time to try."""
+        orders: list[Order | None] = []
+        try:
+            orders.append(self._orders.get(timeout=self._write_pause or self._idle))
+            while True:
+                orders.append(self._orders.get_nowait())
+        except queue.Empty:
+            return orders
+
+    def _serve(self, orders: Sequence[Order]) -> None:
+        """Commit orders in one piece, and tell each what came of it.
+
+        It counts as well again when it has taken as much as it had refused: on a full disk, there
+        may be room for less. Without an order it tries that, or tidies up.
+        """
+        size = sum(order.size for order in orders) if self._refused else 0
+        ids: Iterator[str] = iter(())
+        trouble = None
+        try:
+            if orders:
+                ids = iter(self._commit([draft for order in orders for draft in order.drafts]))
+            elif self._refused:
+                size = self._refused
+                self._probe(size)
+            else:
+                self._tidy()
+        except self._faults as fault:
+            trouble = self._write_failed(fault)
+            self._refused = max(1, self._refused, *(order.size for order in orders))
+        if not trouble and size >= self._refused:
+            self._refused = 0
+        if trouble or not self._refused:
+            self._note("writing", trouble)
+        self._write_pause = _longer(self._write_pause) if self._refused else 0.0
+        for order in orders:
+            if trouble:
+                order.future.set_exception(self._unavailable(trouble))
+            else:
+                order.future.set_result(list(islice(ids, len(order.drafts))))
+
+    # For the thread that follows
 
     def follow(self, shared: Shared, stopping: threading.Event) -> None:
-        """Add those that come, in order, until the flag is set, whatever happens to the log."""
+        """Load the newest rows, then add those that come, in order, until the flag is set."""
         try:
             while not stopping.is_set():
-                self._rest(stopping, self._turn(shared))
+                self._rest(stopping, self.turn(shared, stopping))
         finally:
-            self._close()
+            self._close_reader()
 
-    def _turn(self, shared: Shared) -> float:
-        """Read on, and say when that cannot be. Returns the seconds until the next turn."""
-        is_all = True
+    def turn(self, shared: Shared, stopping: threading.Event) -> float:
+        """Read on, whatever happens to the log. Returns the seconds until the next turn."""
+        is_all, trouble = True, None
         try:
-            is_all = self._read_on(shared)
-            if self.trouble:
-                self._recover()
+            is_all = self._read_on(shared, stopping)
         except self._faults as fault:
-            self.trouble = self._failed(fault)
-        trouble, away = self.trouble, self._pause > 0
-        self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE) if trouble else 0.0
-        if trouble and not away:
-            logger.warning(self._away, trouble)
-        if away and not trouble:
-            logger.warning(self._back)
+            trouble = self._read_failed(fault)
+        self._note("reading", trouble)
+        self._pause = _longer(self._pause) if trouble else 0.0
         return (self._pause * random.uniform(0.5, 1.0) or self._poll) if is_all else 0.0
 
-    def _read_on(self, shared: Shared) -> bool:
+    def _read_on(self, shared: Shared, stopping: threading.Event) -> bool:
         """Add what is new, a batch at most. Returns whether that was all."""
         began = shared.clock()
-        rows, is_all = self._read() if self._loaded else (None, True)
+        rows, is_all = self._read() if shared.is_loaded else (None, True)
         if rows is None:
-            rows = self._begin(shared)
+            rows = self._begin(shared, stopping)
         for event in self._events(rows):
             shared.add(event)
         if is_all:
             shared.complete(began)
         return is_all
 
-    def _begin(self, shared: Shared) -> list[Row]:
+    def _begin(self, shared: Shared, stopping: threading.Event) -> list[Row]:
         """Load the newest rows, or tell a gap before them. Returns those that are to be added."""
-        after, rows = self._last and self._last[:2], self._newest()
-        if self._loaded:
-            resumed = next(self._events(rows), None)
+        after = self._last and self._last[:2]
+        newest, missing = self._collect(stopping)
+        if stopping.is_set():
+            return []
+        rows = self._unread(newest)
+        if shared.is_loaded:
+            logger.warning("%s are gone that were not read: a gap is told", self._skips)
+            resumed = next(self._events(reversed(rows)), None)
             shared.tell_gap(after, resumed and resumed.id)
-            return rows
-        old = sum(row[0] < self._since for row in rows)
-        events = list(self._events(rows[:old]))
-        del rows[:old]      # before the log holds the same once more
-        shared.preload(events)
-        self._loaded = True
-        return rows
+            return rows[::-1]
+        shared.preload(self._events(_taken_from(rows)), missing)
+        return []
+
+    def _collect(self, stopping: threading.Event) -> tuple[list[Row], Id]:
+        """Return the newest rows, newest first, as many as the log keeps; and what is missing.
+
+        That is the newest id that is not among them, or NOTHING. They are read page by page, so
+        that this holds up nobody, and ends when the flag is set.
+        """
+        rows: list[Row] = []
+        size, page = 0, self._page(None)
+        while page and len(rows) < self._history and size < MAX_LOG and not stopping.is_set():
+            rows += page
+            size += sum(len(row[4] or b"") + FRAME_COST for row in page)
+            page = self._page(rows[-1])
+        older = [*rows[self._history:], *page][:1]
+        return rows[:self._history], max(self._removed(), *(row[:2] for row in older), NOTHING)
 
     def _events(self, rows: Iterable[Row]) -> Iterator[Event]:
         """Yield the rows that are events; skip the others, with one warning."""
@@ -124,40 +282,57 @@ class SharedLog(ABC):
                     raise ValueError("there is no data")
             except ValueError:
                 if not self._warned:
-                    logger.warning("%s without data or with a bad name; they are skipped",
-                                   self._skips)
+                    logger.warning("%s without data, or too long, or with a bad name; they are "
+                                   "skipped", self._skips)
                 self._warned = True
             else:
                 yield Event((ms, n), payload, channel)
 
-    # Of each kind
-
-    @abstractmethod
-    def publish(self, drafts: Sequence[Draft]) -> list[str]:
-        """Add events that have been checked, all or none, and return their ids.
-
-        Raises Unavailable while that cannot be.
-        """
+    # Of each kind. The first five raise one of `_faults` while the log cannot be used.
 
     @abstractmethod
     def _read(self) -> tuple[list[Row] | None, bool]:
         """Return rows after the last one, None if some are lost; and whether these are all."""
 
     @abstractmethod
-    def _newest(self) -> list[Row]:
-        """Return the newest rows, without those that were read before; stand behind them."""
+    def _page(self, before: Row | None) -> list[Row]:
+        """Return the next rows before this one, or the newest, newest first; none at the end."""
 
     @abstractmethod
-    def _failed(self, fault: Exception) -> str:
+    def _removed(self) -> Id:
+        """Return the newest id of a row that is gone, or NOTHING."""
+
+    @abstractmethod
+    def _commit(self, drafts: Sequence[Draft]) -> list[str]:
+        """Commit events, all or none, and return their ids. Called by the thread that writes."""
+
+    @abstractmethod
+    def _probe(self, size: int) -> None:
+        """See whether events of so many bytes are taken. Called by the thread that writes."""
+
+    @abstractmethod
+    def _unread(self, rows: list[Row]) -> list[Row]:
+        """Return the rows, newest first, that were not read before; stand behind them."""
+
+    @abstractmethod
+    def _read_failed(self, fault: Exception) -> str:
         """Let go of what a read has broken, and return what is wrong, in a line."""
 
     @abstractmethod
-    def _close(self) -> None:
-        """Let go of what it has open."""
+    def _write_failed(self, fault: Exception) -> str:
+        """Do the same in the thread that writes."""
 
-    def _recover(self) -> None:
-        """It can be read: see whether it takes events, too, and note that there is no trouble."""
-        raise NotImplementedError
+    @abstractmethod
+    def _close_reader(self) -> None:
+        """Let go of what is open for reading."""
+
+    @abstractmethod
+    def _close_writer(self) -> None:
+        """Let go of what is open for writing. Called by the thread that writes."""
+
+    def _tidy(self) -> None:
+        """Do what is due when there are no orders. Called by the thread that writes."""
+        return
 
     def _rest(self, stopping: threading.Event, seconds: float) -> None:
         """Wait until the next turn."""
@@ -171,28 +346,54 @@ class Shared(Broadcast):
         super().__init__(history=history, **options)
         self.stream = stream
         self._log = Log(history)
-        self._log.is_loaded, self._log.complete_at = False, -math.inf
+        self._log.complete_at = -math.inf
         self.newest = self._log.last_id
+
+        # The log has the events from before this server. Set by the thread that follows.
+        self._loaded = threading.Event()
+
         # Of those who wait: how many events at once, which fit into the share of who does not wait
         self._piece = max(MIN_HISTORY, history) // 4
         self._own = self.newest     # the newest id that they published, and the time after that
         self._own_at = -math.inf
         self._arrived = self.newest         # the id that came back last
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the log has the events from before this server: then it takes clients."""
+        return self._loaded.is_set()
+
+    def wait_until_loaded(self, seconds: float) -> bool:
+        """Wait for that, but no longer than so many seconds."""
+        return self._loaded.wait(seconds)
+
+    def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
+        """Hand over a socket, see Broadcast. Returns False, too, before the log is loaded."""
+        return self.is_loaded and super().register(sock, opening, peer)
+
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
         """Publish to the shared log, all or none; with `wait`, in pieces, each when it takes them.
 
         An event whose answer was lost may then be published twice. Raises what `publish` does.
         """
+        if not wait:
+            return [*self.submit_all(drafts).result()]
         for draft in drafts:
             draft.encoded()
-        if not wait:
-            self.check_running()
-            return [*self.stream.publish(drafts)]
         ids: list[str | None] = []
         for start in range(0, len(drafts), self._piece):
             ids += self._publish_piece(drafts[start:start + self._piece])
         return ids
+
+    def submit_all(self, drafts: Sequence[Draft]) -> Future[list[str]]:
+        """Have events committed to the shared log, all or none; see SharedLog.submit.
+
+        Raises ValueError if one is no event, and NotRunning after `stop`.
+        """
+        for draft in drafts:
+            draft.encoded()
+        self.check_running()
+        return self.stream.submit(drafts)
 
     def _publish_piece(self, drafts: Sequence[Draft]) -> list[str]:
         """Publish when the shared log takes it and slow clients, who hold it back, have room."""
@@ -215,28 +416,38 @@ class Shared(Broadcast):
 
     def trouble(self) -> str | None:
         """Return why no event is taken now, or None."""
-        return super().trouble() or self.stream.trouble
+        loading = None if self.is_loaded else "the events from before the start are being read"
+        return super().trouble() or self.stream.trouble or loading
 
     def add(self, event: Event) -> None:
         """Append an event of the shared log. Raises NotRunning after `stop`."""
         self._publish(event.payload, event.channel, event.id)
         self._arrived = event.id
 
-    def preload(self, events: Sequence[Event]) -> None:
+    def preload(self, events: Iterator[Event], missing: Id) -> None:
         """Fill the empty log with the newest events of the shared one, as far as they fit.
 
-        Clients that are there already do not get them.
+        There are no clients yet. missing: see Log.begin.
         """
         with self._mutex:
             assert self._log.next == 0, "only an empty log is filled"
-            if events and self._ids:
-                self._log.begin(events[0].id, -len(events))
+        while self._preload_some(list(islice(events, SCAN))):
+            pass
+        with self._mutex:
+            self._log.begin(missing)
+            self.newest = self._log.last_id
+        self._loaded.set()
+
+    def _preload_some(self, events: Sequence[Event]) -> int:
+        """Append events, and return how many. The mutex is held for these, not for all."""
+        with self._mutex:
             for event in events if self._ids else ():
                 while not self._log.fits(len(event.payload) + ID_LENGTH):
                     self._log.evict()
                 self._log.append(event.payload, event.id, event.channel, self.clock())
-            self.newest = self._log.last_id     # of those before 0, with which the fan-out begins
-            self._log.is_loaded = True
+            # They are fanned out, for there is nobody to whom.
+            self.fanned_out = self._log.next
+        return len(events)
 
     def complete(self, at: float) -> None:
         """Say that the log has all that was in the shared one at that time, on `clock`."""
@@ -252,3 +463,13 @@ class Shared(Broadcast):
             self._make_room(len(payload))
             self._log.append(payload, None, None, self.clock())
         self.wakeup.wake()
+
+
+def _longer(pause: float) -> float:
+    return min(max(2 * pause, FIRST_PAUSE), LONGEST_PAUSE)
+
+
+def _taken_from(rows: list[Row]) -> Iterator[Row]:
+    """Yield rows from the last to the first; each is let go of, so that memory holds it once."""
+    while rows:
+        yield rows.pop()

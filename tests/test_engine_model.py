@@ -15,11 +15,13 @@ from zlib import crc32
 import pytest
 
 from sse_core import frames
+from sse_core.log import NOTHING
 from sse_core.shared import Event as Coming
 from test_publisher import HEAD, Bench, Narrow, Peer, in_a_thread, piped
 from wire import Decoder, Event
 
 ID_ROOM = 64            # bytes for which there must be room beside an event, whatever its id
+OVERHEAD = 330          # bytes that an entry counts beside those of its frame
 STALL = 30.0
 WIDE = 1 << 40
 Id = Tuple[int, int]
@@ -57,29 +59,34 @@ class Story:
         self.entries: List[Entry] = []
         self.first, self.kept_bytes = 0, 0      # the oldest one kept, and the bytes of all that are
         self.began, self.last, self.epoch = began, began, 0
+        self.missing: Id = (-1, 0)              # the newest event of those before the first entry
+
+    def begin(self, missing: Id) -> None:
+        self.missing = missing
+        self.began, self.last = max(missing, (0, 0)), max(missing, self.last)
 
     def evictions(self, length: int) -> int:
         """Return how many entries must go, so that so many bytes fit."""
         first, kept = self.first, self.kept_bytes
         while first < len(self.entries) and (len(self.entries) - first >= self.count
-                                             or kept + length > self.size):
-            kept -= self.entries[first].size
+                                             or kept + length + OVERHEAD > self.size):
+            kept -= self.entries[first].size + OVERHEAD
             first += 1
         return first - self.first
 
     def append(self, id: Optional[Id], channel: Optional[str], name: str, data: str, payload: int,
                room: int) -> None:
         for _ in range(self.evictions(payload + room)):
-            self.kept_bytes -= self.entries[self.first].size
+            self.kept_bytes -= self.entries[self.first].size + OVERHEAD
             self.first += 1
         if id is not None:
             if id <= self.last:
-                self.epoch, self.began = len(self.entries), id
+                self.epoch, self.began, self.missing = len(self.entries), id, (-1, 0)
             self.last = id
         size = payload + 12 + (len(f"id: {spelled(id)}\n") if id else 0)
         self.entries.append(Entry(len(self.entries), id, channel, name,
                                   with_one_end(data), size))
-        self.kept_bytes += size
+        self.kept_bytes += size + OVERHEAD
 
     def next_wanted(self, start: int, channels: Iterable[str],
                     stop: Optional[int] = None) -> Optional[Entry]:
@@ -91,16 +98,18 @@ class Story:
     def place(self, text: str, channels: Iterable[str]) -> Tuple[int, Optional[str]]:
         """Return where a client goes on that has had this id, and why it is told a gap first."""
         id, oldest = parsed(text), max(self.first, self.epoch)
-        if id is None or id > self.last or id < self.began:
+        if id is None or id > self.last:
             return oldest, "unknown"
+        if id < self.began:
+            return oldest, "evicted" if id < self.missing else "unknown"
         newer = next((each.number for each in self.entries[self.epoch:]
                       if each.id and each.id >= id), len(self.entries))
         if newer < len(self.entries) and self.entries[newer].id == id:
             newer += 1
         elif id == self.began:
             newer = self.epoch          # no event has it: what a source told is after it, too
-        elif newer > oldest:
-            return newer, "unknown"     # below, it may as well be one of ours that has left the log
+        elif newer > oldest or self.first <= self.epoch:
+            return newer, "unknown"     # else it may as well be one of ours that has left the log
         lost = self.next_wanted(newer, channels, self.first)
         return newer, "evicted" if lost else None
 
@@ -247,8 +256,7 @@ class Driver:
         self.broadcast.wall = lambda: self.bench.now + self.skew
         size = self.broadcast._log._size = draw.choice((64 << 20, 300_000, 20_000))
         self.story = Story(history, size, (0, 0) if self.shared else (1_000_000, 0))
-        self.loaded, self.complete_at = not self.shared, -1.0 if self.shared else 1e9
-        self.preloaded = 0
+        self.complete_at, self.preloaded = -1.0 if self.shared else 1e9, 0
         self.readers: List[Reader] = []
         self.left: List[Reader] = []
         self.texts, self.closed = 0, False
@@ -260,7 +268,7 @@ class Driver:
         choices += [self.turn] * 8 + [self.take] * 2
         choices += [self.burst, self.leave, self.later, self.set_clock]
         choices += [self.tell_gap, self.complete] * self.shared
-        if self.shared and self.draw.random() < 0.5:
+        if self.shared:
             self.preload()
         for _ in range(operations):
             self.draw.choice(choices)()
@@ -300,8 +308,6 @@ class Driver:
         self.story.append(id, channel, name or "message", data, length, ID_ROOM)
 
     def add(self, data: str, name: str, channel: Optional[str], length: int) -> None:
-        if not self.loaded:
-            self.preload()
         ms, n = self.story.last
         id = self.draw.choice(((ms, n + 1), (ms + 1, 0), (ms + self.draw.randrange(1, 50), 3)))
         if ms > 10 and self.draw.random() < 0.004:      # a new epoch
@@ -316,8 +322,6 @@ class Driver:
             self.publish(small=True)
 
     def tell_gap(self) -> None:
-        if not self.loaded:
-            return
         after, resumed = self.story.last, (self.story.last[0], self.story.last[1] + 5)
         data = json.dumps({"after": spelled(after), "resumed": spelled(resumed),
                            "reason": "evicted"})
@@ -327,26 +331,20 @@ class Driver:
         self.story.append(None, None, "gap", data, len(payload), 0)
 
     def preload(self) -> None:
-        """Clients that are there do not get what is loaded, unless they brought an id."""
-        self.serve_all()        # but those that lag do
-        coming = []
+        """There are no clients yet."""
+        coming, missing = [], self.draw.choice(((-1, 0), (7, 3), (49, 9)))
         for number in range(self.draw.choice((0, 5, 150))):
             data, name, channel, length = self.event()
             id = 50 + number // 3, number % 3
             coming.append(Coming(id, frames.encode(data, name), channel))
-            if not number:
-                self.story.began = id
             self.story.append(id, channel, name or "message", data, length, ID_ROOM)
-        self.broadcast.preload(coming)
-        self.loaded, self.preloaded = True, len(coming)
-        for reader in self.readers:
-            if reader.at is not None:
-                reader.at = len(coming)
+        self.broadcast.preload(iter(coming), missing)
+        self.story.begin(missing)
+        self.preloaded = len(coming)
 
     def complete(self) -> None:
-        if self.loaded:
-            self.complete_at = self.bench.now - self.draw.choice((0, 0, 1))
-            self.broadcast.complete(self.complete_at)
+        self.complete_at = self.bench.now - self.draw.choice((0, 0, 1))
+        self.broadcast.complete(self.complete_at)
 
     # Clients
 
@@ -365,8 +363,8 @@ class Driver:
         last_id = self.draw.choice((None, None, known_id, known_id, self.draw.choice(others)))
         channels = [name for name in "abd" if self.draw.random() < 0.4]
         id = parsed(last_id or "x")
-        can_place = self.loaded and (id is None or id <= self.story.last
-                                     or self.complete_at > self.bench.now)
+        can_place = (id is None or id <= self.story.last
+                     or self.complete_at > self.bench.now)
         self.readers.append(Reader(self.bench, self.story,
                                    f"peer {len(self.left) + len(self.readers)}",
                                    self.draw.random() < 0.7, self.draw.random() < 0.8, channels,
@@ -415,8 +413,8 @@ class Driver:
 
     def can_place(self, reader: Reader) -> bool:
         id = parsed(reader.last_id)
-        return self.loaded and (id is None or id <= self.story.last
-                                or self.complete_at > reader.registered_at)
+        return (id is None or id <= self.story.last
+                or self.complete_at > reader.registered_at)
 
     def check_drops(self) -> None:
         """Dropped are those that left, or took no byte for STALL seconds, and no others."""
@@ -708,7 +706,7 @@ def bench():
 
 def ahead_with_half_a_heartbeat(bench) -> Tuple[Bench, Peer]:
     b = bench(shared=True, heartbeat=10.0)
-    b.broadcast.preload([Coming((1, 0), frames.encode("1"), None)])
+    b.broadcast.preload(iter([Coming((1, 0), frames.encode("1"), None)]), NOTHING)
     ahead = b.peer(narrow=True, last_id="3-0")
     ahead.server_end.room = WIDE
     b.turn()
@@ -736,22 +734,12 @@ def test_half_a_heartbeat_is_followed_by_its_other_half(bench):
 
 def test_the_gap_of_a_source_that_has_left_the_log_is_told(bench):
     b = bench(shared=True)
-    b.broadcast.preload([Coming((1, 0), frames.encode("1"), None)])
+    b.broadcast.preload(iter([Coming((1, 0), frames.encode("1"), None)]), NOTHING)
     b.broadcast.tell_gap((1, 0), (5, 0))
     for number in range(5, 69):
         b.broadcast.add(Coming((number, 0), frames.encode(str(number)), None))
         b.turn()
     back = b.peer(last_id="1-0")
     b.turn(2)
-    assert b.broadcast._log.first == 1
+    assert b.broadcast._log.first == 2
     assert [event.name for event in back.take().events[:2]] == ["gap", "message"]
-
-
-def test_what_is_loaded_is_not_sent_to_a_client_that_was_there_and_was_not_greeted_yet(bench):
-    b = bench(shared=True)
-    early = b.peer()
-    b.broadcast.preload([Coming((number, 0), frames.encode(str(number)), None)
-                         for number in range(1, 4)])
-    b.broadcast.add(Coming((4, 0), frames.encode("4"), None))
-    b.turn(3)
-    assert early.data() == ["4"]

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -18,18 +19,24 @@ from helpers import KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, get, hal
 from sse_core import file_stream
 from sse_core.broadcast import NotRunning, Unavailable
 from sse_core.file_stream import FileStream
+from sse_core.log import NOTHING
 from sse_core.shared import Draft, Event, Shared
 from sse_server import SSEServer
+from test_publisher import in_a_thread
 
 PUBLISHER = f"""if True:
     import sys
     sys.path.insert(0, {str(TOP)!r})
+    import threading
     from sse_core.file_stream import FileStream
     from sse_core.shared import Draft
     stream, name = FileStream(sys.argv[1], 100000, False), sys.argv[2]
+    stream._open()
+    threading.Thread(target=stream.write, daemon=True).start()
     for number in range(int(sys.argv[3])):
         ids = stream.publish([Draft(f"{{name}} {{number}}-{{each}}") for each in range(3)])
         print(number, *ids, flush=True)
+    stream.end()
     """
 
 
@@ -54,13 +61,16 @@ def on_file(path, number: int = 1, *arguments: str):
 
 @contextmanager
 def publishing(path, history: int = 64, sync: bool = False):
-    """Yield a stream that nobody follows, and close it."""
-    stream, ended = FileStream(path, history, sync), threading.Event()
-    ended.set()
+    """Yield a stream that has loaded its rows and takes orders, and close it."""
+    stream = FileStream(path, history, sync)
+    turned(stream)
+    writer = in_a_thread(stream.write)
     try:
         yield stream
     finally:
-        stream.follow(Shared(None, **KEPT), ended)
+        stream.end()
+        writer.join()
+        stream._close_reader()
 
 
 def publisher(path, name: str, number: int) -> subprocess.Popen:
@@ -95,11 +105,16 @@ def add_rows(path, number: int) -> None:
                 ") insert into event select 1, n, null, null, 'x' from count", number)
 
 
-def turned(stream: FileStream, now: float = 0.0) -> Shared:
+def turned(stream: FileStream) -> Shared:
     """Return what a stream has loaded its rows into, and is turned by hand for."""
     shared = Shared(stream, **{**KEPT, "history": 64})
-    stream.load(shared, now)
+    turn(shared)
     return shared
+
+
+def turn(shared: Shared) -> float:
+    """Let the stream read on, and return the seconds until the next turn."""
+    return shared.stream.turn(shared, threading.Event())
 
 
 def texts(client: Client) -> list:
@@ -141,7 +156,7 @@ def test_names_and_any_text_come_back_as_they_were(path):
         (answer.json()["id"], "ann", "mail", text)]
     assert abs(key(answer.json()["id"])[0] / 1000 - time.time()) < PATIENCE
     assert query(path, "pragma application_id") == [(0x73736531,)]     # for other releases
-    assert query(path, "pragma user_version") == [(1,)]
+    assert query(path, "pragma user_version") == [(2,)]
     request = b"GET /?channel=ann HTTP/1.1\r\nHost: x\r\nLast-Event-ID: 0-1\r\n\r\n"
     with on_file(path) as (server,), Client(server.port, request, last_id="0-1") as client:
         assert client.read_events(2)[1][:2] == ("mail", text)
@@ -155,15 +170,6 @@ def test_ids_grow_when_the_clock_is_set_back(path, monkeypatch):
             ids += [stream.publish([Draft("x")] * 2) for _ in range(3)]
     ids = [key(each) for pair in ids for each in pair]
     assert ids == sorted(set(ids)) and len(ids) == 24
-
-
-def test_ids_grow_in_a_file_made_anew_within_a_millisecond(path, monkeypatch):
-    monkeypatch.setattr(file_stream.time, "time", lambda now=time.time(): now)
-    with publishing(path) as stream:
-        first, = stream.publish([Draft("x")])
-        path.unlink()
-        second, = stream.publish([Draft("x")])
-        assert key(second) > key(first) and rows(path) == [(second, "x")]
 
 
 def test_the_lowest_ids_are_ids(path):
@@ -182,28 +188,35 @@ def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path):
     with publishing(path, 100) as stream:
         for _ in range(40):
             ids = stream.publish([Draft(str(number)) for number in range(500)])
-            assert len(rows(path)) <= 10000 + 1000 + 500
-    assert len(rows(path)) >= 10000
+        wait_until(lambda: len(rows(path)) == 10000)
     assert [each for each, _ in rows(path)[-500:]] == ids
     with SSEServer(port=0, history=100, history_file=str(path)) as server:
         log = server._broadcast._log
-        assert log.first_id(log.first, lambda frame: True) == key(ids[400]) and log.last_id == key(ids[-1])
+        assert log.frame(log.first).id == key(ids[400]) and log.last_id == key(ids[-1])
 
 
 def test_a_longer_history_is_kept_ten_times(path):
     with publishing(path, 1200) as stream:
         for _ in range(30):
             stream.publish([Draft("x")] * 500)
-    assert 12000 <= len(rows(path)) <= 12000 + 1200 + 500
+        wait_until(lambda: len(rows(path)) == 12000)
 
 
-@pytest.mark.parametrize("history, kept", [(64, 10000), (1200, 12000)])
-def test_who_commits_deletes_twice_as_many_rows_and_none_that_is_kept(path, history, kept):
-    with publishing(path, history) as stream:
-        add_rows(path, kept + 30)
-        for beyond in (20, 10, 20):     # then there are few enough, until a tenth is new
+def test_each_commit_deletes_twice_as_many_rows_as_it_adds_and_none_that_is_kept(path):
+    with publishing(path) as stream:
+        stream._idle = None         # it deletes none without an order
+        stream.publish([Draft("x")])
+        add_rows(path, 10029)
+        stream._count_at = 0.0
+        for beyond in (20, 20, 30):     # then all that were too many are gone, until the next count
             stream.publish([Draft("x")] * 10)
-            assert len(rows(path)) == kept + beyond
+            assert len(rows(path)) == 10000 + beyond
+
+
+def test_rows_that_another_program_adds_are_trimmed_like_others(path):
+    with publishing(path):
+        add_rows(path, 15001)
+        wait_until(lambda: len(rows(path)) == 10000)
 
 
 def test_an_empty_file_and_a_link_are_taken(path, tmp_path):
@@ -222,7 +235,7 @@ def test_without_such_a_file_sqlite_is_not_imported():
 @pytest.mark.parametrize("sync, level", [(False, 1), (True, 2)])
 def test_sync_is_what_sqlite_calls_full(path, sync, level):
     with publishing(path, sync=sync) as stream:
-        assert stream._writer.connection().execute("pragma synchronous").fetchone() == (level,)
+        assert stream._writer.execute("pragma synchronous").fetchone() == (level,)
 
 
 # Who publishes
@@ -231,12 +244,9 @@ def test_sync_is_what_sqlite_calls_full(path, sync, level):
 def test_all_that_wait_for_the_file_are_committed_together(path):
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
-        with ThreadPoolExecutor(50) as pool:
-            waiting = [pool.submit(stream.publish, [Draft(str(n)), Draft(f"{n}+")])
-                       for n in range(50)]
-            wait_until(lambda: len(stream._orders) == 49)       # one of them commits its own
-            other.rollback()
-            ids = [each.result() for each in waiting]
+        waiting = [stream.submit([Draft(str(n)), Draft(f"{n}+")]) for n in range(50)]
+        other.rollback()
+        ids = [each.result(PATIENCE) for each in waiting]
     found = dict(rows(path))
     assert len({key(first)[0] for first, _ in ids}) <= 2        # transactions, by their times
     for number, (first, second) in enumerate(ids):
@@ -244,20 +254,42 @@ def test_all_that_wait_for_the_file_are_committed_together(path):
         assert key(second) == (key(first)[0], key(first)[1] + 1)
 
 
-def test_a_stop_waits_for_the_commit_that_is_under_way(path):
-    with publishing(path) as stream, closing(sqlite3.connect(path)) as other, \
-            ThreadPoolExecutor(2) as pool:
+def test_an_order_that_is_cancelled_in_time_is_not_committed(path):
+    with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
-        publish = pool.submit(stream.publish, [Draft("x")])
-        wait_until(lambda: stream._committing)
-        close = pool.submit(stream._close)
-        wait_until(lambda: stream._changed._waiters)
+        first = stream.submit([Draft("0")])
+        wait_until(first.running)
+        second, third = (stream.submit([Draft(str(n))]) for n in (1, 2))
+        assert second.cancel() and not first.cancel()
         other.rollback()
-        assert len(publish.result(PATIENCE)) == 1
-        close.result(PATIENCE)
+        third.result(PATIENCE)
+        assert [data for _, data in rows(path)] == ["0", "2"]
+
+
+def test_a_stop_waits_for_what_was_published_before_and_refuses_the_rest(path):
+    with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
+        other.execute("begin immediate")
+        waiting = [stream.submit([Draft(str(n))]) for n in range(3)]
+        stream.end()
         with pytest.raises(Unavailable, match="stopped"):
-            stream.publish([Draft("y")])
+            stream.publish([Draft("late")])
+        assert not any(each.done() for each in waiting)
+        other.rollback()
+        for each in waiting:
+            assert len(each.result(PATIENCE)) == 1
+    assert [data for _, data in rows(path)] == ["0", "1", "2"]
     assert os.listdir(path.parent) == ["events.db"]
+
+
+def test_a_fault_of_our_own_while_committing_refuses_all_that_wait(path, monkeypatch):
+    stream = FileStream(path, 64, False)
+    orders = [stream.submit([Draft(str(number))]) for number in range(3)]
+    monkeypatch.setattr(stream, "_commit", lambda drafts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream.write()
+    for order in [*orders, stream.submit([Draft("late")])]:
+        with pytest.raises(Unavailable):
+            order.result(0)
 
 
 def test_a_lock_is_tried_every_few_milliseconds_until_time_is_up():
@@ -265,17 +297,17 @@ def test_a_lock_is_tried_every_few_milliseconds_until_time_is_up():
 
     def take():
         tries.append(time.monotonic())
-        raise BlockingIOError
-    with pytest.raises(BlockingIOError):
+        raise sqlite3.OperationalError("database is locked")
+    with pytest.raises(sqlite3.OperationalError):
         file_stream._insist(take, 0.5)
     assert 20 < len(tries) < 2000 and tries[-1] - tries[0] > 0.4
 
 
-def test_a_publish_in_a_signal_handler_is_refused_or_done(path):
+def test_a_publish_that_a_signal_handler_makes_amid_another_is_taken(path):
     with publishing(path) as stream:
-        with stream._changed, pytest.raises(RuntimeError, match="signal handler"):
-            stream.publish([Draft("x")])
-        assert stream.publish([]) == [] and rows(path) == []
+        with stream._mutex:
+            assert len(stream.publish([Draft("x")])) == 1
+        assert stream.publish([]) == [] and len(rows(path)) == 1
 
 
 # Many processes
@@ -375,6 +407,12 @@ def test_what_was_acknowledged_is_there_after_kill_9_at_any_moment(path):
 # Reading
 
 
+def trim_to(path, number: int) -> None:
+    """Delete all but so many of the newest rows, in one transaction."""
+    query(path, "delete from event where (ms, n) < (select ms, n from event "
+                "order by ms desc, n desc limit 1 offset ?)", number - 1)
+
+
 def test_a_follower_that_was_trimmed_past_tells_a_gap(path):
     with on_file(path, 1, "--history", "64") as (server,), Client(server.port) as client:
         client.open()
@@ -384,6 +422,7 @@ def test_a_follower_that_was_trimmed_past_tells_a_gap(path):
         with publishing(path) as stream:
             for _ in range(30):
                 stream.publish([Draft(str(number)) for number in range(500)])
+            wait_until(lambda: len(rows(path)) == 10000)
         server.process.send_signal(signal.SIGCONT)
         client.read_until_data("499")
         newest = rows(path)[-64:]
@@ -391,63 +430,61 @@ def test_a_follower_that_was_trimmed_past_tells_a_gap(path):
         assert [(event.id, event.data) for event in client.stream.events[2:]] == newest
 
 
+def test_what_is_trimmed_exactly_up_to_where_a_server_stands_is_no_gap(path):
+    with on_file(path) as (server,), Client(server.port) as client:
+        client.open()
+        post(server, "one")
+        client.read_until_data("one")
+        query(path, "delete from event")
+        post(server, "two")
+        client.read_until_data("two")
+        assert texts(client) == ["one", "two"]
+
+
 def test_a_burst_that_was_trimmed_before_an_empty_file_was_looked_at_is_a_gap(path):
     with on_file(path) as (server,), Client(server.port) as client:
         client.open()
         halt(server.process)
-        with publishing(path) as stream:
-            add_rows(path, 10000)
-            stream.publish([Draft("last")])
-        assert len(rows(path)) == 10000
+        add_rows(path, 100)
+        trim_to(path, 10)
         server.process.send_signal(signal.SIGCONT)
-        client.read_until_data("last")
+        client.read_until(lambda stream: stream.last_id == "1-100")
         assert gaps(client)[0]["after"] is None and client.stream.events[0].name == "gap"
+        assert len(client.stream.events) == 11
 
 
 def test_looks_are_10_ms_apart_while_others_write_and_50_ms_some_seconds_later(path):
     with publishing(path) as stream, publishing(path) as other:
         shared = turned(stream)
-        assert stream._turn(shared) == 0.05
+        stream._is_own = True       # what it has loaded is no news
+        assert turn(shared) == 0.05
+        stream._is_own = False
         other.publish([Draft("x")])
-        pauses = [stream._turn(shared) for _ in range(200)]
+        pauses = [turn(shared) for _ in range(200)]
         assert pauses[0] == 0.01 and pauses == sorted(pauses) and pauses[-1] == 0.05
         assert 3 < sum(pause for pause in pauses if pause < 0.05) < 5
         for publisher, pause in ((stream, 0.05), (other, 0.01)):    # its own, it knows of
             publisher.publish([Draft("x")])
             stream._rest(threading.Event(), 0.0)
-            assert stream._turn(shared) == pause
+            assert turn(shared) == pause
         assert shared._log.next == 3
-
-
-def test_rows_from_before_the_start_are_no_news_even_if_they_are_read_later(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    with publishing(folder / "events.db") as stream:
-        folder.rename(tmp_path / "away")
-        shared = turned(stream, 2.0)
-        (tmp_path / "away").rename(folder)
-        for ms in (1999, 2000):
-            query(folder / "events.db", "insert into event values (?, 3000, null, null, 'x')", ms)
-        stream._turn(shared)
-        assert (shared._log.first, shared._log.next) == (-1, 1)
-        assert shared._log.frame(0).id == (2000, 3000)
 
 
 def test_what_is_loaded_and_a_gap_leave_the_log_in_its_bounds(path):
     with publishing(path) as stream:
         events = [Event((number, 0), b"data: x\n\n", None) for number in range(1, 100)]
-        for size in range(100, 300):
+        for size in range(500, 1500, 7):
             shared = Shared(stream, **{**KEPT, "history": 64})
             shared._log._size = size
-            shared.preload(events)
+            shared.preload(iter(events), NOTHING)
             assert shared._log._bytes <= size and shared._log.last_id == shared.newest == (99, 0)
         shared = Shared(stream, **{**KEPT, "history": 64})
-        shared.preload(events)
-        assert (shared._log.first, shared._log.next) == (-64, 0)
+        shared.preload(iter(events), NOTHING)
+        assert (shared._log.first, shared._log.next, shared.fanned_out) == (35, 99, 99)
         woken = []
         shared.wakeup.wake = lambda: woken.append(True)
         shared.tell_gap((99, 0), None)      # and clients are sent it at once
-        assert (shared._log.first, shared._log.next) == (-63, 1) and woken
+        assert (shared._log.first, shared._log.next) == (36, 100) and woken
 
 
 def test_rows_that_are_no_events_are_skipped_with_one_warning(path):
@@ -556,19 +593,151 @@ def test_each_of_those_that_share_a_port_stops_at_once():
         server.stop()
         assert time.monotonic() - began < 2
 
+# What was removed
 
-def test_an_interrupt_before_a_commit_leaves_the_next_one_free(path):
-    def interrupt(frame, *_):
-        if frame.f_code.co_name == "_commit":
-            sys.settrace(None)
-            raise KeyboardInterrupt
+
+def begin(server, since: str) -> list:
+    """Return what a client gets that begins there: gaps as their reasons, and data."""
+    with Client(server.port, get(f"/?since={since}")) as client:
+        client.open()
+        last = server.publish("last")
+        client.read_until(lambda stream: stream.last_id == last)
+        return [json.loads(event.data)["reason"] if event.name == "gap" else event.data
+                for event in client.stream.events][:-1]
+
+
+def serving_file(path, **options) -> SSEServer:
+    return SSEServer(port=0, history_file=str(path), **options)
+
+
+def test_the_id_of_a_new_and_empty_file_is_no_gap_after_a_restart(path):
+    with serving_file(path) as server, Client(server.port) as client:
+        client.read_until(lambda stream: stream.last_id)
+        assert client.stream.last_id == "0-0"
+        server.publish("one")
+    with serving_file(path) as server:
+        assert begin(server, "0-0") == begin(server, "all")[:-1] == ["one"]
+
+
+@pytest.mark.parametrize("since", ["all", "7d"])
+def test_what_a_start_leaves_in_the_file_is_a_gap(path, since):
     with publishing(path) as stream:
-        before = sys.gettrace()
-        sys.settrace(interrupt)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                stream.publish([Draft("a")])
-        finally:
-            sys.settrace(before)
-        with ThreadPoolExecutor(1) as pool:
-            assert len(pool.submit(stream.publish, [Draft("b")]).result(PATIENCE)) == 1
+        for number in range(75):
+            stream.publish([Draft(str(number).ljust(1000000))])
+    with serving_file(path, history=1024) as server:
+        got = begin(server, since)
+        assert got[0] == "evicted" and len(got) == 68
+
+
+@pytest.mark.parametrize("history, reason", [(100, "evicted"), (151, None), (1000, None)])
+def test_all_is_a_gap_after_a_restart_only_if_something_is_missing(path, history, reason):
+    with publishing(path) as stream:
+        stream.publish([Draft("x")] * 150)
+        query(path, "insert into event values (1, 0, null, null, null)")    # no event
+    with serving_file(path, history=history) as server:
+        got = begin(server, "all")
+        assert got[0] == (reason or "x") and len(got) == min(history, 150) + bool(reason)
+
+
+def test_what_was_removed_from_the_file_is_a_gap_also_with_a_larger_history(path):
+    with publishing(path) as stream:
+        ids = stream.publish([Draft("x")] * 20)
+        trim_to(path, 10)
+    with serving_file(path, history=1000) as server:
+        for since, gap in (("all", True), ("1h", True), ("0-0", True), (ids[8], True),
+                           (ids[9], False), (ids[10], False)):
+            assert (begin(server, since)[0] == "evicted") == gap, since
+
+
+V1 = ("create table event(ms integer, n integer, channel text, event text, data text, "
+      "primary key (ms, n)) without rowid", "pragma application_id = 0x73736531",
+      "pragma user_version = 1", "pragma journal_mode = wal")
+
+
+@pytest.mark.parametrize("number, is_in_doubt", [(9999, False), (10000, True)])
+def test_a_file_of_1_1_0_is_brought_up_to_date_and_hides_no_loss(path, number, is_in_doubt):
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in V1:
+            connection.execute(statement)
+    add_rows(path, number)
+    with serving_file(path, history=20000) as server:
+        got = begin(server, "all")
+        assert (got[0] == "evicted") == is_in_doubt and len(got) == number + is_in_doubt
+        assert begin(server, "1-1")[:1] == ["x"]
+    assert query(path, "pragma user_version") == [(2,)]
+    assert len(rows(path)) == number + 2
+
+
+def test_an_id_from_before_the_file_was_lost_is_unknown(path):
+    with serving_file(path) as server:
+        old = server.publish("old")
+    path.unlink()
+    time.sleep(0.002)       # so that the new file begins in a later millisecond
+    with serving_file(path) as server:
+        server.publish("new")
+        wait_until(lambda: server._broadcast._log.next)
+        assert begin(server, old) == ["unknown", "new"]
+
+
+# What other programs may do
+
+
+def test_the_insert_of_the_documentation_adds_an_event_also_to_an_empty_file(path):
+    text = (TOP / "README.md").read_text()
+    statement, = re.findall(r'sqlite3 events.db "(insert .*)"\n', text)
+    with on_file(path) as (server,), Client(server.port) as client:
+        client.open()
+        for number in range(3):
+            query(path, statement)
+            client.read_events(number + 1)
+        post(server, "after")
+        client.read_until_data("after")
+        assert texts(client) == ["hello"] * 3 + ["after"]
+
+
+def test_a_new_file_is_its_owners_alone_and_one_that_is_there_keeps_its_mode(path, tmp_path):
+    before = os.umask(0)
+    try:
+        with publishing(path):
+            for ending in ("", "-wal", "-shm"):
+                assert os.stat(f"{path}{ending}").st_mode & 0o777 == 0o600
+        path.chmod(0o640)
+        with publishing(path):
+            assert os.stat(f"{path}-wal").st_mode & 0o777 == path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def peak_memory(server: Server) -> int:
+    """Return the most memory that a process ever had, in MiB."""
+    with open(f"/proc/{server.process.pid}/status") as status:
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read())[1]) >> 10
+
+
+@pytest.mark.parametrize("value", ["cast(zeroblob(?) as text)", "hex(zeroblob(? / 2))"])
+def test_a_row_of_many_megabytes_costs_no_memory(path, value):
+    with on_file(path) as (server,), Client(server.port) as client:
+        client.open()
+        post(server, "one")
+        query(path, f"insert into event select max(ms) + 1, 0, null, null, {value} from event",
+              100_000_000)
+        query(path, "insert into event select max(ms) + 1, 0, null, null, 'two' from event")
+        client.read_until_data("two")
+        assert texts(client) == ["one", "two"] and peak_memory(server) < 80
+        server.stop(signal.SIGTERM)
+        assert server.close().count("skipped") == 1
+
+
+def test_the_wal_shrinks_again_after_a_reader_that_was_forgotten(path, monkeypatch):
+    monkeypatch.setattr(file_stream, "WAL_LIMIT", 1 << 20)
+    wal = path.with_name(path.name + "-wal")
+    with publishing(path) as stream:
+        with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            reader.execute("begin")
+            reader.execute("select count(*) from event").fetchall()
+            for _ in range(10):
+                stream.publish([Draft("x" * 1000000)])
+            assert wal.stat().st_size > 9 << 20
+        stream.publish([Draft("x" * 1000000)])      # it is copied, and the next begins anew
+        stream.publish([Draft("x")])
+        assert wal.stat().st_size <= 1 << 20

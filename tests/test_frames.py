@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sse_core import frames
-from sse_core.log import BATCH, MAX_CHANNELS, MAX_LOG, SCAN, Batch, Log
+from sse_core.log import BATCH, FRAME_COST, MAX_CHANNELS, MAX_LOG, NOTHING, SCAN, Batch, Log
 from helpers import TOP
 from wire import Decoder, Event
 
@@ -153,8 +153,9 @@ def test_an_id_is_parsed_only_in_its_canonical_spelling(text, id):
 
 def test_locate_finds_the_frame_after_an_id_or_says_why_there_may_be_a_gap():
     log = Log(64)
-    log.begin((10, 0), 0)
-    assert log.locate((5, 0)) == (0, "unknown")                 # nothing was ever published
+    log.begin((9, 0))
+    assert log.locate((10, 0)) == (0, "unknown")                # nothing was published yet
+    assert log.locate((9, 0)) == (0, None) and log.locate((5, 0)) == (0, "evicted")
     fill(log, *((n, 0) for n in range(10, 110)))                # of these, 46-0 to 109-0 are kept
     assert (log.first, log.next) == (36, 100)
     assert log.locate((109, 0)) == (100, None)                  # has everything
@@ -163,7 +164,8 @@ def test_locate_finds_the_frame_after_an_id_or_says_why_there_may_be_a_gap():
     assert log.locate((45, 0)) == (36, None)                    # gone, but nothing after it is
     assert log.locate((44, 0)) == (36, "evicted")
     assert log.locate((10, 0)) == (36, "evicted")
-    assert log.locate((9, 0)) == (36, "unknown")                # before the first ever
+    assert log.locate((9, 0)) == (36, "evicted")                # after it, all was there once
+    assert log.locate((8, 0)) == (36, "evicted")
     assert log.locate((110, 0)) == (36, "unknown")              # from the future
     assert log.locate((60, 5)) == (51, "unknown")               # between two of ours
     assert log.locate(None) == (36, "unknown")
@@ -178,7 +180,7 @@ def test_an_event_that_never_was_begins_a_log_without_a_gap():
 
 def test_a_gap_of_the_source_is_told_to_whoever_resumes_from_before_it():
     log = Log(64)
-    log.begin((1, 0), 0)
+    log.begin(NOTHING)
     fill(log, (1, 0), (2, 0))
     log.append(b"gap", None, None, 0.0)
     fill(log, (3, 0))
@@ -279,13 +281,13 @@ def test_a_batch_is_64_kib_at_most_or_one_frame():
     assert log.collect(2, 4)[1] == 3
 
 
-@pytest.mark.parametrize("share, fit", [(1.0, 1000), (0.75, 750), (0.5, 500)])
+@pytest.mark.parametrize("share, fit", [(1.0, 4000), (0.75, 3000), (0.5, 2000)])
 def test_a_share_of_the_log_is_one_of_its_bytes_and_of_its_frames(share, fit):
-    log = Log(64, size=1000)
+    log = Log(64, size=4000)
     log.append(b"x" * 69, (1, 0), None, 0.0)
-    used = len(log.frame(0).chunk)
+    used = len(log.frame(0).chunk) + 2 * FRAME_COST
     assert log.fits(fit - used, share) and not log.fits(fit - used + 1, share)
     log = Log(100)
     while log.fits(10, share):
         log.append(b"", (log.next + 1, 0), None, 0.0)
-    assert log.next == fit / 10
+    assert log.next == fit / 40

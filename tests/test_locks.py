@@ -4,12 +4,9 @@ One thread is stopped inside the lock, by a clock or a function that it calls th
 does not wait is done in a moment; on a busy machine it may take longer: then a test finds less, but
 fails never.
 """
-import fcntl
-import os
 import socket
 import threading
 import time
-from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +14,7 @@ import pytest
 from helpers import KEPT, PATIENCE
 from sse_core.broadcast import Broadcast
 from sse_core.clients import Opening, Subscription
-from sse_core.file_stream import FileStream, _File
+from sse_core.file_stream import FileStream
 from sse_core.frames import Draft, parse_id
 from sse_core.pool import Pool
 from sse_core.shared import Shared
@@ -96,7 +93,7 @@ BROADCAST = {
     "took": lambda broadcast, client: broadcast.clients.took(client, 1, 1000.0),
     "remove": lambda broadcast, client: broadcast.clients.remove(client, 1000.0)}
 SHARED = {
-    "preload": lambda shared: shared.preload([]),
+    "preload": lambda shared: shared.preload(iter(()), (-1, 0)),
     "complete": lambda shared: shared.complete(1.0),
     "tell_gap": lambda shared: shared.tell_gap(None, None)}
 
@@ -199,30 +196,16 @@ def test_nobody_changes_the_line_of_a_pool_while_another_does(second):
     pool.stop(time.monotonic() + PATIENCE)
 
 
-@pytest.mark.parametrize("call", ["publish", "try_to_write"])
-def test_nobody_takes_orders_to_a_file_while_another_does(tmp_path, call):
+def test_nobody_queues_an_order_while_another_ends_the_queue(tmp_path):
     stream = FileStream(tmp_path / "events.db", 10, False)
-    calls = {"publish": lambda: stream.publish([Draft("x")]), "try_to_write": stream._try_to_write}
-    other = threading.Thread(target=calls[call])
-    with stream._changed:
+    other = threading.Thread(target=stream.submit, args=([Draft("x")],))
+    with stream._mutex:
         other.start()
         other.join(MOMENT)
-        assert stream._committing is None and not stream._orders and not stream._taken
+        assert stream._orders.empty()
+        stream.end()
     other.join(PATIENCE)
-    stream._writer.close()
-
-
-def test_nobody_opens_a_file_while_another_process_does(tmp_path):
-    folder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    with closing(_File(tmp_path / "events.db", False)) as file:
-        other = threading.Thread(target=file.connection)
-        other.start()
-        other.join(10 * MOMENT)     # it takes some to open one
-        has_waited = other.is_alive()
-        os.close(folder)
-        other.join(PATIENCE)
-        assert has_waited
+    stream.write()      # it ends at once: nothing came after the end
 
 
 class Slow(SSEServer):

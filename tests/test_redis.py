@@ -74,9 +74,10 @@ def test_a_client_resumes_across_a_restart_and_on_another_server(store):
 
 
 def test_while_redis_is_away_posts_are_503_and_clients_stay(store):
-    store.kill()
     with following(store, 1, "--heartbeat", "0.2") as (server,), Client(server.port) as client:
-        client.read_until(lambda stream: stream.comments >= 2)      # connected, and kept so
+        client.open()
+        store.kill()
+        client.read_until(lambda stream: stream.comments >= 2)
         answer = post(server.port, "lost")
         assert answer.status_code == 503
         assert "Retry-After" in answer.headers and "Redis" in answer.text

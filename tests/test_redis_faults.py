@@ -15,14 +15,15 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import requests
 
-from helpers import KEPT, PATIENCE, TOP, Client, halt, wait_until
+from helpers import KEPT, PATIENCE, TOP, Client, ask, get, halt, wait_until
 from redis_server import store      # noqa: F401
 from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume
-from sse_core import redis_stream
+from sse_core import shared as shared_module
 from sse_core.broadcast import NotRunning
 from sse_core.redis_stream import RedisStream
 from sse_core.shared import Draft, Event, Shared
 from sse_server import SSEServer
+from test_publisher import in_a_thread
 
 
 @contextmanager
@@ -56,8 +57,8 @@ def gaps(events: list) -> list:
 
 
 def holds_no_thread(server) -> bool:
-    """Say whether it has only main, accept, publisher, follower and the source that waits."""
-    return len(os.listdir(f"/proc/{server.process.pid}/task")) == 5
+    """Say whether it has main, accept, connections, publisher, source and store, and no other."""
+    return len(os.listdir(f"/proc/{server.process.pid}/task")) <= 7
 
 
 # Entries that are gone
@@ -281,12 +282,15 @@ def test_a_stream_restored_older_again_and_again_is_told_as_a_gap_each_time(stor
 
 @contextmanager
 def publishing(store):
-    """Yield a stream that nobody follows, and close it."""
+    """Yield a stream that nobody follows and that takes orders, and close it."""
     stream = RedisStream(store.url, "sse", 64)
+    writer = in_a_thread(stream.write)
     try:
         yield stream
     finally:
-        stream._close()
+        stream.end()
+        writer.join()
+        stream._close_reader()
 
 
 def calls(store, command: str) -> int:
@@ -311,25 +315,26 @@ def test_ten_thousand_entries_are_kept_and_hardly_more(store):
 
 
 def test_what_is_read_at_the_start_is_bounded_in_bytes(store, monkeypatch):
-    monkeypatch.setattr(redis_stream, "MAX_LOG", 100000)
-    for number in range(64):
-        store.add(data=str(number) * 5000)
+    monkeypatch.setattr(shared_module, "MAX_LOG", 100000)
+    ids = [store.add(data=str(number) * 5000) for number in range(64)]
     with publishing(store) as stream:
-        assert len(stream._newest()) == 48      # by 24: those that were too many, and the next
-        monkeypatch.setattr(redis_stream, "MAX_LOG", 400000)
-        assert len(stream._newest()) == 64 - 48     # and these were read before
+        rows, missing = stream._collect(threading.Event())
+        assert len(rows) == 24      # a page
+        assert "%d-%d" % missing == ids[64 - 25]        # the one before
 
 
-def test_many_threads_publish_at_once_and_a_stop_lets_them(store):
-    with publishing(store) as stream, ThreadPoolExecutor(120) as pool:
+def test_all_that_wait_for_redis_are_one_transaction_and_a_stop_lets_them(store):
+    with publishing(store) as stream:
         store.client.client_pause(10000, all=False)
-        waiting = [pool.submit(stream.publish, [Draft(str(number))]) for number in range(120)]
-        wait_until(lambda: len(stream._redis.connection_pool._in_use_connections) == 120)
-        stream._close()
+        first = stream.submit([Draft("first")])
+        wait_until(first.running)
+        waiting = [stream.submit([Draft(str(number))]) for number in range(120)]
+        stream.end()
+        assert not any(order.done() for order in waiting)
         store.client.client_unpause()
-        assert len({each.result(PATIENCE)[0] for each in waiting}) == 120
-        stream._close()
-        wait_until(lambda: len(store.client.client_list()) == 1)
+        assert len({order.result(PATIENCE)[0] for order in [first, *waiting]}) == 121
+        assert calls(store, "multi") == 1
+    wait_until(lambda: len(store.client.client_list()) == 1)
 
 
 def test_an_idle_stream_is_asked_four_times_a_second(store):
@@ -426,11 +431,11 @@ def at_the_second_page(store, monkeypatch, action):
         action()
         return page(*values, **options)
     try:
-        stream.load(shared, time.time())
+        stream.turn(shared, threading.Event())
         monkeypatch.setattr(stream._redis, "xrevrange", act_and_read)
         yield shared, lambda: shared._log.collect(shared._log.first, shared._log.next)[0]
     finally:
-        stream._close()
+        stream._close_reader()
 
 
 def test_a_fault_while_a_gap_is_looked_into_loses_no_gap(store, monkeypatch):
@@ -442,10 +447,11 @@ def test_a_fault_while_a_gap_is_looked_into_loses_no_gap(store, monkeypatch):
         for number in range(50):
             pipe.xadd("sse", {"data": str(number)})
         pipe.xtrim("sse", maxlen=30, approximate=False).execute()
-        shared.stream._turn(shared)
+        shared.stream.turn(shared, threading.Event())
         assert shared.stream.trouble and not frames()
         store.client.config_set("requirepass", "")
-        wait_until(lambda: shared.stream._turn(shared) == 0 and b"data: 49" in frames()[-1].chunk)
+        wait_until(lambda: shared.stream.turn(shared, threading.Event()) == 0
+                   and b"data: 49" in frames()[-1].chunk)
         assert b"event: gap" in frames()[0].chunk and len(frames()) == 31
 
 
@@ -462,21 +468,22 @@ def test_a_stream_that_is_made_anew_between_two_pages_is_not_mixed_with_the_old_
             pipe.xadd("sse", {"data": str(number)}, id=f"5-{number}")
         pipe.xtrim("sse", maxlen=30, approximate=False).execute()
         for _ in range(3):
-            shared.stream._turn(shared)
+            shared.stream.turn(shared, threading.Event())
         assert [frame.id for frame in frames()] == [
             None, *((5, number) for number in range(26, 50)), None, (4, 0)]
 
 
 def test_a_key_of_another_kind_at_the_start_is_told_until_it_is_gone(store):
     store.client.set("sse", "x")
-    with following(store) as (server,), Client(server.port) as client:
-        client.open()
+    with following(store) as (server,):
         health = f"http://127.0.0.1:{server.port}/-/health"
         assert "ResponseError" in requests.get(health, timeout=PATIENCE).text
         store.client.delete("sse")
         wait_until(lambda: requests.get(health, timeout=PATIENCE).status_code == 200)
-        store.add(data="one")
-        read_to(client, "one")
+        with Client(server.port) as client:
+            client.open()
+            store.add(data="one")
+            read_to(client, "one")
 
 
 def test_entries_of_a_megabyte_and_others_that_are_no_events(store):
@@ -598,23 +605,26 @@ def test_an_id_that_is_nowhere_becomes_unknown(store):
             assert names(read_to(client, "two")) == ["gap", "message", "message"]
 
 
-def test_a_server_that_was_there_before_redis_serves_who_waited(store):
+def test_a_server_that_was_there_before_redis_has_clients_come_back_and_misses_nothing(store):
     ids = [store.add(data=str(number)) for number in range(10)]
     store.kill()
-    with following(store, 1, "--heartbeat", "0.2") as (server,), ExitStack() as stack:
-        new = stack.enter_context(Client(server.port)).open()
-        waiting = [stack.enter_context(resume(server.port, ids[number % 10]))
-                   for number in range(100)]
-        for client in (*waiting, new):
-            client.read_until(lambda stream: stream.comments)
-        assert status(server).status_code == 200
-        wait_until(lambda: holds_no_thread(server))
+    with following(store, 1) as (server,), ExitStack() as stack:
+        health = requests.get(f"http://127.0.0.1:{server.port}/-/health", timeout=PATIENCE)
+        assert health.status_code == 503
+        for last_id in ("", ids[3]):
+            fields = ["Accept: text/event-stream"] + [f"Last-Event-ID: {last_id}"] * bool(last_id)
+            answer = ask(server.port, get("/", *fields))
+            assert b"event: busy" in answer and answer.endswith(b"0\r\n\r\n")
+            assert b"not ready" in ask(server.port, get("/"))
         store.start()
+        store.add(data="meanwhile")
+        wait_until(lambda: status(server).status_code == 200 and requests.get(
+            f"http://127.0.0.1:{server.port}/-/health", timeout=PATIENCE).status_code == 200)
+        back = [stack.enter_context(resume(server.port, ids[number])) for number in range(10)]
         store.add(data="new")
-        for number, client in enumerate(waiting):
+        for number, client in enumerate(back):
             read_to(client, "new")
-            assert data(client) == [*map(str, range(number % 10 + 1, 10)), "new"]
-        assert [event.data for event in read_to(new, "new")] == ["new"]
+            assert data(client) == [*map(str, range(number + 1, 10)), "meanwhile", "new"]
 
 
 # A fault of our own

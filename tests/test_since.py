@@ -8,7 +8,7 @@ import pytest
 from helpers import Client, ask, get
 from sse_core import http1, parameters
 from sse_core import log as log_module
-from sse_core.log import Log
+from sse_core.log import NOTHING, Log
 from sse_server import SSEServer
 
 
@@ -28,7 +28,7 @@ def server():
         yield server
 
 
-def test_all_is_what_is_kept_and_never_a_gap(server):
+def test_all_is_what_is_kept_and_a_gap_if_that_is_not_all_there_was(server):
     ids = [server.publish(str(number), None, channel)
            for number, channel in enumerate([None, "a", "b", "c"])]
     assert texts(server, "&since=all") == ["0", "1", "2", "last"]
@@ -37,7 +37,22 @@ def test_all_is_what_is_kept_and_never_a_gap(server):
     for number in range(100):
         server.publish(str(number))
     got = texts(server, "&since=all")
-    assert got[0].isdigit() and got[-2:] == ["99", "last"] and len(got) == 65
+    assert got[0] == "evicted" and got[1].isdigit()
+    assert got[-2:] == ["99", "last"] and len(got) == 66
+
+
+@pytest.mark.parametrize("channel, is_whole", [("c1", False), ("c2", True), ("c9", True)])
+def test_all_of_a_channel_is_a_gap_only_if_some_of_that_channel_has_left(channel, is_whole):
+    with SSEServer(port=0, history=1024) as server:
+        for _ in range(100):
+            server.publish("early", None, "c1")
+        for number in range(1000):
+            server.publish(str(number), None, f"c{number % 8 + 2}")
+        with Client(server.port, get(f"/?channel={channel}&since=all")) as client:
+            client.open()
+            server.publish("last")
+            client.read_until_data("last")
+            assert ("gap" in [event.name for event in client.stream.events]) != is_whole
 
 
 def test_latest_is_the_newest_of_each_channel_asked_for_and_of_none(server):
@@ -76,12 +91,6 @@ def test_what_is_no_beginning_is_a_400(server, since):
     assert answer.startswith(b"HTTP/1.1 200 " if good else b"HTTP/1.1 400 ")
 
 
-def test_the_earliest_is_what_is_kept_and_never_a_gap(server):
-    for number in range(100):
-        server.publish(str(number))
-    assert texts(server, "&last_event_id=earliest")[0].isdigit()
-
-
 def test_a_time_is_told_as_a_gap_only_if_something_newer_has_left():
     """On the channels asked for, and in this epoch."""
     log = Log(64, (500, 0))
@@ -109,8 +118,6 @@ def test_an_id_that_may_come_yet_is_waited_for_until_all_from_then_is_here():
     log.complete_at = 7.0
     assert log.can_locate((5, 0), 99.0) and log.can_locate(None, 99.0)
     assert not log.can_locate((6, 0), 7.0) and log.can_locate((6, 0), 6.999)
-    log.is_loaded = False
-    assert not log.can_locate((5, 0), 0.0)
 
 
 def test_the_first_event_of_an_epoch_is_missed_if_it_has_left():
@@ -127,14 +134,69 @@ def test_the_first_event_of_an_epoch_is_missed_if_it_has_left():
     assert log.locate((1, 0)) == (1, "evicted") and log.locate((10, 0)) == (1, None)
 
 
-def test_of_a_full_load_older_events_were_left_in_the_shared_log():
+def test_what_a_store_has_left_out_or_removed_is_a_gap_for_whoever_begins_before_it():
     log = Log(64)
-    log.begin((1000, 0), -64)
-    for number in range(64):
-        log.append(b"x", (1000 + number, 0), None, 0.0)
-    assert log.locate_time(500, ()) == (-64, "evicted")
-    assert log.locate_time(1000, ()) == (-64, None) and log.locate_time(0, ()) == (-64, None)
-    assert log.locate_time(1063.5, ()) == (-1, None)
+    log.begin((1000, 5))
+    for number in range(3):
+        log.append(b"x", (2000 + number, 0), None, 0.0)
+    for begin, reason in ((0, "evicted"), (500, "evicted"), (1000, "evicted"), (1001, None)):
+        assert log.locate_time(begin, ()) == (0, reason)
+    assert log.locate((1000, 4)) == (0, "evicted") and log.locate((1000, 5)) == (0, None)
+    assert log.locate((1000, 6)) == (0, "unknown")      # it was not there, and is not here
+    assert log.locate((2000, 0)) == (1, None)
+
+
+def test_an_entry_that_was_removed_from_the_middle_is_a_gap_for_whoever_had_not_come_to_it():
+    log = Log(64)
+    for ms in (1000, 1001, 1002):
+        log.append(b"x", (ms, 0), None, 0.0)
+    log.begin((1001, 5))
+    assert log.locate((1001, 0)) == (2, "evicted") and log.locate((1002, 0)) == (3, None)
+    assert log.locate((1001, 5)) == (2, None)
+    assert log.locate_time(1001, ()) == (1, "evicted") and log.locate_time(1002, ()) == (2, None)
+
+
+def test_nothing_is_missing_where_a_store_was_empty():
+    log = Log(64)
+    log.begin(NOTHING)
+    assert log.locate((0, 0)) == (0, None) and log.locate_time(0, ()) == (0, None)
+    log.append(b"x", (5, 0), None, 0.0)
+    assert log.locate((0, 0)) == (0, None) and log.locate_time(0, ()) == (0, None)
+
+
+def test_an_id_from_before_a_store_was_lost_is_unknown_also_when_there_are_new_events():
+    log = Log(64)
+    log.begin(NOTHING)
+    log.append(b"x", (2000, 0), None, 0.0)
+    assert log.locate((1000, 0)) == (0, "unknown")
+    for ms in range(2001, 2070):
+        log.append(b"x", (ms, 0), None, 0.0)
+        if not log.fits(0):
+            log.evict()
+    assert log.locate((1000, 0))[1] and log.locate((2000, 5))[1] == "evicted"
+
+
+def test_who_begins_where_a_gap_was_told_to_everybody_is_told_it_too():
+    log = Log(64)
+    log.begin(NOTHING)
+    log.append(b"x", (100, 0), None, 0.0)
+    log.append(b"gap", None, None, 0.0)
+    log.append(b"x", (200, 0), None, 0.0)
+    assert log.locate_time(150, ()) == (1, None) and log.locate_time(201, ()) == (3, None)
+    assert log.locate_time(100, ()) == (0, None)
+    log.append(b"gap", None, None, 0.0)
+    log.append(b"x", (50, 0), None, 0.0)        # a new epoch
+    assert log.locate_time(0, ()) == (3, None)
+
+
+def test_the_latest_is_the_newest_event_also_when_a_gap_was_told_after_it():
+    log = Log(64)
+    log.append(b"x", (1, 0), None, 0.0)
+    log.append(b"gap", None, None, 0.0)
+    assert log.locate_time(math.inf, ()) == (0, None)
+    log.evict()
+    log.evict()
+    assert log.locate_time(math.inf, ()) == (2, None)
 
 
 def test_what_latest_copies_for_a_client_is_bounded_and_the_newest_is_no_copy(monkeypatch):
@@ -144,7 +206,8 @@ def test_what_latest_copies_for_a_client_is_bounded_and_the_newest_is_no_copy(mo
         log.append(channel.encode() * 60, (number + 1, 0), channel, 0.0)
     latest = log.latest("abcd")
     assert [b"b" * 60 in each for each in latest] == [True, False] and b"c" * 60 in latest[1]
-    assert log.locate_time(math.inf, "abcd") == (3, None)
+    assert log.locate_time(math.inf, "abcd") == (3, "evicted")      # one is left out
+    assert log.locate_time(math.inf, "abc") == (2, None)
     assert log.latest("a") == [] and log.locate_time(math.inf, "a") == (0, None)
     assert log.locate_time(math.inf, "x") == (4, None)
     length = len(log.frame(1).chunk)
@@ -161,3 +224,10 @@ def test_a_client_that_says_where_to_begin_is_not_welcomed(server, since):
         server.publish("1", None, "a")
         assert client.read_until_data("1")[0].name in ("message", "gap")
         assert client.stream.welcome is None
+
+
+def test_what_latest_leaves_out_is_told(server):
+    for channel in "ab":
+        server.publish(channel * 40_000, None, channel)
+    server.publish("c")
+    assert texts(server, "&since=latest") == ["b" * 40_000, "evicted", "c", "last"]
