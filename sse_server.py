@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 from publisher import Publisher
-from sse_core import command_line, frames, sources
+from sse_core import command_line, descriptors, frames, sources
 from sse_core.access import Access, Authorize
 from sse_core.answers import Answers
 from sse_core.broadcast import Broadcast, NotRunning, Unavailable
@@ -88,13 +88,18 @@ def _stop_all() -> None:
 
 
 class _Listener(socketserver.ThreadingTCPServer):
-    """A listening socket, and the loop that accepts from it and gives each socket to `take`."""
+    """A listening socket, and the loop that accepts from it and gives each socket to `take`.
+
+    make_room: called when there is no descriptor to accept with.
+    """
     allow_reuse_address = True
     request_queue_size = BACKLOG
 
     def __init__(self, host: str, port: int, take: Callable[[socket.socket, str], None],
-                 stopping: threading.Event, reuse_port: bool) -> None:
+                 make_room: Callable[[], None], stopping: threading.Event,
+                 reuse_port: bool) -> None:
         self._take = take
+        self._make_room = make_room
         self._reuse_port = reuse_port
         self._stopping = stopping               # set before `_connect_to_self` is called
         self._accept_failed_at = -math.inf      # on the monotonic clock
@@ -140,6 +145,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         last, self._accept_failed_at = self._accept_failed_at, time.monotonic()
         if self._accept_failed_at - last > RECOVERED:
             logger.warning("cannot accept (%s); trying again until it works", error.strerror)
+        self._make_room()
         self._stopping.wait(ACCEPT_PAUSE)
 
     def _connect_to_self(self) -> None:
@@ -197,7 +203,8 @@ class SSEServer(_Listener, metaclass=_Documented):
                     original
     heartbeat       seconds of silence after which a client is sent a comment; 0: never
     retry           seconds a client should wait before it reconnects, +-50 % at random
-    max_clients     how many clients there can be at a time
+    max_clients     how many clients there can be at a time, as far as the limit of descriptors
+                    (`ulimit -n`) allows: a tenth of them, 4200 at most, is kept for the rest
     patience        seconds without progress for which `publish(..., wait=True)` holds back for a
                     slow client; it is waited for as long as it takes 16 KiB a second; 0: for none
     tokens          who may watch, by `/TOKEN` or `Authorization: Bearer TOKEN`; none: everybody
@@ -268,7 +275,8 @@ class SSEServer(_Listener, metaclass=_Documented):
                         allowed_hosts=allowed_hosts, jwt_key=jwt_key)
         context = Certificate(cert, key, key_password).context if cert else None
         kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
-                                "max_clients": max_clients, "heartbeat": heartbeat}
+                                "max_clients": min(max_clients, descriptors.for_clients()),
+                                "heartbeat": heartbeat}
         shared_log = (RedisStream(redis, stream or "sse", history) if redis else
                       FileStream(history_file, history, sync) if history_file else None)
         self._shared = Shared(shared_log, **kept) if shared_log else None
@@ -288,7 +296,8 @@ class SSEServer(_Listener, metaclass=_Documented):
             self._thread("store", shared_log.write)] if shared_log and self._shared else []
         self._sender = self._thread("publisher", self._publisher.run)
         try:
-            super().__init__(host, port, self._connections.take, stopping, reuse_port)
+            super().__init__(host, port, self._connections.take, self._connections.make_room,
+                             stopping, reuse_port)
         except BaseException:
             self._connections.close()
             self._publisher.close()
@@ -495,6 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = command_line.parse_arguments(arguments)
     writer = command_line.set_up_logging(options)
+    descriptors.raise_limit(options.max_clients)
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
     try:

@@ -104,7 +104,8 @@ FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
      "silence after which a client is sent a comment; 0: never (default %(default)g)"),
     ("--retry SECONDS", seconds, 3.0,
      "pause of a client before it reconnects, +-50 %% at random (default %(default)g)"),
-    ("--max-clients N", whole_number, 10000, "clients at a time (default %(default)g)"),
+    ("--max-clients N", whole_number, 10000, "clients at a time, as far as the limit of open files "
+     "allows (default %(default)g)"),
 )
 
 

@@ -81,6 +81,9 @@ MAX_NEWCOMERS, MAX_PATIENT = 1024, 960
 # Seconds for a request before it can be evicted, unless too many wait.
 GRACE_TIME = 1.0
 
+# Connections that are evicted at once when the system gives no descriptor to accept with.
+MAKES_ROOM = 32
+
 # Of each kind of job: `authorize`, and publishing.
 MAX_THREADS = 64
 
@@ -137,6 +140,9 @@ class Connections:
         self._wakeup = WakeUp()
         self._is_stopping = False
 
+        # Whether the accept loop needs descriptors.
+        self._is_short = False
+
         # How many requests were refused, by status: the accept loop's count, and the owner's.
         self._refused_at_once: dict[int, int] = {}
         self._refused: dict[int, int] = {}
@@ -170,6 +176,11 @@ class Connections:
             sock.close()
             return
         self._newcomers.append((sock, peer, received))
+        self._wake()
+
+    def make_room(self) -> None:
+        """Have some connections evicted: there is no descriptor for one more."""
+        self._is_short = True
         self._wake()
 
     def _serve_at_once(self, sock: socket.socket, peer: str) -> bytes | None:
@@ -253,6 +264,10 @@ class Connections:
             self._step(*self._done.popleft(), now)
         if now >= self._look_at:
             self._look_for_deadlines(now)
+        if self._is_short:
+            self._is_short = False
+            for connection in [*self._idle, *self._busy][:MAKES_ROOM]:
+                self._end(connection)
         self._take_newcomers(now)
 
     def _socket_ready(self, connection: Connection, now: float) -> None:

@@ -1,6 +1,7 @@
 """What one peer can cost: every bound is hit once."""
 import errno
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import sse_server
-from helpers import GET, PATIENCE, TOP, Client, ask, connect, serving, wait_until
+from helpers import (GET, PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, post, serving,
+                     wait_until)
 from sse_core import frames, http1
 from sse_server import SSEServer
 
@@ -88,13 +90,20 @@ def test_a_head_that_arrives_a_byte_at_a_time_costs_linear_time():
 
 
 OUT_OF_DESCRIPTORS = """
-import resource, sys, threading, time
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+import os, resource, sys, threading, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 sys.path.insert(0, sys.argv[1])
 import logging
 logging.basicConfig()
 from sse_server import SSEServer
 with SSEServer(port=0) as server:
+    held = []       # by the program for itself, all but a few
+    try:
+        while True:
+            held.append(os.dup(0))
+    except OSError:
+        for each in held[:40]:
+            os.close(each)
     print(server.port, flush=True)
     while True:
         line = sys.stdin.readline()
@@ -136,6 +145,89 @@ def test_out_of_descriptors_pauses_warns_once_serves_on_and_recovers():
         errors = process.stderr.read()
         assert process.wait(PATIENCE) == 0
     assert errors.count("\n") == 1 and "cannot accept (Too many open files)" in errors
+
+
+def limited(soft: int, hard: int) -> str:
+    return f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))"
+
+
+WATCH = get("/", "Accept: text/event-stream")
+NO_CLOCK = ("--publish-token", PUBLISH_TOKEN)
+
+
+def test_the_soft_limit_of_descriptors_is_raised_to_what_the_clients_need():
+    """With the usual 1,024, and macOS's 256, nobody could connect after some 1,010 clients."""
+    with serving(*NO_CLOCK, before=limited(64, 1024)) as server:
+        clients = [Client(server.port).open() for _ in range(300)]
+        assert all(client.stream.status == 200 for client in clients)
+        for client in clients:
+            client.close()
+        server.stop()
+        said, = server.close().splitlines()
+    assert said.startswith("the limit of open files is enough for 922 clients, not for 10000: raise"
+                           " it to 14200")
+    with serving(*NO_CLOCK, "--max-clients", "500", before=limited(64, 6000)) as server:
+        server.stop()
+        assert server.close() == ""
+
+
+def crowded(port: int, clients: int) -> None:
+    """Fill a server that has descriptors for so many clients, and see it turn away the others."""
+    inside = [Client(port, WATCH).open() for _ in range(clients)]
+    assert all(client.stream.status == 200 and not client.closed for client in inside)
+    for _ in range(30):
+        stream = Client(port, WATCH)
+        assert [event.name for event in stream.read_to_end().events] == ["busy"]
+        stream.close()
+    assert ask(port, GET).startswith(b"HTTP/1.1 503 ")
+    # More that send nothing than there are descriptors: they make room for who asks
+    silent = [connect(port) for _ in range(100)]
+    assert ask(port, get("/-/health")).endswith(b"\r\n\r\nok\n")
+    assert post(port).startswith(b"HTTP/1.1 200 ")
+    for client in inside:
+        client.read_until_data("hello")
+    inside.pop().close()
+    wait_until(lambda: re.search(rb"\nsse_clients %d\n" % len(inside),
+                                 ask(port, get("/-/metrics"))))
+    inside.append(Client(port, WATCH).open())
+    for each in (*silent, *inside):
+        each.close()
+
+
+def test_clients_beyond_the_descriptors_are_turned_away_and_health_and_posts_are_answered():
+    with serving(*NO_CLOCK, before=limited(64, 256)) as server:
+        crowded(server.port, 208)
+        server.stop()
+        said, *_ = server.close().splitlines()
+    assert said.startswith("the limit of open files is enough for 208 clients, not for 10000")
+
+
+def test_a_program_keeps_descriptors_for_requests_too():
+    program = f"""
+import sys; sys.path.insert(0, {str(TOP)!r})
+{limited(256, 256)}
+from sse_server import SSEServer
+with SSEServer(port=0, publish_tokens=[{PUBLISH_TOKEN!r}]) as server:
+    print(server.port, flush=True)
+    sys.stdin.readline()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        crowded(int(process.stdout.readline()), 208)
+        process.communicate(b"\n", timeout=PATIENCE)
+        assert process.returncode == 0
+
+
+def test_connections_that_wait_make_room_for_clients_when_descriptors_run_short():
+    with serving(*NO_CLOCK, before=limited(256, 256)) as server:
+        silent = [connect(server.port) for _ in range(225)]
+        clients = [Client(server.port).open() for _ in range(150)]
+        assert all(client.stream.status == 200 for client in clients)
+        assert post(server.port).startswith(b"HTTP/1.1 200 ")
+        for client in clients:
+            client.read_until_data("hello")
+        for each in (*silent, *clients):
+            each.close()
 
 
 @pytest.mark.parametrize("number, warned, paused", [
