@@ -3,7 +3,7 @@
 No socket, no thread and no clock in here: time and order come from the caller, bytes go back to it.
 
 On the wire a frame is eight lower-case hex digits, CRLF, the event, CRLF (RFC 9112 section 7.1).
-The event is the fields `id:`, `event:`, `data:` in this order (WHATWG HTML section 9.2.5). The
+The event is the fields `event:`, `data:`, `id:` in this order (WHATWG HTML section 9.2.5). The
 length line has a fixed width, so a client of HTTP/1.0, which knows no chunks, is sent a slice.
 
 Every line of an event ends in LF. WHATWG allows CRLF, too, but many clients split the stream at
@@ -157,6 +157,16 @@ def with_original_line_ends(payload: bytes) -> bytes:
     return payload.replace(b"\r\n", b"\n", 1) if payload.startswith(b"event:") else payload
 
 
+def with_id(payload: bytes, event_id: Id) -> bytes:
+    """Return an encoded event with its id, which comes last.
+
+    Some clients, @microsoft/fetch-event-source and eventsource 2 among them, take an id as soon as
+    its line is there. If the connection broke in the middle of the data after that, they would come
+    back with the id of an event that they do not have.
+    """
+    return b"%bid: %d-%d\n\n" % (payload[:-1], *event_id)
+
+
 def chunk(payload: bytes) -> bytes:
     """Wrap the payload as one HTTP chunk, its length as eight hex digits like the original."""
     return b"%08x\r\n%b\r\n" % (len(payload), payload)
@@ -185,8 +195,8 @@ def welcome(newest: Id, retry: float, heartbeat: float) -> bytes:
     It is an event with data, because Firefox, WebKit and most client libraries ignore the id of a
     block without. `heartbeat`, in seconds, tells HTTP clients which read timeout is safe.
     """
-    return chunk(b'id: %d-%d\nevent: welcome\nretry: %d\ndata: {"heartbeat": %.10g}\n\n'
-                 % (*newest, retry_after(retry), heartbeat))
+    event = b'event: welcome\nretry: %d\ndata: {"heartbeat": %.10g}\n\n'
+    return chunk(with_id(event % (retry_after(retry), heartbeat), newest))
 
 
 def retry_line(seconds: float) -> bytes:
@@ -214,7 +224,7 @@ def gap_payload(after: str | None, resumed: str | None, reason: str, own: Id | N
     event without one.
     """
     event = encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap")
-    return b"id: %d-%d\n%b" % (*own, event) if own else event
+    return with_id(event, own) if own else event
 
 
 def parse_id(text: str) -> Id | None:

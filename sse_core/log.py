@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Callable, NamedTuple, Union
 
-from sse_core.frames import BATCH, Id, chunk, unchunk
+from sse_core.frames import BATCH, Id, chunk, unchunk, with_id
 
 MAX_LOG = 64 << 20          # bytes of frames in the log, with what Python needs for each
 MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients that are slow
@@ -102,7 +102,7 @@ class Log:
                 self._epoch, self._began_with = self.next, event_id
                 self._missing = NOTHING
             self.last_id = event_id
-            payload = b"id: %d-%d\n%b" % (*event_id, payload)
+            payload = with_id(payload, event_id)
         frame = Frame(self.next, event_id, self.last_id, channel, time, chunk(payload))
         self._frames[frame.number] = frame
         if event_id is not None:

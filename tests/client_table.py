@@ -139,11 +139,7 @@ ROWS = [
         own_origin=False, note='The page needs `<meta name="htmx-config" content=\'{"mode": '
         '"cors"}\'>`, and its origin is named by `--origin`.'),
     Row("@microsoft/fetch-event-source", "npm", "@microsoft/fetch-event-source",
-        ("chromium", "fetch_event_source.html"), {
-            "cut_inside": Deviation(
-                "loses", "It takes an event's id before it has the event. Only events that fill "
-                "more than one packet are concerned.")},
-        own_origin=False, note=STOPS_AT),
+        ("chromium", "fetch_event_source.html"), own_origin=False, note=STOPS_AT),
     Row("event-source-polyfill", "npm", "event-source-polyfill", ("chromium", "polyfill.html"),
         own_origin=False, note="It waits a second at least before it comes back, and reconnects "
         "when 45 s pass without a byte: keep `--heartbeat` below that."),

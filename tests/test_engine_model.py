@@ -195,7 +195,7 @@ class Reader:
         due = rb"retry: \d+\n"
         if self.last_id is None:
             id = self.greeting.copy().pop().encode()
-            due = rb"id: %b\nevent: welcome\nretry: \d+\ndata: {\"heartbeat\": \d+}\n\n" % id
+            due = rb"event: welcome\nretry: \d+\ndata: {\"heartbeat\": \d+}\nid: %b\n\n" % id
         assert re.fullmatch(due, payload), payload
 
     def told(self, event: Event, first: int, end: int) -> None:
@@ -327,7 +327,7 @@ class Driver:
                            "reason": "evicted"})
         self.make_way(len(data) + 30)
         self.broadcast.tell_gap(after, resumed)
-        payload = f"id: {spelled(after)}\nevent: gap\ndata: {data}\n\n"
+        payload = f"event: gap\ndata: {data}\nid: {spelled(after)}\n\n"
         self.story.append(None, None, "gap", data, len(payload), 0)
 
     def preload(self) -> None:

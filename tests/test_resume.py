@@ -61,7 +61,18 @@ def test_head_retry_and_missed_frames_leave_in_one_send(server):
     ids = [server.publish(str(number)) for number in range(100)]
     with Client(server.port, request(ids[0])) as client:
         first = client.receive()
-    assert first.startswith(b"HTTP/1.1 200 OK") and b"retry: " in first and b"data: 99\n\n" in first
+    assert first.startswith(b"HTTP/1.1 200 OK") and b"retry: " in first
+    assert b"data: 99\nid: %b\n\n" % ids[99].encode() in first
+
+
+def test_an_event_that_breaks_off_has_no_id_yet(server):
+    """Some clients take an id as soon as its line is there, and would never get this event."""
+    with Client(server.port) as client:
+        client.open()
+        event_id = server.publish("one\ntwo", "name")
+        client.read_events(1)
+        assert client.stream.payloads[-1] == (
+            b"event: name\ndata: one\ndata: two\nid: %b\n\n" % event_id.encode())
 
 
 def test_a_new_client_gets_only_what_comes(server):
