@@ -204,7 +204,7 @@ class SSEServer(_Listener, metaclass=_Documented):
     heartbeat       seconds of silence after which a client is sent a comment; 0: never
     retry           seconds a client should wait before it reconnects, +-50 % at random
     max_clients     how many clients there can be at a time, as far as the limit of descriptors
-                    (`ulimit -n`) allows: a tenth of them, 4200 at most, is kept for the rest
+                    (`ulimit -n`) allows: some of them are kept for requests
     patience        seconds without progress for which `publish(..., wait=True)` holds back for a
                     slow client; it is waited for as long as it takes 16 KiB a second; 0: for none
     tokens          who may watch, by `/TOKEN` or `Authorization: Bearer TOKEN`; none: everybody
@@ -555,12 +555,15 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
     url = server._url_at(_host_to_visit(str(server.server_address[0]), options.allowed_hosts))
     yield (f"Watch: curl -N {url}/TOKEN, or open {url}/#TOKEN in a browser" if asks else
            f"Watch: curl -N {url}/token, or open {url}/ in a browser")
-    who = (command_line.who_has(options, "token") if asks else
+    who = ("anybody with a token" if asks else
            "everybody on this machine" if options.host in LOOPBACK else
            "everybody who can reach this address")
     pages = "" if asks or options.origins else ", and every web page that is open there"
-    publishers = command_line.who_has(options, "publish token") or "nobody"
+    publishers = ("anybody with a token that grants it" if options.jwt_key else
+                  "anybody with a publish token" if options.publish_tokens else "nobody")
     yield f"May watch: {who}{pages}. May publish: {publishers}"
+    if options.variables:       # they can be left over from another day
+        yield f"Tokens and keys come from the environment, too: {', '.join(options.variables)}"
 
 
 def _host_to_visit(listening_on: str, allowed_hosts: Sequence[str]) -> str:

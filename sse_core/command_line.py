@@ -171,23 +171,7 @@ def _add_environment(options: argparse.Namespace, parser: Parser) -> None:
     options.tokens += found.get("SSE_TOKEN", "").split()
     options.publish_tokens += found.get("SSE_PUBLISH_TOKEN", "").split()
     options.jwt_key = options.jwt_key or found.get("SSE_JWT_KEY")
-    options.variables = frozenset(found)
-
-
-def who_has(options: argparse.Namespace, kind: str) -> str:
-    """Name the holders of a `token` or `publish token`, and the variables that say which these are.
-
-    A variable can be left over from another day. Empty: there is no such token.
-    """
-    variable = {"token": "SSE_TOKEN", "publish token": "SSE_PUBLISH_TOKEN"}[kind]
-    holders = []
-    if options.tokens if kind == "token" else options.publish_tokens:
-        holders.append(f"a {kind}" + f" (from {variable})" * (variable in options.variables))
-    if options.jwt_key:
-        grants = "" if kind == "token" else " that grants it"
-        key = ", key from SSE_JWT_KEY" * ("SSE_JWT_KEY" in options.variables)
-        holders.append(f"a signed token{grants}{key}")
-    return f"anybody with {' or '.join(holders)}" if holders else ""
+    options.variables = [*found]
 
 
 def _tokens_in(path: str) -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 # For all that is no client: 2,048 connections, and as many for newcomers, files and Redis.
 RESERVED = 4200
 
-# Where the limit is too low for that: a tenth of it, but so many at least.
+# Where the limit is too low for that: a sixteenth of it, but so many at least.
 MIN_RESERVED = 48
 
 logger = logging.getLogger("sse_server")
@@ -24,7 +24,7 @@ def for_clients() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     # A limit below 0 is none.
     limit = soft if soft >= 0 else 1 << 31
-    return max(0, limit - min(RESERVED, max(MIN_RESERVED, limit // 10)))
+    return max(0, limit - min(RESERVED, max(MIN_RESERVED, limit // 16)))
 
 
 def raise_limit(clients: int) -> None:

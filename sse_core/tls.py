@@ -112,13 +112,11 @@ class Certificate:
             logger.warning("%s; the old certificate is served on", error)
 
     def _look(self) -> list[tuple[int, ...]]:
-        """Return what changes when a file is written or replaced. A missing one is none."""
-        found: list[tuple[int, ...]] = []
-        for path in (self._cert, self._key or self._cert):
-            with suppress(OSError):
-                state = os.stat(path)
-                found.append((state.st_mtime_ns, state.st_size, state.st_ino))
-        return found
+        """Return what changes when a file is written or replaced; nothing if one is missing."""
+        with suppress(OSError):
+            states = [os.stat(path) for path in (self._cert, self._key or self._cert)]
+            return [(each.st_mtime_ns, each.st_size, each.st_ino) for each in states]
+        return []
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

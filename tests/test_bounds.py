@@ -164,7 +164,7 @@ def test_the_soft_limit_of_descriptors_is_raised_to_what_the_clients_need():
             client.close()
         server.stop()
         said, = server.close().splitlines()
-    assert said.startswith("the limit of open files is enough for 922 clients, not for 10000: raise"
+    assert said.startswith("the limit of open files is enough for 960 clients, not for 10000: raise"
                            " it to 14200")
     with serving(*NO_CLOCK, "--max-clients", "500", before=limited(64, 6000)) as server:
         server.stop()

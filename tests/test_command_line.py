@@ -332,17 +332,12 @@ def test_what_comes_from_the_environment_is_named():
     key = "a-secret-of-this-test-that-is-long"
     shown = []
     for flags, env in (((), {"SSE_TOKEN": "x", "SSE_PUBLISH_TOKEN": "y", "SSE_JWT_KEY": key}),
-                       (("--jwt-key", key), {"SSE_JWT_KEY": key}), (("--token", "x"), {})):
+                       (("--jwt-key", key), {"SSE_JWT_KEY": "not used"}), (("--token", "x"), {})):
         with serving("--loud", *flags, env=env) as server:
             server.stop()
-            shown.append(server.process.stdout.read().decode().splitlines()[-1])
-    assert shown == [
-        "May watch: anybody with a token (from SSE_TOKEN) or a signed token, key from SSE_JWT_KEY. "
-        "May publish: anybody with a publish token (from SSE_PUBLISH_TOKEN) or a signed token that "
-        "grants it, key from SSE_JWT_KEY",
-        "May watch: anybody with a signed token. "
-        "May publish: anybody with a signed token that grants it",
-        "May watch: anybody with a token. May publish: nobody"]
+            text = server.process.stdout.read().decode()
+            shown.append(text.partition("come from the environment, too: ")[2])
+    assert shown == ["SSE_TOKEN, SSE_PUBLISH_TOKEN, SSE_JWT_KEY\n", "", ""]
 
 
 def test_tokens_come_from_files_too(tmp_path):
