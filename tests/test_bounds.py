@@ -7,8 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Callable, Iterator
 
 import pytest
 
@@ -258,40 +259,73 @@ def test_the_backlog_is_1024_or_what_the_system_allows():
         server.stop()
 
 
+@contextmanager
+def full_pipe(receive: Callable[[socket.socket], bytes]) -> Iterator[tuple]:
+    """Pipe lines without end to a client, which takes them by `receive`.
+
+    Yields the port, how many bytes it got, in a list, and what it got with a gap in it.
+    """
+    line, received, gaps, stopping = b"x" * 1000 + b"\n", [0], [], threading.Event()
+
+    def feed():
+        with suppress(BrokenPipeError):
+            while not stopping.is_set():
+                server.process.stdin.write(line * 100)
+
+    def read():
+        while not stopping.is_set():
+            data = receive(reader.sock)
+            received[0] += len(data)
+            gaps.extend([data] * (b"event: gap" in data))
+    with serving("--stdin") as server, Client(server.port) as reader:
+        reader.open()
+        threads = [threading.Thread(target=feed), threading.Thread(target=read)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield server.port, received, gaps
+        finally:
+            stopping.set()
+            server.process.kill()
+            for thread in threads:
+                thread.join()
+
+
+def speeds(port: int, received: list, times: int) -> list:
+    """Return the bytes a second that a client got beside each of some that read nothing."""
+    found = []
+    for _ in range(times):
+        with Client(port, receive_buffer=4096):
+            before = received[0]
+            time.sleep(10)      # the time over which the speed is measured
+            found.append((received[0] - before) / 10)
+    return found
+
+
 @pytest.mark.long
 def test_a_peer_that_connects_anew_and_reads_nothing_leaves_a_pipe_half_of_its_speed():
     """It took a pipe from 135 MiB a second to 0.1; and the reader beside it misses nothing."""
-    line, received, gaps, stopping = b"x" * 1000 + b"\n", [0], [], threading.Event()
-
-    def feed(pipe):
-        with suppress(BrokenPipeError):
-            while not stopping.is_set():
-                pipe.write(line * 100)
-
-    def read(client):
-        while not stopping.is_set():
-            data = client.sock.recv(1 << 20)
-            received[0] += len(data)
-            gaps.extend([data] * (b"event: gap" in data))
-
-    def speed(seconds: float) -> float:
-        before = received[0]
-        time.sleep(seconds)         # the time over which the speed is measured
-        return (received[0] - before) / seconds
-    with serving("--stdin") as server, Client(server.port) as reader:
-        threads = [threading.Thread(target=feed, args=[server.process.stdin]),
-                   threading.Thread(target=read, args=[reader.open()])]
-        for thread in threads:
-            thread.start()
-        quiet, attacked = speed(10), []
-        for _ in range(6):
-            with Client(server.port, receive_buffer=4096):
-                attacked.append(speed(10))
-        stopping.set()
-        server.process.kill()
-        for thread in threads:
-            thread.join()
+    with full_pipe(lambda sock: sock.recv(1 << 20)) as (port, received, gaps):
+        time.sleep(10)          # the time over which the speed is measured
+        quiet = received[0] / 10
+        attacked = speeds(port, received, 6)
     mean = sum(attacked) / len(attacked)
     print(f"{quiet / 2**20:.1f} MiB/s alone, {mean / 2**20:.1f} MiB/s beside such peers: "
           f"{[round(each / quiet, 2) for each in attacked]}")
     assert mean > quiet / 2 and not gaps
+
+
+@pytest.mark.long
+def test_a_slow_reader_that_keeps_the_pace_misses_nothing_beside_peers_that_read_nothing():
+    began, had = time.monotonic(), 0
+
+    def receive(sock: socket.socket) -> bytes:
+        nonlocal had
+        time.sleep(0.1)
+        due = int((time.monotonic() - began) * 18_000) - had    # bytes, of 18 kB in each second
+        data = sock.recv(due)
+        had += len(data)
+        return data
+    with full_pipe(receive) as (port, received, gaps):
+        assert min(speeds(port, received, 6)) > 17_000
+    assert not gaps

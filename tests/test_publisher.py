@@ -1228,6 +1228,22 @@ def test_some_hundreds_of_clients_are_asked_in_a_second_and_all_in_turn(bench, m
     assert len(set(asked)) == 40
 
 
+def test_who_fell_behind_is_asked_again_at_once_however_many_others_there_are(bench, monkeypatch):
+    monkeypatch.setattr(stalls, "ASKED", 1)     # of 100: it comes in its turn every 100 seconds
+    b = bench()
+    for _ in range(99):
+        b.peer()
+    narrow = b.peer(narrow=True)
+    b.turn()
+    b.pass_time(20)
+    narrow.server_end.room = 1      # one byte taken: the time begins anew
+    b.turn()
+    b.pass_time(STALL - 2)
+    assert len(b.broadcast.clients) == 100
+    b.pass_time(4)
+    assert len(b.broadcast.clients) == 99
+
+
 def test_a_logging_handler_may_publish(bench):
     """It runs in the publisher thread, which must not wait for itself."""
     b = bench(history=64)
