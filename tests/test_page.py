@@ -1,18 +1,22 @@
 """The page in a real browser: headless Chromium on a real server, on others, and on the file."""
 import json
+import os
 import signal
 import socket
 import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
 
 import pytest
 
 from browser import browser
 from helpers import GET, TOP, connect, free_port, need, serving, wait_until
+from interop.in_browser import WEBKIT, command
 from page_cases import CASES
-from page_servers import ANY_ORIGIN, PREFLIGHT, STREAM, foreign, strip_prefix
+from page_servers import ANY_ORIGIN, POLICY, PREFLIGHT, STREAM, foreign, strip_prefix
 from sse_server import SSEServer
 
 CONNECTED = "document.getElementById('status').textContent === 'Connected'"
@@ -1415,3 +1419,101 @@ def test_axe_finds_nothing(tab, axe, width, height, dark):
         assert tab.evaluate(found) == []
         tab.evaluate("failed('x', 'token'), end(failed('the server asks for a token', 'token'))")
         assert tab.evaluate(found) == []
+
+
+# Other engines: the page drives itself, and reports
+
+DRIVER = """<script>
+  const until = async condition => {
+    while (!condition()) await new Promise(requestAnimationFrame);
+  };
+  const lines = () => [...document.querySelectorAll(".row")].map(row =>
+    row.querySelector("b").textContent + row.querySelector(".text").textContent);
+  const report = what => fetch("/report", {method: "POST", body: JSON.stringify(what)});
+  const errors = [];
+  onerror = onunhandledrejection = event => errors.push(String(event.reason || event));
+  document.addEventListener("securitypolicyviolation", event => errors.push(event.blockedURI));
+  (async () => {
+    await until(() => find("status").textContent === "Connected");
+    find("text").value = "gr\u00fc\u00dfe \u2705";
+    document.querySelector("#publish button").click();
+    await until(() => find("said").textContent.startsWith("Published"));
+    await report("published");
+    await until(() => find("status").textContent === "Reconnecting");
+    await until(() => find("status").textContent === "Connected");
+    await until(() => rows.list.length > 3);
+    await report("back");
+    await until(() => stream.events === 20003 && !view.isDue);
+    pause(), clear(), undo(), pause();
+    await until(() => rows.list.length === ROWS_KEPT && !view.isDue);
+    select(rows.list.at(-1));
+    await until(() => find("whole").textContent.includes("}") && find("whole").children[0].open);
+    await until(() => find("whole").textContent.includes("n: 12345678901234567890"));
+    look("lanes");
+    const lanes = [...find("lanes").children].map(each => each.textContent);
+    look("events");
+    await openRecording(new File([JSON.stringify({time: new Date(), event: "custom", data: "old"})],
+                                 "recording.jsonl"));
+    await until(() => lines().length === 1);
+    await report({errors, lanes, lines: lines(), title: document.title,
+                  isWide: document.documentElement.scrollWidth > innerWidth,
+                  heads: [find("heads"), document.querySelector(".row")].map(each =>
+                    [...each.children].map(child => child.getBoundingClientRect().left))});
+  })();
+</script>"""
+
+
+@contextmanager
+def engine(name: str, folder: Path, url: str):
+    """Run a browser with an empty profile on a page, and take all its processes with it."""
+    folder.mkdir()
+    home = {each: str(folder) for each in
+            ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
+    process = subprocess.Popen(
+        command(name, str(folder), url), env={**os.environ, **home}, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("name", ["chromium", "firefox", "webkit"])
+def test_the_page_works_in_each_engine(name, tmp_path):
+    need(*{"chromium": ("chromium", "chromium"), "firefox": ("firefox-esr", "firefox-esr"),
+           "webkit": ("xvfb-run", "xvfb")}[name])
+    if name == "webkit" and not glob(WEBKIT):
+        pytest.skip("MiniBrowser is not installed (Debian package webkit2gtk-driver)")
+    reports = []
+    page = (TOP / "index.html").read_bytes() + DRIVER.encode()
+
+    def answer(request):
+        if request.path == "/report":
+            length = int(request.headers["Content-Length"])
+            reports.append(json.loads(request.rfile.read(length)))
+            return request.reply(204)
+        return request.reply(200, page, **{"Content-Type": "text/html; charset=utf-8",
+                                           "Content-Security-Policy": POLICY})
+
+    options = {"publish_tokens": ["say"], "retry": 0.2, "history": 30000,
+               "history_file": tmp_path / "events.db"}
+    with foreign(answer) as pages, SSEServer(port=0, **options) as server:
+        url = f"{pages.url}/driven?url={server.url}/token#,say"
+        with engine(name, tmp_path / "profile", url):
+            wait_until(lambda: reports == ["published"], 60)
+            server.stop()
+            with SSEServer(port=server.port, **options) as server:
+                server.publish("while it was away, or after")
+                server.publish("x", "custom")
+                wait_until(lambda: "back" in reports, 60)
+                for number in range(20000):
+                    server.publish('{"n": 12345678901234567890, "n": {}}', "json")
+                wait_until(lambda: len(reports) == 3, 120)
+    last = reports[-1]
+    assert last["errors"] == [] and last["isWide"] is False
+    assert last["lines"] == ["Custom: old"] and last["title"].startswith("Recording")
+    assert [lane.partition("{")[0] for lane in last["lanes"]] == ["json"]
+    heads, row = last["heads"]
+    assert [round(left) for left in heads] == [round(left) for left in row]
