@@ -74,12 +74,12 @@ PLACE_TIME = 10.0
 
 MAX_CONNECTIONS = 2048
 
-# Accepted sockets that wait to be taken over, and how many of them wait for those whose requests
-# are young: so 3,000 honest clients that come at once all get in.
-MAX_NEWCOMERS, MAX_PATIENT = 1024, 960
+# Accepted sockets that wait to be taken over.
+MAX_NEWCOMERS = 1024
 
-# Seconds for a request before it can be evicted, unless too many wait.
-GRACE_TIME = 1.0
+# Seconds for a request before it can be evicted, as long as no more newcomers wait for that. So
+# 3,000 honest clients that come at once all get in.
+GRACE_TIME, GRACE_NEWCOMERS = 1.0, 960
 
 # Connections that are evicted at once when the system gives no descriptor to accept with.
 MAKES_ROOM = 32
@@ -143,8 +143,7 @@ class Connections:
         # Whether the accept loop needs descriptors.
         self._is_short = False
 
-        # How many requests were refused, by status: the accept loop's count, and the owner's.
-        self._refused_at_once: dict[int, int] = {}
+        # How many requests were refused, by status. Any thread may copy it.
         self._refused: dict[int, int] = {}
 
         # All below belongs to the thread. A connection is in one of these two dicts, of which the
@@ -184,41 +183,28 @@ class Connections:
         self._wake()
 
     def _serve_at_once(self, sock: socket.socket, peer: str) -> bytes | None:
-        """Register or refuse who asks for a stream with a GET that has wholly arrived.
+        """Register who asks for a stream with a GET that has wholly arrived.
 
         Returns None if that is done, else what was received. To go through the other thread would
         cost 0.4 times as much again.
         """
-        received, request = b"", None
-        try:
+        received = b""
+        # Nothing has arrived, a refusal, a reset, or a fault of ours: the other thread meets it.
+        with suppress(Exception):
             received = sock.recv(http1.MAX_HEAD)
             request, _ = http1.parse(received) or (None, 0)
-            if request is None or request.method != "GET" or self.answers.is_slow(request):
-                return received
-            answer = self.answers.respond(request)
-            is_client = isinstance(answer, Opening) and self._register(sock, answer, peer)
-            return None if is_client else received
-        except Refusal as refusal:
-            if not received.endswith(b"\r\n\r\n"):
-                return received
-            _count_refusal(self._refused_at_once, refusal, peer)
-            # Some hundred bytes: they fit into the socket's buffer.
-            with suppress(OSError):
-                sock.send(self.answers.refuse(refusal, request))
-            sock.close()
-            return None
-        except Exception:
-            # Nothing has arrived, a reset, or a fault of ours. The other thread meets it again.
-            return received
+            if request and request.method == "GET" and not self.answers.is_slow(request):
+                answer = self.answers.respond(request)
+                if isinstance(answer, Opening) and self._register(sock, answer, peer):
+                    return None
+        return received
 
     # Called from any thread
 
     @property
     def refusals(self) -> dict[str, int]:
         """How many requests were refused, by status in growing order."""
-        counts = self._refused.copy(), self._refused_at_once.copy()
-        return {str(status): sum(count.get(status, 0) for count in counts)
-                for status in sorted({*counts[0], *counts[1]})}
+        return {str(status): number for status, number in sorted(self._refused.copy().items())}
 
     def stop(self) -> None:
         """Have the thread close all connections and end. Join it then."""
@@ -288,11 +274,10 @@ class Connections:
             self._step(connection, TURN, now)
 
     def _evict(self, now: float) -> bool:
-        """Close a connection to make room for a newcomer. Returns whether there was one for that.
-        """
+        """Close a connection to make room, if there is one that can be evicted now."""
         first = next(iter(self._idle or self._busy))
         is_due = self._idle or first.began <= now - GRACE_TIME
-        if is_due or len(self._newcomers) > MAX_PATIENT:
+        if is_due or len(self._newcomers) > GRACE_NEWCOMERS:
             self._end(first)
             return True
         return False
@@ -418,12 +403,8 @@ class Connections:
 
     def refused(self, refusal: Refusal, peer: str) -> None:
         """Count and log a refusal."""
-        _count_refusal(self._refused, refusal, peer)
-
-
-def _count_refusal(counts: dict[int, int], refusal: Refusal, peer: str) -> None:
-    counts[refusal.status] = counts.get(refusal.status, 0) + 1
-    logger.debug("%s refused: %d %s", peer, refusal.status, refusal.text)
+        self._refused[refusal.status] = self._refused.get(refusal.status, 0) + 1
+        logger.debug("%s refused: %d %s", peer, refusal.status, refusal.text)
 
 
 class Connection:
@@ -577,6 +558,7 @@ class Connection:
                 raise ConnectionAbortedError("the body was cut short")
             rest = body.feed(self._received)
         self._received, self._is_whole = rest, True
+        self._held = self._others.hold(len(body.data), self._held)
         return bytes(body.data)
 
     def _receive(self) -> Code[bool]:

@@ -315,7 +315,7 @@ def test_nobody_is_evicted_before_a_time_of_grace_unless_too_many_wait(server, m
     """So that an honest crowd gets in, which has sent all but what it is about to."""
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(connections, "GRACE_TIME", 0.5)
-    monkeypatch.setattr(connections, "MAX_PATIENT", 1)
+    monkeypatch.setattr(connections, "GRACE_NEWCOMERS", 1)
     with connect(server.port) as first, connect(server.port) as second:
         wait_until(lambda: unfinished(server) == 2)
         began = time.monotonic()
