@@ -94,23 +94,28 @@ class Broadcast:
 
         wait: when the log is full, wait for every slow client that keeps the pace. Else no client
         is waited for, and the publisher only when most of the log has not been fanned out.
-        Raises ValueError, and appends none, if one is no event; NotRunning after `stop`, which can
-        come between two of them;
-        RuntimeError in a signal handler that interrupts a `publish` of its thread; WouldWait in
+        Raises ValueError, and appends none, if one is no event; NotRunning after `stop`. When that
+        comes between two events, the others are appended all the same, without a wait for anybody;
+        but with `wait` it is raised there, too. Raises RuntimeError in a signal handler that interrupts a `publish` of its thread; WouldWait in
         `not_waiting`, as a logging handler may be.
         """
         self.refuse_inside()
         encoded = [(draft.encoded(), draft.channel) for draft in drafts]
-        return [self._publish(payload, channel, None, wait) for payload, channel in encoded]
+        return [self._publish(payload, channel, None, wait, is_begun=index > 0 and not wait)
+                for index, (payload, channel) in enumerate(encoded)]
 
-    def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False
-                 ) -> str | None:
-        """Append an encoded event, and see to it that the publisher looks. Returns its id."""
+    def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False,
+                 is_begun: bool = False) -> str | None:
+        """Append an encoded event, and see to it that the publisher looks. Returns its id.
+
+        is_begun: it belongs to others that were appended, so also after `stop`.
+        """
         payload = self._line_ends(payload)
         length = len(payload) + ID_LENGTH
         with self._mutex:
-            self.check_running()
-            self._make_room(length, wait)
+            if not is_begun:
+                self.check_running()
+            self._make_room(length, wait, is_begun)
             new = (given or self._log.next_id(int(self.wall() * 1000))) if self._ids else None
             self._log.append(payload, new, channel, self.clock())
             self._published += 1
@@ -225,13 +230,12 @@ class Broadcast:
     # Requires holding the mutex
 
     def _wait(self) -> None:
-        """Wait until something has changed. Raises NotRunning, WouldWait."""
+        """Wait until something has changed. Raises WouldWait."""
         if threading.get_ident() in self._not_waiting:
             raise WouldWait("the log is full, and this thread may not wait for the publisher")
         self._moved.wait(LOOK)
-        self.check_running()
 
-    def _make_room(self, length: int, wait: bool = False) -> None:
+    def _make_room(self, length: int, wait: bool = False, is_begun: bool = False) -> None:
         """Evict until `length` bytes fit, but wait while most of the log is not fanned out.
 
         wait: evict only what nobody who is waited for is due, and leave the others their share.
@@ -240,11 +244,15 @@ class Broadcast:
         while not log.fits(length, WAITERS_SHARE if wait else 1.0):
             if wait and log.first >= self._floor:
                 self._floor = self.clients.floor(self.fanned_out, self.clock())
-            if log.first >= self._floor if wait else (
+            if is_begun and self.stopping:
+                log.evict()
+            elif log.first >= self._floor if wait else (
                     (log.next - self.fanned_out) * 4 > (log.next - log.first) * 3):
                 if wait and self._floor < self.fanned_out:      # else it waits for the publisher
                     self.clients.pace.hold(self.clock())
                 self._wait()
+                if not is_begun:
+                    self.check_running()
             else:
                 log.evict()
         if wait:

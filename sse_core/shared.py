@@ -402,6 +402,7 @@ class Shared(Broadcast):
             with self._mutex:       # what was published before must have come back, to count
                 while self._arrived < self._own and self._log.complete_at < self._own_at:
                     self._wait()
+                    self.check_running()
                 self._make_room(1, wait=True)
                 self.check_running()
             try:

@@ -23,6 +23,7 @@ from sse_core.broadcast import Broadcast, NotRunning, Unavailable
 from sse_core.clients import AT_ONCE
 from sse_core.log import NOTHING, SCAN, Batch
 from sse_core.clients import Opening, Subscription
+from sse_core.frames import Draft
 from sse_core.shared import Event, Shared
 from sse_core.stalls import STALL
 from sse_core.tls import TLSSocket
@@ -468,6 +469,19 @@ def test_who_waits_for_room_when_it_stops_is_refused_and_publishes_nothing(bench
     b.broadcast.stop()
     b.watched.join(5)
     assert raised and b.publisher.figures()["events"] == 48
+
+
+def test_of_many_events_all_are_published_when_it_stops_amid_them(bench):
+    b = bench(history=64)
+    ids = []
+    drafts = [Draft(str(number)) for number in range(1000)]
+    b.watched = in_a_thread(lambda: ids.extend(b.broadcast.publish_all(drafts)))
+    assert b.looked.wait(5)     # it waits: nothing is fanned out
+    b.broadcast.stop()
+    b.watched.join(5)
+    assert len(set(ids)) == b.publisher.figures()["events"] == 1000
+    with pytest.raises(NotRunning):
+        b.broadcast.publish_all(drafts)
 
 
 def test_stop_gives_a_slow_client_a_second_and_a_fault_none(bench):
