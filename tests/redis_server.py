@@ -138,7 +138,7 @@ class Forwarder(threading.Thread):
 
     def __init__(self, port: int) -> None:
         super().__init__()
-        self._target = port
+        self.target = port      # of connections from now on
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -167,7 +167,7 @@ class Forwarder(threading.Thread):
     def _accept(self) -> None:
         here = self._listener.accept()[0]
         try:
-            there = connect(self._target)
+            there = connect(self.target)
         except OSError:
             here.close()
             return

@@ -17,7 +17,7 @@ import requests
 
 from helpers import KEPT, PATIENCE, TOP, Client, ask, get, halt, wait_until
 from redis_server import store      # noqa: F401
-from redis_server import POST, Forwarder, add_many, check_told, data, following, post, resume
+from redis_server import POST, Forwarder, Redis, add_many, check_told, data, following, post, resume
 from sse_core import shared as shared_module
 from sse_core.broadcast import NotRunning
 from sse_core.redis_stream import RedisStream
@@ -54,6 +54,11 @@ def names(events: list) -> list:
 
 def gaps(events: list) -> list:
     return [json.loads(event.data) for event in events if event.name == "gap"]
+
+
+def health(server) -> int:
+    url = f"http://127.0.0.1:{server.port}/-/health"
+    return requests.get(url, timeout=PATIENCE).status_code
 
 
 def holds_no_thread(server) -> bool:
@@ -399,23 +404,49 @@ def test_while_redis_refuses_posts_are_503_and_then_all_goes_on(store):
         poster.close()
 
 
+def test_after_a_failover_publishing_goes_on_with_the_new_master(store, tmp_path):
+    """As behind a proxy: connections that are there stay with the old one, new ones go to the new.
+    """
+    (tmp_path / "replica").mkdir()
+    replica = Redis(tmp_path / "replica")
+    try:
+        replica.client.replicaof("127.0.0.1", store.port)
+        with Forwarder(store.port) as wire:
+            store.url = wire.url
+            with following(store) as (server,), Client(server.port) as client:
+                client.open()
+                post(server.port, "before").raise_for_status()
+                wait_until(lambda: replica.client.xlen("sse") == 1)
+                wire.target = replica.port
+                store.client.execute_command("FAILOVER")
+                wait_until(lambda: replica.client.role()[0] == b"master")
+                answers = []
+                wait_until(lambda: answers.append(post(server.port, f"after {len(answers)}"))
+                           or answers[-1].status_code == 200, timeout=5)
+                assert replica.client.xlen("sse") == 2
+                store.kill()        # what is read from it, too, comes from the new one then
+                post(server.port, "last").raise_for_status()
+                assert not gaps(read_to(client, "last"))
+                wait_until(lambda: health(server) == 200)
+    finally:
+        replica.kill()
+        replica.client.close()
+
+
 @pytest.mark.parametrize("setting", ["maxmemory", "min-replicas-to-write"])
 def test_health_says_so_as_long_as_redis_is_read_and_takes_no_event(store, setting):
     def reads() -> int:
         return store.client.info("commandstats")["cmdstat_xread"]["calls"]
 
-    def health() -> int:
-        url = f"http://127.0.0.1:{server.port}/-/health"
-        return requests.get(url, timeout=PATIENCE).status_code
     with watched(store) as ((server,), (client,)):
         post(server.port, "one").raise_for_status()
         store.client.config_set(setting, 1)
         assert post(server.port, "refused").status_code == 503
         before = reads()
         wait_until(lambda: reads() > before + 3)
-        assert health() == 503 and store.client.xlen("sse") == 1
+        assert health(server) == 503 and store.client.xlen("sse") == 1
         store.client.config_set(setting, 0)
-        wait_until(lambda: health() == 200, timeout=2)
+        wait_until(lambda: health(server) == 200, timeout=2)
         post(server.port, "two").raise_for_status()
         assert names(read_to(client, "two")) == ["message", "message"]
 
