@@ -209,6 +209,27 @@ def test_a_full_disk(small_disk):
         assert len([line for line in told if "is back" in line]) == 2, told
 
 
+def test_health_is_ok_again_when_as_much_as_was_refused_fits_and_not_before(small_disk):
+    large = "x" * 500_000
+    with on_file(small_disk / "events.db") as (server,):
+        post(server, "before").raise_for_status()
+        fill(small_disk)
+        os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - (200 << 10))
+        assert post(server, large).status_code == 503
+        until = time.monotonic() + 0.5      # it is tried several times meanwhile
+        while time.monotonic() < until:
+            assert "full: make room" in health(server).text
+            time.sleep(0.02)
+        post(server, "small").raise_for_status()
+        assert health(server).status_code == 503
+        (small_disk / "filler").unlink()
+        wait_until(lambda: health(server).status_code == 200)
+        post(server, large).raise_for_status()
+        assert [data for _, data in rows(small_disk / "events.db")] == ["before", "small", large]
+        told = warnings_of(server)
+        assert len(told) == 2 and "full" in told[0] and "is back" in told[1]
+
+
 def test_a_file_that_may_not_grow(path):
     with watched(path, 2) as ((server, other), clients):
         post(server, "before")
