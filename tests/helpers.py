@@ -222,6 +222,12 @@ class Server:
         edges = ("listening", "stopping", "stopped")
         return [line for line in self.close().splitlines() if not line.startswith(edges)]
 
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        assert "Traceback" not in self.close(), self.errors
+
     def close(self) -> str:
         """Make sure it is gone, and return what it wrote to standard error."""
         if self.process.poll() is None:

@@ -741,3 +741,67 @@ def test_the_wal_shrinks_again_after_a_reader_that_was_forgotten(path, monkeypat
         stream.publish([Draft("x" * 1000000)])      # it is copied, and the next begins anew
         stream.publish([Draft("x")])
         assert wal.stat().st_size <= 1 << 20
+
+
+# A long history
+
+
+def test_servers_that_start_at_once_on_a_long_history_hold_up_nobody(path):
+    with publishing(path) as stream:
+        stream.publish([Draft("x")])
+    add_rows(path, 300_000)
+    servers, answers = [], []
+    with on_file(path, 1, "--history", "100000") as (running,):
+        starting = [in_a_thread(lambda: servers.append(Server(
+            "--history-file", str(path), "--history", "1000000", "--interval", "0")))
+            for _ in range(3)]
+        while any(thread.is_alive() for thread in starting):
+            answers.append(post(running, "meanwhile").status_code)
+        for thread in starting:
+            thread.join()
+        try:
+            assert len(servers) == 3 and set(answers) == {200}
+            for server in servers:
+                wait_until(lambda: requests.get(f"http://127.0.0.1:{server.port}/-/health",
+                                                timeout=PATIENCE).status_code == 200)
+                assert peak_memory(server) < 160
+        finally:
+            for server in servers:
+                server.close()
+
+
+def test_a_start_on_a_long_history_can_be_stopped_and_tells_that_it_is_not_ready(
+        path, monkeypatch):
+    page, row = file_stream.FileStream._page, (1, 1, None, None, b"x")
+
+    def endless(self, before):
+        page(self, before)
+        time.sleep(0.02)
+        return [row]
+    monkeypatch.setattr(file_stream.FileStream, "_page", endless)
+    began = time.monotonic()
+    with serving_file(path, history=100_000) as server:
+        assert time.monotonic() - began < 2
+        answer = requests.get(f"{server.url}/-/health", timeout=PATIENCE)
+        assert answer.status_code == 503 and "being read" in answer.text
+        began = time.monotonic()
+    assert time.monotonic() - began < 1
+
+
+def test_nobody_is_locked_out_between_two_pages_of_a_load(path, monkeypatch):
+    with publishing(path) as stream:
+        for _ in range(5):
+            stream.publish([Draft("x")] * 500)
+    page, pages = file_stream.FileStream._page, []
+
+    def write_and_read(self, before):
+        pages.append(before)
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
+            other.execute("insert into event values (900000000000000, ?, null, null, 'new')",
+                          (len(pages),))
+        return page(self, before)
+    monkeypatch.setattr(file_stream.FileStream, "_page", write_and_read)
+    with serving_file(path, history=2000) as server:
+        got = begin(server, "all")
+        assert len(pages) > 3 and got[0] == "evicted" and got.count("x") == 1999
+        assert got.count("new") == len(pages)

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import requests
 
-from helpers import KEPT, PATIENCE, TOP, Client, ask, get, halt, wait_until
+from helpers import KEPT, PATIENCE, TOP, Client, Server, ask, get, halt, wait_until
 from redis_server import store      # noqa: F401
 from redis_server import POST, Forwarder, Redis, add_many, check_told, data, following, post, resume
 from sse_core import shared as shared_module
@@ -656,6 +656,50 @@ def test_a_server_that_was_there_before_redis_has_clients_come_back_and_misses_n
         for number, client in enumerate(back):
             read_to(client, "new")
             assert data(client) == [*map(str, range(number + 1, 10)), "meanwhile", "new"]
+
+
+def reasons_and_data(port: int, path: str, last_id: str = "") -> list:
+    """Return what a client gets before an event that is posted then: gaps as their reasons."""
+    field = [f"Last-Event-ID: {last_id}"] * bool(last_id)
+    with Client(port, get(path, *field), last_id=last_id) as client:
+        client.open()
+        last = post(port, "last").json()["id"]
+        client.read_until(lambda stream: stream.last_id == last)
+        return [json.loads(event.data)["reason"] if event.name == "gap" else event.data
+                for event in client.stream.events][:-1]
+
+
+@pytest.mark.parametrize("skew", [0, -5, 30])
+def test_more_than_the_log_holds_while_redis_was_away_at_the_start_is_a_gap(store, skew):
+    """Whatever the clock of the server says: it is not compared with ids."""
+    first = store.add(data="first")
+    store.kill()
+    with Server("--redis", store.url, "--publish-token", POST, stdin=subprocess.DEVNULL, before=(
+            f"import time; real = time.time; time.time = lambda: real() + {skew}")) as server:
+        store.start()
+        add_many(store.client, number=3000)
+        wait_until(lambda: health(server) == 200)
+        newest = [f"burst {number}" for number in range(3000 - 1024, 3000)]
+        assert reasons_and_data(server.port, "/", first) == ["evicted", *newest]
+        assert reasons_and_data(server.port, "/?since=1h") == ["evicted", *newest[1:], "last"]
+
+
+def test_what_was_trimmed_from_a_stream_is_a_gap_for_all(store):
+    add_many(store.client, number=20)
+    with following(store) as (server,):
+        assert reasons_and_data(server.port, "/?since=all") == [f"burst {n}" for n in range(20)]
+    store.client.xtrim("sse", maxlen=10, approximate=False)
+    with following(store) as (server,):
+        got = reasons_and_data(server.port, "/?since=all")
+        assert got[:2] == ["evicted", "burst 11"] and got[-1] == "last"
+
+
+def test_an_id_from_before_redis_lost_its_data_is_unknown(store):
+    old = [store.add(data=str(number)) for number in range(3)][1]
+    store.wipe()
+    with following(store) as (server,):
+        post(server.port, "new")
+        assert reasons_and_data(server.port, "/", old) == ["unknown", "new"]
 
 
 # A fault of our own
