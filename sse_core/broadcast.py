@@ -96,8 +96,9 @@ class Broadcast:
         is waited for, and the publisher only when most of the log has not been fanned out.
         Raises ValueError, and appends none, if one is no event; NotRunning after `stop`. When that
         comes between two events, the others are appended all the same, without a wait for anybody;
-        but with `wait` it is raised there, too. Raises RuntimeError in a signal handler that interrupts a `publish` of its thread; WouldWait in
-        `not_waiting`, as a logging handler may be.
+        but with `wait` it is raised there, too. Raises RuntimeError in a signal handler that
+        interrupts a `publish` of its thread; WouldWait in `not_waiting`, as a logging handler may
+        be.
         """
         self.refuse_inside()
         encoded = [(draft.encoded(), draft.channel) for draft in drafts]
