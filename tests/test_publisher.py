@@ -475,10 +475,10 @@ def test_of_many_events_all_are_published_when_it_stops_amid_them(bench):
     b = bench(history=64)
     ids = []
     drafts = [Draft(str(number)) for number in range(1000)]
-    b.watched = in_a_thread(lambda: ids.extend(b.broadcast.publish_all(drafts)))
-    assert b.looked.wait(5)     # it waits: nothing is fanned out
+    thread = in_a_thread(lambda: ids.extend(b.broadcast.publish_all(drafts)))
+    wait_until(lambda: b.broadcast._moved._waiters)     # nothing is fanned out
     b.broadcast.stop()
-    b.watched.join(5)
+    thread.join()
     assert len(set(ids)) == b.publisher.figures()["events"] == 1000
     with pytest.raises(NotRunning):
         b.broadcast.publish_all(drafts)
