@@ -189,6 +189,7 @@ class Publisher:
         client.sent_at = self._clock()
         self._ahead.pop(client, None)
         self._clients.set_lagging(client, client.sent_at)
+        self._groups.current_beside(client).pop(client, None)
         self._stalls.suspect(client)
         self._selector.modify(client.sock, BOTH, client)
 
@@ -229,9 +230,9 @@ class Publisher:
             return
         if lags:
             self._selector.modify(client.sock, READ, client)
-        if client.ahead:
-            self._ahead[client] = None
         self._clients.caught_up(client, self._clock())
+        mine = self._ahead if client.ahead else self._groups.current_beside(client)
+        mine[client] = None
 
     def _send(self, client: Client, data: Bytes) -> int:
         """Send what the socket takes, and return how much that was; -1 if the client is gone."""

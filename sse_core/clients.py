@@ -49,7 +49,7 @@ class Opening(NamedTuple):
 class Client:
     """One connected socket and its cursor."""
     __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
-                 "last_id", "begin_at", "ends_at", "ahead", "sent_at", "received", "group")
+                 "last_id", "begin_at", "ends_at", "ahead", "sent_at", "received")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
@@ -66,7 +66,6 @@ class Client:
         self.ahead = False                  # this server has not come to that id yet
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
         self.received = 0                   # bytes that it has sent after its request
-        self.group: Any = None              # the publisher's
 
     def begin(self, batch: Batch, sent: int) -> int:
         """Move over the frames that `sent` bytes of a batch begin, and return how many that is."""
@@ -158,7 +157,6 @@ class Clients:
         with self._mutex:
             self.pace.fall_behind(client, now)
             self.lagging[client] = None
-            client.group.current.pop(client, None)
 
     def took(self, client: Client, size: int, now: float) -> None:
         """Say how many bytes a client that lags has taken."""
@@ -166,11 +164,9 @@ class Clients:
             self.pace.take(client, size, now)
 
     def caught_up(self, client: Client, now: float) -> None:
-        """Sort a client that is due nothing: it is current, unless it is ahead."""
+        """Sort a client that is due nothing."""
         with self._mutex:
             self._forget_lag(client, now)
-            if not client.ahead:
-                client.group.current[client] = None
 
     def remove(self, client: Client, now: float) -> None:
         """Forget a client."""

@@ -33,7 +33,8 @@ class Groups:
     def join(self, client: Client) -> None:
         """Give a client its group."""
         asked = client.asked
-        client.group = group = self._groups.setdefault(asked, Group(asked))
+        group = self._groups.setdefault(asked, Group(asked))
+        client.asked = group.asked      # one copy for all
         if not group.size:
             for channel in asked.channels:
                 others = self._by_channel.setdefault(channel, group)
@@ -45,7 +46,7 @@ class Groups:
 
     def leave(self, client: Client) -> None:
         """Take a client out of its group, which goes with its last one."""
-        group = client.group
+        group = self._groups[client.asked]
         group.current.pop(client, None)
         group.size -= 1
         if group.size:
@@ -57,6 +58,10 @@ class Groups:
                 del others[group]
             else:
                 del self._by_channel[channel]
+
+    def current_beside(self, client: Client) -> dict[Client, None]:
+        """Return the current clients of a client's group."""
+        return self._groups[client.asked].current
 
     def that_want(self, channels: Collection[str | None]) -> list[Group]:
         """Return every group that wants an event on any of the channels; no other is touched."""
