@@ -80,5 +80,5 @@ def test_a_client_has_so_many_channels_and_characters_of_their_names(open_server
     answer = ask(open_server.port, asked(channels))
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     if status == 400 and channels != [""] and "%" not in channels[0]:
-        assert b"32 channels, whose names have 1024 characters in all" in ask(
+        assert b"at most 32 channels, with at most 1024 characters in all" in ask(
             open_server.port, asked(channels).replace(b"HEAD", b"GET"))
