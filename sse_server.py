@@ -285,10 +285,11 @@ class SSEServer(_Listener, metaclass=_Documented):
         answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
                           stream_type=STREAM_TYPE if history else ORIGINAL_STREAM_TYPE,
                           publish_all=self._broadcast.publish_all, figures=self.figures,
-                          status=self.status, trouble=self._broadcast.trouble,
-                          is_stored=self._shared is not None)
+                          status=self.status, trouble=self._broadcast.trouble)
         stopping = threading.Event()
-        self._connections = Connections(answers, self._broadcast.register, context)
+        self._connections = Connections(
+            answers, self._broadcast.register,
+            self._shared.submit_all if self._shared else None, context)
         self._acceptor = self._thread("accept", self._accept)
         self._serving = self._thread("connections", self._serve)
         self._store_threads = [

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from email.utils import formatdate
 from functools import lru_cache
 from typing import Any, Callable
@@ -56,14 +57,13 @@ class Answers:
     retry: seconds of a client's usual pause before it reconnects. stream_type: the Content-Type of
     a stream.
     publish_all: see Broadcast. figures: returns what /-/status shows. status: the same with the
-    list of clients. trouble: returns why no event is taken now, or None. is_stored: events go to a
-    store, which may take its time.
+    list of clients. trouble: returns why no event is taken now, or None.
     """
 
     def __init__(self, access: Access, *, page: bytes | None, retry: float, stream_type: str,
                  publish_all: Callable[[Sequence[Draft]], Sequence[str | None]],
                  figures: Callable[[], Figures], status: Callable[[], Figures],
-                 trouble: Callable[[], str | None], is_stored: bool) -> None:
+                 trouble: Callable[[], str | None]) -> None:
         self._access = access
         self._page = page
         self._retry = retry
@@ -72,7 +72,6 @@ class Answers:
         self._figures = figures
         self._status = status
         self._trouble = trouble
-        self._is_stored = is_stored
 
     def is_slow(self, request: Request) -> bool:
         """Say whether `respond` may take its time: then it is not for the accept loop."""
@@ -147,39 +146,36 @@ class Answers:
         busy = asked.framed(frames.busy(COME_BACK * max(1.0, self._retry)))
         return self._stream_head(request) + busy + (frames.END if request.chunked else b"")
 
-    def is_slow_post(self, request: Request) -> bool:
-        """Say whether `post` may take its time, however small the body is."""
-        return self._is_stored or parameters.is_list(request)
-
-    def admit_post(self, request: Request) -> None:
-        """Raise Refusal for a POST that may not publish: ask before its body is read."""
+    def admit_post(self, request: Request) -> Grant:
+        """Return where a POST may publish to. Raises Refusal: ask before its body is read."""
         self._access.check_host(request)
-        self._access.admit_post(request, time.time(), body_names=parameters.is_list(request))
+        grant = self._access.admit_post(request, time.time(),
+                                        body_names=parameters.is_list(request))
         parameters.check_encoding(request)
+        return grant
 
-    def post(self, request: Request, body: bytes) -> bytes:
+    def post(self, request: Request, body: bytes, grant: Grant) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer.
 
         Raises Refusal; WouldWait, see Broadcast.not_waiting.
         """
-        is_list = parameters.is_list(request)
+        drafts = self.drafts(request, body, grant)
+        with refusing():
+            ids = self._publish_all(drafts)
+        return self.posted(request, ids)
+
+    def drafts(self, request: Request, body: bytes, grant: Grant) -> list[Draft]:
+        """Return the events of a POST that is admitted. Raises Refusal."""
         drafts = parameters.drafts(request, body)
-        grant = self._access.admit_post(request, time.time(), body_names=is_list)
         for draft in drafts:
             grant.check(draft.channel)
-        try:
-            ids = self._publish_all(drafts)
-        except ValueError as error:
-            raise Refusal(400, f"This event cannot be published: {error}.") from None
-        except WouldWait:
-            raise
-        except Unavailable as error:
-            raise Refusal(503, f"{error}. Try again later; it may have been published.",
-                          ["Retry-After: 5"]) from None
-        except NotRunning:
-            raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
-        return _whole(request, _json({"ids": ids} if is_list else {"id": ids[0]}), JSON,
-                      self._access.cross_origin(request), keep_alive=request.keeps_alive)
+        return drafts
+
+    def posted(self, request: Request, ids: Sequence[str | None]) -> bytes:
+        """Return the answer to a POST whose events have these ids."""
+        answer = {"ids": ids} if parameters.is_list(request) else {"id": ids[0]}
+        return _whole(request, _json(answer), JSON, self._access.cross_origin(request),
+                      keep_alive=request.keeps_alive)
 
     def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
         """Return the answer that says what was wrong; the request is None if it is unreadable.
@@ -226,6 +222,22 @@ def _whole(request: Request | None, body: bytes, content_type: str, fields: Sequ
     is_head = request is not None and request.method == "HEAD"
     head = http1.head(status, content_type, len(body), [*fields, _date()], keep_alive)
     return head if is_head else head + body
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Raise Refusal in place of what publishing raises; but WouldWait goes on."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(400, f"This event cannot be published: {error}.") from None
+    except WouldWait:
+        raise
+    except Unavailable as error:
+        raise Refusal(503, f"{error}. Try again later; it may have been published.",
+                      ["Retry-After: 5"]) from None
+    except NotRunning:
+        raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
 
 
 def _wants_stream(request: Request) -> bool:

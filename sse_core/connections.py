@@ -44,17 +44,18 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, Callable, TypeVar, Union
 
-from sse_core import http1
-from sse_core.answers import Answers
+from sse_core import http1, parameters
+from sse_core.answers import Answers, refusing
 from sse_core.body import Body
 from sse_core.broadcast import WouldWait
 from sse_core.clients import Opening
+from sse_core.frames import Draft
 from sse_core.http1 import Refusal, Request
 from sse_core.pool import Pool
 from sse_core.wakeup import WakeUp
@@ -104,6 +105,7 @@ READABLE, WRITABLE, TURN = selectors.EVENT_READ, selectors.EVENT_WRITE, 0
 Wait = Union[int, "Future[Any]", Opening]
 T = TypeVar("T")
 Code = Generator[Wait, None, T]
+Submit = Callable[[Sequence[Draft]], "Future[list[str]]"]
 
 logger = logging.getLogger("sse_server")
 
@@ -118,12 +120,14 @@ class TimeUp(Exception):
 class Connections:
     """The connections of one server, and the loop of the thread that owns them.
 
-    register: see Broadcast.register. context: for TLS, or None.
+    register: see Broadcast.register. submit: see Shared.submit_all; None if there is no store.
+    context: for TLS, or None.
     """
 
     def __init__(self, answers: Answers, register: Callable[[socket.socket, Opening, str], bool],
-                 context: ssl.SSLContext | None) -> None:
+                 submit: Submit | None, context: ssl.SSLContext | None) -> None:
         self.answers = answers
+        self.submit = submit
         self.context = context
         self.authorizing = Pool(MAX_THREADS)
         self.publishing = Pool(MAX_THREADS)
@@ -506,22 +510,27 @@ class Connection:
 
     def _publish(self, request: Request) -> Code[bytes]:
         """Read the body of a POST, publish its events, and return the answer."""
-        self._answers.admit_post(request)
+        grant = self._answers.admit_post(request)
         body = yield from self._read_body(request)
-        publish = partial(self._answers.post, request, body)
-        if len(body) <= SMALL_BODY and not self._answers.is_slow_post(request):
-            # What would have to wait for the publisher, does so in another thread.
-            with suppress(WouldWait):
-                return publish()
-        return (yield from self._work(self._others.publishing, publish))
+        publish = partial(self._answers.post, request, body, grant)
+        if len(body) > SMALL_BODY or parameters.is_list(request):
+            return (yield from self._work(self._others.publishing, publish))
+        if self._others.submit:
+            # The thread of a store publishes it.
+            with refusing():
+                job = self._others.submit(self._answers.drafts(request, body, grant))
+            yield from self._wait(job)
+            with refusing():
+                return self._answers.posted(request, job.result())
+        try:
+            return publish()
+        except WouldWait:
+            return (yield from self._work(self._others.publishing, publish))
 
     def _work(self, pool: Pool, call: Callable[[], T]) -> Code[T]:
         """Have a thread do what may block. Raises Refusal; RuntimeError if the call fails."""
-        self.deadline = time.monotonic() + PLACE_TIME
         job = pool.submit(call)
-        yield job
-        if job.cancelled():
-            raise Refusal(503, "This server is too busy. Try again later.", ["Retry-After: 5"])
+        yield from self._wait(job)
         error = job.exception()
         if error is None:
             return job.result()
@@ -529,6 +538,13 @@ class Connection:
             raise error
         # An OSError, too: it is not the peer that has left.
         raise RuntimeError("the request could not be worked on") from error
+
+    def _wait(self, job: Future[Any]) -> Code[None]:
+        """Wait until a job is done. Raises Refusal if nobody has begun it in time."""
+        self.deadline = time.monotonic() + PLACE_TIME
+        yield job
+        if job.cancelled():
+            raise Refusal(503, "This server is too busy. Try again later.", ["Retry-After: 5"])
 
     def _read_head(self) -> Code[Request | None]:
         """Return the request; None if the peer closes before it is whole. Raises Refusal."""

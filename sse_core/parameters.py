@@ -27,8 +27,8 @@ UTF_8 = {"utf-8", "utf8", "us-ascii"}
 
 def is_list(request: Request) -> bool:
     """Say whether the lines of a POST's body are events."""
-    content_type = request.known.get("content-type", "").partition(";")[0]
-    return content_type.strip().lower() == NDJSON
+    content_type = request.known.get("content-type")
+    return content_type is not None and content_type.partition(";")[0].strip().lower() == NDJSON
 
 
 def check_encoding(request: Request) -> None:

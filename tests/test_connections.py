@@ -3,6 +3,7 @@ import json
 import logging
 import re
 import socket
+import sqlite3
 import ssl
 import threading
 import time
@@ -329,7 +330,7 @@ def test_nobody_is_evicted_before_a_time_of_grace_unless_too_many_wait(server, m
 def test_sockets_that_nobody_takes_over_are_bounded(monkeypatch):
     """As they are when the thread is behind: the accept loop waits for nobody."""
     monkeypatch.setattr(connections, "MAX_NEWCOMERS", 2)
-    behind = Connections(None, lambda *_: True, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    behind = Connections(None, lambda *_: True, None, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     pairs = [socket.socketpair() for _ in range(4)]
     for ours, _ in pairs:
         behind.take(ours, "")
@@ -516,6 +517,32 @@ def test_a_post_that_would_wait_for_the_publisher_does_so_elsewhere(monkeypatch)
             answers = b""
             while answers.count(b"HTTP/1.1 200 ") < 100:
                 answers += kept.recv(65536)
+
+
+def test_posts_wait_for_a_file_without_a_thread_each(tmp_path):
+    path = tmp_path / "events.db"
+    with SSEServer(port=0, history_file=path, publish_tokens=[PUBLISH_TOKEN]) as server, \
+            closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        wait_until(lambda: server._shared.is_loaded)
+        holder.execute("begin immediate")
+        crowd = send_many(server, 20, POST + b"hello")
+        wait_until(lambda: unfinished(server) == 20)
+        for _ in range(3):
+            assert ask(server.port, get("/-/status")).startswith(b"HTTP/1.1 200 ")
+        assert not request_threads() and server.figures()["events"] == 0
+        holder.execute("rollback")
+        for sock in crowd:
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+            sock.close()
+
+
+@pytest.mark.parametrize("name, body, status", [
+    ("", b"\xff", 400), ("?event=gap", b"hello", 400), ("?channel=", b"hello", 400)])
+def test_an_event_that_cannot_be_is_refused_by_a_store_too(tmp_path, name, body, status):
+    with SSEServer(port=0, history_file=tmp_path / "events.db",
+                   publish_tokens=[PUBLISH_TOKEN]) as server:
+        answer = post(server.port, f"/{PUBLISH_TOKEN}{name}", body)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_a_pool_begins_no_more_threads_than_it_needs_and_forgets_what_is_cancelled():
