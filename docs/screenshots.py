@@ -1,5 +1,6 @@
 """Make the pictures of the page, in this folder: python docs/screenshots.py. Takes a minute."""
 import json
+import math
 import random
 import sys
 import tempfile
@@ -14,11 +15,12 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests")]
 from browser import Page, browser    # noqa: E402
 from sse_server import SSEServer     # noqa: E402
 
-MINUTE = 62         # seconds: the chart shows the last 60
-OUTAGE = 0.2        # seconds before the end the server is restarted
+# Seconds: the chart shows the last 60, and shortly before the end the server is restarted.
+MINUTE = 62
+OUTAGE = 0.2
 CONNECTED = "document.getElementById('status').textContent === 'Connected'"
-EVENTS = {          # name: how often, of a hundred
-    "price": 40, "order": 25, "message": 20, "disk": 9, "mail": 6}
+# Name: how often, of a hundred.
+EVENTS = {"price": 36, "order": 22, "temperature": 16, "message": 14, "disk": 7, "mail": 5}
 
 
 def data(name: str) -> str:
@@ -28,7 +30,9 @@ def data(name: str) -> str:
         "price": {"item": random.choice(["tea", "salt", "rice"]), "price": number / 100},
         "order": {"order": number, "customer": "Ada", "lines": [{"item": "tea", "pieces": 3}]},
         "mail": {"to": "ann@example.org", "unread": number % 9 + 1}}
-    text = {"disk": f"{number} MiB free", "message": time.strftime("%m/%d/%Y %H:%M:%S")}
+    degrees = 21 + 2 * math.sin(time.time() / 9) + random.random() / 3
+    text = {"disk": f"{number} MiB free", "message": time.strftime("%m/%d/%Y %H:%M:%S"),
+            "temperature": f"{degrees:.2f}"}
     return json.dumps(made[name]) if name in made else text[name]
 
 
@@ -55,14 +59,16 @@ def take(page: Page, name: str, width: int, height: int, *, dark: bool = False) 
 
 
 def shoot(page: Page, server: SSEServer) -> None:
-    """Take all pictures, while events go on."""
-    thread = threading.Thread(target=feed, args=(server, 4))
+    """Take the pictures of a stream, while events go on."""
+    thread = threading.Thread(target=feed, args=(server, 6))
     thread.start()
     take(page, "page", 1280, 800)
     page.evaluate("select(view.rows.findLast(row => row.name === 'order'))")
     take(page, "page-dark", 1280, 800, dark=True)
     page.evaluate("closeDetail(), toNewest(), document.activeElement.blur()")
     take(page, "page-phone", 390, 844)
+    page.evaluate("look('lanes')")
+    take(page, "page-lanes", 1280, 800)
     thread.join()
 
 
@@ -73,9 +79,10 @@ def main() -> None:
         with SSEServer(port=0, **options) as server:
             page.open(server.url + "/#,say")
             page.wait_for(CONNECTED)
+            take(page, "page-empty", 1280, 800)
             feed(server, MINUTE - OUTAGE)
         with SSEServer(port=server.port, **options) as server:
-            page.wait_for(CONNECTED)
+            page.wait_for("stream.opens === 2")
             feed(server, OUTAGE)
             shoot(page, server)
 

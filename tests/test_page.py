@@ -504,8 +504,8 @@ def test_a_server_that_is_full_is_told_in_words_with_the_time_of_the_next_attemp
     ("1795709887000-0", None, "lagging",
      "Events are missing after {0}: this page read too slowly. How many is not known"),
     ("77", "1795709899000-3", "unknown",
-     "Events may be missing after the id 77 and before {1}: the server does not know this place "
-     "in its stream, so it cannot tell"),
+     "Events may be missing after the id 77 and before {1}: the server does not know this id "
+     "and cannot tell"),
     ("0-0", "1795709899000-3", "evicted",
      "Events are missing after the beginning and before {1}: the server no longer keeps them. "
      "How many is not known")])
