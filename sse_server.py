@@ -347,7 +347,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         if self._shared:
             for thread in self._store_threads:
                 thread.start()
-            self._shared.wait_until_loaded(LOAD_TIME)
+            self._shared.loaded.wait(LOAD_TIME)
         self._serving.start()
         self._acceptor.start()
 
@@ -398,6 +398,8 @@ class SSEServer(_Listener, metaclass=_Documented):
         for thread in self._store_threads:
             if thread.is_alive():
                 thread.join(max(0.0, until - time.monotonic()))
+        if self._shared and not any(thread.is_alive() for thread in self._store_threads):
+            self._shared.stream.close()
         if self._started:       # only now: whatever a logging handler does harms nothing any more
             logger.info("stopped; clients: %d", clients)
 

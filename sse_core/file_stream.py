@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from sse_core.frames import MAX_EVENT, Draft, Id
 from sse_core.log import NOTHING
-from sse_core.shared import MIN_KEPT, Row, SharedLog
+from sse_core.shared import MIN_KEPT, READING, Row, SharedLog
 
 if TYPE_CHECKING:       # who has no such file does without
     import sqlite3
@@ -44,9 +44,9 @@ BUSY_TIME = 2.0         # seconds to wait for another process that writes; it ma
 BUSY_PAUSE = 0.002      # seconds between two tries meanwhile, at most, at random
 TIDY_TIME = 0.5         # seconds to wait for it where no event waits
 
-# Rows beyond those kept are counted once in COUNT_EVERY seconds; that takes 40 ns for each row that
-# is kept. Without an order, TRIM_ROWS of them are deleted every TRIM_PAUSE seconds, so that rows
-# of others go, too: these can be of 1 MiB, so that this takes up to 60 ms.
+# Once in COUNT_EVERY seconds rows are counted, which takes 40 ns for each that is kept. While there
+# are too many, TRIM_ROWS of them, and twice as many as were added, are deleted every TRIM_PAUSE
+# seconds. So rows that other programs add go, too; they can be of 1 MiB, so this takes up to 60 ms.
 COUNT_EVERY = 1.0
 TRIM_ROWS, TRIM_PAUSE = 100, 0.01
 
@@ -119,11 +119,9 @@ class FileStream(SharedLog):
         self._writer: sqlite3.Connection | None = None
         self._files: list[Id | None] = []
 
-        # The writing thread's. Rows below the floor are deleted, some at each commit.
-        self._idle = COUNT_EVERY
+        # The writing thread's. Rows below the floor are too many; None: they are to be counted.
         self._floor: Id | None = None
-        self._count_at = 0.0            # on the monotonic clock
-        self._count_every = max(COUNT_EVERY, self._kept * 1e-4)
+        self._fresh = 0                 # rows that were added since some were deleted
 
         # The following thread's
         self._news = threading.Event()  # there may be something to read
@@ -195,35 +193,27 @@ class FileStream(SharedLog):
         last, self._last = self._last or NOTHING, self._place
         return [row for row in rows if row[:2] > last]
 
-    def _read_failed(self, fault: Exception) -> str:
-        return _reason(fault)
-
     def _rest(self, stopping: threading.Event, seconds: float) -> None:
         self._is_own = self._news.wait(seconds)
         self._news.clear()
-
-    def _close_reader(self) -> None:
-        if self._reader:
-            self._reader.close()
 
     # For the thread that writes
 
     def _writing(self) -> sqlite3.Connection:
         """Return the connection that writes. Raises Unusable if the file cannot be used."""
         if not self._writer:
-            raise Unusable(self._troubles.get("reading", "it is being opened"))
+            raise Unusable(self._troubles[READING] or "it is being opened")
         self._check_in_place()
         return self._writer
 
     def _commit(self, drafts: Sequence[Draft]) -> list[str]:
         connection = self._writing()
-        self._count(connection)
         with _transaction(connection, "begin immediate"):
             ids = self._next_ids(connection, len(drafts))
             connection.executemany("insert into event values (?, ?, ?, ?, ?)", (
                 (*new, draft.channel, draft.event or None, draft.data)
                 for new, draft in zip(ids, drafts)))
-            self._trim(connection, 2 * len(drafts))
+        self._fresh += len(drafts)
         self._check_in_place()      # SQLite would not mind
         self._news.set()
         return ["%d-%d" % new for new in ids]
@@ -238,29 +228,20 @@ class FileStream(SharedLog):
             ids.append(last)
         return ids
 
-    def _count(self, connection: sqlite3.Connection) -> None:
-        """See now and then whether there are more rows than are kept."""
-        if time.monotonic() >= self._count_at:
-            self._count_at = time.monotonic() + self._count_every
-            self._floor = connection.execute(_NEWEST_ID, (self._kept - 1,)).fetchone()
-
-    def _trim(self, connection: sqlite3.Connection, number: int) -> None:
-        """Delete so many of the oldest rows, as far as they are more than are kept."""
-        if self._floor:
-            oldest = connection.execute(_OLDEST_ID, (number,)).fetchone()
-            below = min(self._floor, oldest or self._floor)
-            connection.execute("delete from event where (ms, n) < (?, ?)", below)
-            self._floor = self._floor if below < self._floor else None
-
-    def _tidy(self) -> None:
-        """Delete rows that other programs have added."""
-        if self._writer:
-            connection = self._writing()
-            self._count(connection)
-            if self._floor:
-                with _transaction(connection, "begin immediate", TIDY_TIME):
-                    self._trim(connection, TRIM_ROWS)
-        self._idle = TRIM_PAUSE if self._floor else COUNT_EVERY
+    def _tidy(self) -> float:
+        """Delete some of the oldest rows, as far as there are more than are kept."""
+        if not self._writer:
+            return COUNT_EVERY
+        connection, number = self._writing(), TRIM_ROWS + 2 * self._fresh
+        floor = self._floor or connection.execute(_NEWEST_ID, (self._kept - 1,)).fetchone()
+        if floor:
+            with _transaction(connection, "begin immediate", TIDY_TIME):
+                oldest = connection.execute(_OLDEST_ID, (number,)).fetchone()
+                below = min(floor, oldest or floor)
+                connection.execute("delete from event where (ms, n) < (?, ?)", below)
+                self._floor = floor if below < floor else None
+        self._fresh = 0
+        return TRIM_PAUSE if self._floor else max(COUNT_EVERY, self._kept * 1e-4)
 
     def _probe(self, size: int) -> None:
         connection = self._writing()
@@ -268,14 +249,16 @@ class FileStream(SharedLog):
             with _transaction(connection, "begin immediate", TIDY_TIME):
                 connection.execute("update meta set probe = ?", (value,))
 
-    def _write_failed(self, fault: Exception) -> str:
+    # For both
+
+    def _failed(self, fault: Exception) -> str:
         return _reason(fault)
 
-    def _close_writer(self) -> None:
-        if self._writer:
-            self._writer.close()
-
-    # For both
+    def close(self) -> None:
+        """Close the connections; the last one that is closed removes the -wal."""
+        for connection in (self._reader, self._writer):
+            if connection:
+                connection.close()
 
     def _check_in_place(self) -> None:
         """Raise Unusable if a name means another file: it can be moved away, and back."""
@@ -283,7 +266,9 @@ class FileStream(SharedLog):
             raise Unusable(_MOVED)
 
     def _names(self) -> list[Id | None]:
-        return [_identity(self._path + ending) for ending in ("", "-wal", "-shm")]
+        """Return which files the names mean, by device and inode."""
+        found = (_stat(self._path + ending) for ending in ("", "-wal", "-shm"))
+        return [each and (each.st_dev, each.st_ino) for each in found]
 
 
 def _opened(path: str, sync: bool) -> sqlite3.Connection:
@@ -303,11 +288,9 @@ def _opened(path: str, sync: bool) -> sqlite3.Connection:
 
 def _check_wal(path: str) -> None:
     """Raise WrongWal if the -wal there is of another file: SQLite would add it to this one."""
-    if not _size(path + "-wal"):
-        return
-    inode = _inode_in(path)
-    is_ours = _size(path) and inode in (None, _inode(path))
-    if not is_ours:
+    file, wal = _stat(path), _stat(path + "-wal")
+    is_ours = file and file.st_size and _inode_in(path) in (None, b"%d" % file.st_ino)
+    if wal and wal.st_size and not is_ours:
         raise WrongWal("the -wal beside it is of another file: remove that; if it is not, as in a "
                        f"copy of both, run sqlite3 '{path}' 'pragma wal_checkpoint(truncate)'")
 
@@ -337,9 +320,10 @@ def _set_up(connection: sqlite3.Connection, path: str, sync: bool) -> None:
     connection.execute("pragma journal_mode = wal")
     connection.execute(f"pragma synchronous = {'full' if sync else 'normal'}")
     connection.execute(f"pragma journal_size_limit = {WAL_LIMIT}")
-    if connection.execute("select inode from meta").fetchone() != (_inode(path),):
+    inode = str(os.stat(path).st_ino)
+    if connection.execute("select inode from meta").fetchone() != (inode.encode(),):
         with _transaction(connection, "begin immediate"):
-            connection.execute("update meta set inode = ?", (_inode(path).decode(),))
+            connection.execute("update meta set inode = ?", (inode,))
         _insist(lambda: _checkpoint(connection), BUSY_TIME)
     connection.execute("pragma data_version").fetchone()    # a copy has no -wal and -shm yet
 
@@ -395,24 +379,12 @@ def _newest_removed(connection: sqlite3.Connection) -> Id:
     return _id(connection.execute(_REMOVED).fetchone())
 
 
-def _identity(name: str) -> Id | None:
-    """Return the device and inode that a name means; None if it means nothing."""
+def _stat(name: str) -> os.stat_result | None:
+    """Return what there is by this name, or None."""
     try:
-        status = os.stat(name)
+        return os.stat(name)
     except FileNotFoundError:
         return None
-    return status.st_dev, status.st_ino
-
-
-def _inode(path: str) -> bytes:
-    return b"%d" % os.stat(path).st_ino
-
-
-def _size(name: str) -> int:
-    try:
-        return os.path.getsize(name)
-    except FileNotFoundError:
-        return 0
 
 
 def _insist(take: Callable[[], object], seconds: float) -> None:

@@ -57,7 +57,7 @@ class RedisStream(SharedLog):
         self._faults, self._no_key = (redis.RedisError,), redis.ResponseError
         self._key = key
 
-        # Set by the thread that writes, after a failover say: the follower then connects anew.
+        # Set after a fault, as by a failover: the thread that follows then connects anew.
         self._is_stale = False
 
         # The following thread's: entries that were gone when the stream was empty, and what both
@@ -85,14 +85,6 @@ class RedisStream(SharedLog):
         pipe.execute_command("DISCARD")
         pipe.execute()
 
-    def _write_failed(self, fault: Exception) -> str:
-        self._disconnect()
-        self._is_stale = True
-        return _reason(fault)
-
-    def _close_writer(self) -> None:
-        self._disconnect()
-
     # For the thread that follows
 
     def _read(self) -> tuple[list[Row] | None, bool]:
@@ -103,7 +95,7 @@ class RedisStream(SharedLog):
         """
         if self._is_stale:
             self._is_stale = False
-            self._disconnect()
+            self.close()
         last = format_id(self._last and self._last[:2]) or "0-0"
         pipe = self._redis.pipeline(transaction=False)
         pipe.xread({self._key: last}, count=READ_COUNT, block=BLOCK)
@@ -170,15 +162,14 @@ class RedisStream(SharedLog):
             self._known.popitem(last=False)
         return new
 
-    def _read_failed(self, fault: Exception) -> str:
-        return _reason(fault)
-
-    def _close_reader(self) -> None:
-        self._disconnect()
-
     # For both
 
-    def _disconnect(self) -> None:
+    def _failed(self, fault: Exception) -> str:
+        self.close()
+        self._is_stale = True
+        return f"Redis is away ({type(fault).__name__})"
+
+    def close(self) -> None:
         """Close the connections that are not in use: they are made anew, to who answers now."""
         self._redis.connection_pool.disconnect(inuse_connections=False)
 
@@ -194,7 +185,3 @@ def _id(text: bytes) -> Id:
 def _gone(info: dict[str, Any]) -> int:
     """Return how many entries are gone, as far as Redis says it: since 7.0."""
     return int(info.get("entries-added", info.get("length", 0)) - info.get("length", 0))
-
-
-def _reason(fault: Exception) -> str:
-    return f"Redis is away ({type(fault).__name__})"

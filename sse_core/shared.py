@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 from sse_core import frames
 from sse_core.broadcast import ID_LENGTH, LOOK, Broadcast, Unavailable
@@ -36,6 +36,10 @@ MIN_KEPT = 10000        # rows that are kept at least
 # Seconds between two tries while it cannot be used: they grow, and are shortened at random.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 
+# Places in SharedLog._troubles.
+READING, WRITING = 0, 1
+
+T = TypeVar("T")
 Row = tuple[Any, ...]       # ms, n, and as bytes, or None: channel, event, data
 
 logger = logging.getLogger("sse_server")
@@ -52,11 +56,6 @@ class Order(NamedTuple):
     """Events to be committed together, and who is told what came of them: ids, or Unavailable."""
     drafts: Sequence[Draft]
     future: Future[list[str]]
-
-    @property
-    def size(self) -> int:
-        """Bytes of text."""
-        return sum(len(draft.data.encode()) for draft in self.drafts)
 
 
 class SharedLog(ABC):
@@ -78,9 +77,10 @@ class SharedLog(ABC):
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()     # None: the end
         self._ended = False
 
-        # Why it cannot be read, or written. Guarded by a lock that only our two threads take.
+        # Why it cannot be read, and why it cannot be written; each is set by the thread that does.
+        # The lock is for what both decide together: whether that is logged.
         self._troubles_lock = threading.Lock()
-        self._troubles: dict[str, str] = {}
+        self._troubles: list[str | None] = [None, None]
 
         self._history = max(MIN_HISTORY, history)
         self._kept = max(MIN_KEPT, 10 * history)
@@ -91,17 +91,19 @@ class SharedLog(ABC):
         self._pause = 0.0                       # before the next try; 0: no fault was met
         self._warned = False                    # of a row that is no event
 
-        # The writing thread's. Seconds without an order until it tidies up; None: for ever.
-        self._idle: float | None = None
-        self._refused = 0                       # bytes of the largest order that was refused
+        # The writing thread's. When it probes or tidies up, on the monotonic clock.
+        self._due_at = 0.0
         self._write_pause = 0.0                 # as `_pause`
+
+        # Bytes that must be taken until all is well again: as many as were refused at once.
+        self._lacking = 0
 
     # For any thread
 
     @property
     def trouble(self) -> str | None:
         """Why events cannot be read or written now, or None."""
-        return next(iter(self._troubles.values()), None)
+        return self._troubles[READING] or self._troubles[WRITING]
 
     def submit(self, drafts: Sequence[Draft]) -> Future[list[str]]:
         """Have events committed that have been checked, all or none.
@@ -131,13 +133,10 @@ class SharedLog(ABC):
             self._ended = True
             self._orders.put(None)
 
-    def _note(self, thread: str, trouble: str | None) -> None:
+    def _note(self, thread: int, trouble: str | None) -> None:
         """Say why a thread cannot go on, or that it can; log when all is well no more, or again."""
         with self._troubles_lock:
-            before = self.trouble
-            self._troubles.pop(thread, None)
-            if trouble:
-                self._troubles[thread] = trouble
+            before, self._troubles[thread] = self.trouble, trouble
             now = self.trouble
         if now and not before:
             logger.warning(self._away, now)
@@ -157,8 +156,10 @@ class SharedLog(ABC):
                 orders = self._next_orders()
                 wanted = [order for order in orders
                           if order and order.future.set_running_or_notify_cancel()]
-                if wanted or not orders:
+                if wanted:
                     self._serve(wanted)
+                if time.monotonic() >= self._due_at:
+                    self._look_after()
         finally:
             self.end()
             while not self._orders.empty():
@@ -166,58 +167,63 @@ class SharedLog(ABC):
             for order in orders:
                 if order and not order.future.done():       # after a fault of our own
                     order.future.set_exception(self._unavailable("a fault has ended it"))
-            self._close_writer()
 
     def _next_orders(self) -> list[Order | None]:
-        """Wait for an order, and return it with all others that wait; none if it is time to try."""
+        """Wait for an order, and return it with all others that wait; none if something is due."""
         orders: list[Order | None] = []
         try:
-            orders.append(self._orders.get(timeout=self._write_pause or self._idle))
+            orders.append(self._orders.get(timeout=max(0.0, self._due_at - time.monotonic())))
             while True:
                 orders.append(self._orders.get_nowait())
         except queue.Empty:
             return orders
 
     def _serve(self, orders: Sequence[Order]) -> None:
-        """Commit orders in one piece, and tell each what came of it.
-
-        It counts as well again when it has taken as much as it had refused: on a full disk, there
-        may be room for less. Without an order it tries that, or tidies up.
-        """
-        size = sum(order.size for order in orders) if self._refused else 0
-        ids: Iterator[str] = iter(())
-        trouble = None
-        try:
-            if orders:
-                ids = iter(self._commit([draft for order in orders for draft in order.drafts]))
-            elif self._refused:
-                size = self._refused
-                self._probe(size)
-            else:
-                self._tidy()
-        except self._faults as fault:
-            trouble = self._write_failed(fault)
-            self._refused = max(1, self._refused, *(order.size for order in orders))
-        if not trouble and size >= self._refused:
-            self._refused = 0
-        if trouble or not self._refused:
-            self._note("writing", trouble)
-        self._write_pause = _longer(self._write_pause) if self._refused else 0.0
+        """Commit orders in one piece, and tell each what came of it."""
+        drafts = [draft for order in orders for draft in order.drafts]
+        size = sum(1 + len(draft.data.encode()) for draft in drafts)
+        ids, trouble = self._tried(lambda: iter(self._commit(drafts)), size)
         for order in orders:
-            if trouble:
-                order.future.set_exception(self._unavailable(trouble))
+            if ids is None:
+                order.future.set_exception(self._unavailable(str(trouble)))
             else:
                 order.future.set_result(list(islice(ids, len(order.drafts))))
+
+    def _look_after(self) -> None:
+        """After a refusal, see whether as much is taken again; else tidy up."""
+        if self._lacking:
+            self._tried(lambda: self._probe(self._lacking), self._lacking)
+        else:
+            pause, _ = self._tried(self._tidy, 0)
+            self._due_at = time.monotonic() + (pause or self._write_pause)
+
+    def _tried(self, write: Callable[[], T], size: int) -> tuple[T | None, str | None]:
+        """Write so many bytes. Returns what that does, or None and why it cannot be.
+
+        After a refusal all is well again when as much was taken as was refused, and not before: on
+        a full disk, there may be room for less.
+        """
+        result, trouble = None, None
+        try:
+            result = write()
+            self._lacking = max(0, self._lacking - size)
+        except self._faults as fault:
+            trouble = self._failed(fault)
+            self._lacking = max(1, self._lacking, size)
+            self._write_pause = _longer(self._write_pause)
+            self._due_at = time.monotonic() + self._write_pause
+        if trouble or not self._lacking:
+            self._note(WRITING, trouble)
+        if not self._lacking:
+            self._write_pause = 0.0
+        return result, trouble
 
     # For the thread that follows
 
     def follow(self, shared: Shared, stopping: threading.Event) -> None:
         """Load the newest rows, then add those that come, in order, until the flag is set."""
-        try:
-            while not stopping.is_set():
-                self._rest(stopping, self.turn(shared, stopping))
-        finally:
-            self._close_reader()
+        while not stopping.is_set():
+            self._rest(stopping, self.turn(shared, stopping))
 
     def turn(self, shared: Shared, stopping: threading.Event) -> float:
         """Read on, whatever happens to the log. Returns the seconds until the next turn."""
@@ -225,15 +231,15 @@ class SharedLog(ABC):
         try:
             is_all = self._read_on(shared, stopping)
         except self._faults as fault:
-            trouble = self._read_failed(fault)
-        self._note("reading", trouble)
+            trouble = self._failed(fault)
+        self._note(READING, trouble)
         self._pause = _longer(self._pause) if trouble else 0.0
         return (self._pause * random.uniform(0.5, 1.0) or self._poll) if is_all else 0.0
 
     def _read_on(self, shared: Shared, stopping: threading.Event) -> bool:
         """Add what is new, a batch at most. Returns whether that was all."""
         began = shared.clock()
-        rows, is_all = self._read() if shared.is_loaded else (None, True)
+        rows, is_all = self._read() if shared.loaded.is_set() else (None, True)
         if rows is None:
             rows = self._begin(shared, stopping)
         for event in self._events(rows):
@@ -249,7 +255,7 @@ class SharedLog(ABC):
         if stopping.is_set():
             return []
         rows = self._unread(newest)
-        if shared.is_loaded:
+        if shared.loaded.is_set():
             logger.warning("%s are gone that were not read: a gap is told", self._skips)
             resumed = next(self._events(reversed(rows)), None)
             shared.tell_gap(after, resumed and resumed.id)
@@ -288,7 +294,7 @@ class SharedLog(ABC):
             else:
                 yield Event((ms, n), payload, channel)
 
-    # Of each kind. The first five raise one of `_faults` while the log cannot be used.
+    # Of each kind. All but the last two raise one of `_faults` while the log cannot be used.
 
     @abstractmethod
     def _read(self) -> tuple[list[Row] | None, bool]:
@@ -303,6 +309,10 @@ class SharedLog(ABC):
         """Return the newest id of a row that is gone, or NOTHING."""
 
     @abstractmethod
+    def _unread(self, rows: list[Row]) -> list[Row]:
+        """Return the rows, newest first, that were not read before; stand behind them."""
+
+    @abstractmethod
     def _commit(self, drafts: Sequence[Draft]) -> list[str]:
         """Commit events, all or none, and return their ids. Called by the thread that writes."""
 
@@ -311,28 +321,19 @@ class SharedLog(ABC):
         """See whether events of so many bytes are taken. Called by the thread that writes."""
 
     @abstractmethod
-    def _unread(self, rows: list[Row]) -> list[Row]:
-        """Return the rows, newest first, that were not read before; stand behind them."""
+    def _failed(self, fault: Exception) -> str:
+        """Return what is wrong, in a line. Called by either thread."""
 
     @abstractmethod
-    def _read_failed(self, fault: Exception) -> str:
-        """Let go of what a read has broken, and return what is wrong, in a line."""
+    def close(self) -> None:
+        """Let go of what is open. Call it when both threads have ended."""
 
-    @abstractmethod
-    def _write_failed(self, fault: Exception) -> str:
-        """Do the same in the thread that writes."""
+    def _tidy(self) -> float:
+        """Do what is due now and then, and return when again: in so many seconds.
 
-    @abstractmethod
-    def _close_reader(self) -> None:
-        """Let go of what is open for reading."""
-
-    @abstractmethod
-    def _close_writer(self) -> None:
-        """Let go of what is open for writing. Called by the thread that writes."""
-
-    def _tidy(self) -> None:
-        """Do what is due when there are no orders. Called by the thread that writes."""
-        return
+        Called by the thread that writes.
+        """
+        return 60.0
 
     def _rest(self, stopping: threading.Event, seconds: float) -> None:
         """Wait until the next turn."""
@@ -349,8 +350,9 @@ class Shared(Broadcast):
         self._log.complete_at = -math.inf
         self.newest = self._log.last_id
 
-        # The log has the events from before this server. Set by the thread that follows.
-        self._loaded = threading.Event()
+        # The log has the events from before this server: now it takes clients. Set by the thread
+        # that follows.
+        self.loaded = threading.Event()
 
         # Of those who wait: how many events at once, which fit into the share of who does not wait
         self._piece = max(MIN_HISTORY, history) // 4
@@ -358,18 +360,9 @@ class Shared(Broadcast):
         self._own_at = -math.inf
         self._arrived = self.newest         # the id that came back last
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the log has the events from before this server: then it takes clients."""
-        return self._loaded.is_set()
-
-    def wait_until_loaded(self, seconds: float) -> bool:
-        """Wait for that, but no longer than so many seconds."""
-        return self._loaded.wait(seconds)
-
     def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
         """Hand over a socket, see Broadcast. Returns False, too, before the log is loaded."""
-        return self.is_loaded and super().register(sock, opening, peer)
+        return self.loaded.is_set() and super().register(sock, opening, peer)
 
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
         """Publish to the shared log, all or none; with `wait`, in pieces, each when it takes them.
@@ -417,7 +410,7 @@ class Shared(Broadcast):
 
     def trouble(self) -> str | None:
         """Return why no event is taken now, or None."""
-        loading = None if self.is_loaded else "the events from before the start are being read"
+        loading = None if self.loaded.is_set() else "events from before the start are being read"
         return super().trouble() or self.stream.trouble or loading
 
     def add(self, event: Event) -> None:
@@ -430,25 +423,19 @@ class Shared(Broadcast):
 
         There are no clients yet. missing: see Log.begin.
         """
-        with self._mutex:
-            assert self._log.next == 0, "only an empty log is filled"
-        while self._preload_some(list(islice(events, SCAN))):
-            pass
+        assert self._log.next == 0, "only an empty log is filled"
+        while some := list(islice(events, SCAN)):
+            with self._mutex:       # for some, not for all
+                for event in some if self._ids else ():
+                    while not self._log.fits(len(event.payload) + ID_LENGTH):
+                        self._log.evict()
+                    self._log.append(event.payload, event.id, event.channel, self.clock())
+                # They are fanned out, for there is nobody to whom.
+                self.fanned_out = self._log.next
         with self._mutex:
             self._log.begin(missing)
             self.newest = self._log.last_id
-        self._loaded.set()
-
-    def _preload_some(self, events: Sequence[Event]) -> int:
-        """Append events, and return how many. The mutex is held for these, not for all."""
-        with self._mutex:
-            for event in events if self._ids else ():
-                while not self._log.fits(len(event.payload) + ID_LENGTH):
-                    self._log.evict()
-                self._log.append(event.payload, event.id, event.channel, self.clock())
-            # They are fanned out, for there is nobody to whom.
-            self.fanned_out = self._log.next
-        return len(events)
+        self.loaded.set()
 
     def complete(self, at: float) -> None:
         """Say that the log has all that was in the shared one at that time, on `clock`."""

@@ -1387,7 +1387,7 @@ def test_nobody_is_taken_before_the_log_is_loaded(bench):
     b = bench(history=64, shared=True)
     ours, peer = socket.socketpair()
     with ours, peer:
-        assert not b.broadcast.is_loaded and not b.broadcast.register(ours, opening())
+        assert not b.broadcast.loaded.is_set() and not b.broadcast.register(ours, opening())
         b.broadcast.preload(iter([Event((1, 0), b"data: 1\n\n", None)]), NOTHING)
         assert not b.broadcast.has_work()
     new = b.peer()

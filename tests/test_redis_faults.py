@@ -295,7 +295,7 @@ def publishing(store):
     finally:
         stream.end()
         writer.join()
-        stream._close_reader()
+        stream.close()
 
 
 def calls(store, command: str) -> int:
@@ -466,7 +466,7 @@ def at_the_second_page(store, monkeypatch, action):
         monkeypatch.setattr(stream._redis, "xrevrange", act_and_read)
         yield shared, lambda: shared._log.collect(shared._log.first, shared._log.next)[0]
     finally:
-        stream._close_reader()
+        stream.close()
 
 
 def test_a_fault_while_a_gap_is_looked_into_loses_no_gap(store, monkeypatch):
