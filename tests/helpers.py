@@ -180,6 +180,15 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    """Return whether anybody listens on a port."""
+    try:
+        connect(port).close()
+        return True
+    except OSError:
+        return False
+
+
 def make_certificate(folder: Path) -> Tuple[str, str]:
     """Make a certificate for this machine: return the paths of cert.pem and key.pem."""
     cert, key = folder / "cert.pem", folder / "key.pem"

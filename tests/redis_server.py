@@ -10,23 +10,10 @@ from contextlib import contextmanager
 import pytest
 import requests
 
-from helpers import PATIENCE, Client, Server, connect, need, wait_until
+from helpers import PATIENCE, Client, Server, connect, free_port, need, wait_until
 
 redis = pytest.importorskip("redis") if not os.environ.get("CI") else __import__("redis")
 POST = "SECRET"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
-
-
-def listens(port: int) -> bool:
-    try:
-        connect(port).close()
-        return True
-    except OSError:
-        return False
 
 
 class Redis:

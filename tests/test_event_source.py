@@ -1,16 +1,14 @@
 """A browser's EventSource, across restarts: directly, and behind nginx and HAProxy as examples/
 configure them."""
-import shutil
 import signal
-import socket
-import subprocess
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import requests
 
 from browser import browser
-from helpers import PATIENCE, PUBLISH_TOKEN, TOP, Server, free_port, need, wait_until
+from helpers import PATIENCE, PUBLISH_TOKEN, Server, free_port, wait_until
+from proxies import BUSY, running
 
 SOURCES = 6         # as many as Chromium has to one host
 SCRIPT = """window.seen = Array.from({length: %d}, () => []);
@@ -19,27 +17,6 @@ window.sources = seen.map(list => {
     source.onmessage = event => list.push(event.data);
     return source;
 }); true"""
-
-
-@contextmanager
-def running(name: str, ports: list, folder):
-    """Run a proxy on the first of these ports, in front of servers on the others."""
-    need(name, name)
-    text = (TOP / "examples" / {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}[name]).read_text()
-    for old, new in zip(("6500", "6501", "6502"), ports):
-        text = text.replace(f"127.0.0.1:{old}", f"127.0.0.1:{new}")
-    text = text.replace("/tmp/sse-nginx", f"{folder}/nginx").replace("maxconn 5000", "maxconn 200")
-    path = folder / "proxy.conf"
-    path.write_text(text)
-    shutil.copy(TOP / "examples" / "haproxy-away.http", folder)
-    command = {"nginx": ["nginx", "-p", str(folder), "-c", str(path)],
-               "haproxy": ["haproxy", "-db", "-f", str(path)]}[name]
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(PATIENCE)
 
 
 def server(port: int, path) -> Server:
@@ -82,7 +59,7 @@ def test_a_rolling_restart_and_an_outage_keep_every_event_source(name, tmp_path)
                 each.stop(signal.SIGTERM), each.close()
             answer = requests.get(f"http://127.0.0.1:{ports[0]}/", timeout=PATIENCE,
                                   headers={"Accept": "text/event-stream"})
-            assert answer.status_code == 200 and answer.text == "retry: 1000\n\n"
+            assert answer.status_code == 200 and answer.text == BUSY
             assert requests.post(f"http://127.0.0.1:{ports[0]}/x", data="x",
                                  timeout=PATIENCE).status_code in (502, 503)
             page.wait_for("sources.every(source => source.readyState === 0)")
@@ -114,23 +91,5 @@ def test_since_counts_once_and_then_the_last_id(tmp_path):
             assert post(port, "3")
             page.wait_for("seen[0][seen[0].length - 1] === '3'")
             assert page.evaluate("seen[0]") == ["0", "1", "2", "3"]
-        finally:
-            assert "Traceback" not in first.close()
-
-
-def test_haproxy_finds_a_server_healthy_that_answers_for_one_host_alone(tmp_path):
-    """Its checks name no Host, and its clients do."""
-    ports = [free_port() for _ in range(3)]
-    with running("haproxy", ports, tmp_path):
-        with socket.create_server(("127.0.0.1", ports[1])) as unhealthy:
-            unhealthy.settimeout(PATIENCE)
-            # When the second check comes, the first has failed, and the server counts as down
-            for _ in range(2):
-                unhealthy.accept()[0].close()
-        first = Server("--port", str(ports[1]), "--allowed-host", "localhost", "--interval", "0",
-                       "--publish-token", PUBLISH_TOKEN)
-        try:
-            url = f"http://localhost:{ports[0]}/{PUBLISH_TOKEN}"
-            wait_until(lambda: requests.post(url, data="x", timeout=PATIENCE).ok)
         finally:
             assert "Traceback" not in first.close()

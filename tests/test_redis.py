@@ -2,7 +2,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +11,10 @@ import time
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, Server, halt, need, wait_until
+from helpers import PATIENCE, TOP, Client, Server, halt, wait_until
+from proxies import running
 from redis_server import store      # noqa: F401
-from redis_server import POST, data, following, free_port, listens, post, resume
+from redis_server import POST, data, following, free_port, post, resume
 
 
 def test_what_is_posted_on_one_server_reaches_the_clients_of_both(store):
@@ -255,65 +255,43 @@ def test_everyone_sees_the_same_while_redis_and_the_servers_are_killed(store):
             assert "Traceback" not in server.close()
 
 
-def configured(name: str, ports: list, folder) -> str:
-    """Copy a configuration from examples/ with this test's ports in place of its own."""
-    text = (TOP / "examples" / name).read_text().replace("/tmp/sse-nginx", f"{folder}/nginx")
-    for old, new in zip(("6500", "6501", "6502"), ports):
-        text = text.replace(f"127.0.0.1:{old}", f"127.0.0.1:{new}")
-    text = text.replace("maxconn 5000", "maxconn 200")      # here descriptors may be fewer
-    path = folder / name
-    path.write_text(text)
-    shutil.copy(TOP / "examples" / "haproxy-away.http", folder)
-    return str(path)
-
-
 @pytest.mark.parametrize("proxy", ["nginx", "haproxy"])
 def test_behind_a_proxy_of_the_examples_nothing_is_lost_or_held_back(store, tmp_path, proxy):
     ports = [free_port(), free_port(), free_port()]
-    need(proxy, proxy)
-    path = configured({"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}[proxy], ports, tmp_path)
-    command = {"nginx": ["nginx", "-p", str(tmp_path), "-c", path],
-               "haproxy": ["haproxy", "-db", "-f", path]}[proxy]
-    with following(store, 2, ports=ports[1:]) as servers:
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-        try:
-            wait_until(lambda: listens(ports[0]))
-            wait_until(lambda: requests.head(f"http://127.0.0.1:{ports[0]}/",
-                                             timeout=PATIENCE).status_code == 200)
-            seed, done = random.randrange(1 << 32), threading.Event()
-            start = store.add(data="start")
-            wanderers = [Wanderer(ports[:1], seed + number, done, number < 4, proxied=True)
-                         for number in range(6)]
-            for wanderer in wanderers:
-                wanderer.last = start
-                wanderer.start()
-            for wanderer in wanderers:
-                assert wanderer.connected.wait(PATIENCE), wanderer.error
-            began = time.monotonic()
-            assert post(ports[0], "first").status_code == 200
-            with resume(ports[0], start, proxied=True) as probe:
-                probe.open()
-                post(ports[0], "probe")
-                probe.read_until(
-                    lambda stream: any(event.data == "probe" for event in stream.events))
-            assert time.monotonic() - began < 3     # nothing is held back by a buffer
-            posted = ["first", "probe"]
-            for number in range(100):
-                if number == 50:
-                    servers[0].process.send_signal(signal.SIGKILL)
-                while True:
-                    try:
-                        if post(ports[0], str(number)).status_code == 200:
-                            break
-                    except requests.RequestException:       # it was on its way to the killed one
-                        pass
-                    time.sleep(0.05)
-                posted.append(str(number))
-            assert post(ports[0], "end").status_code == 200
-            check(wanderers, posted, seed)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(PATIENCE)
+    with following(store, 2, ports=ports[1:]) as servers, running(proxy, ports, tmp_path):
+        wait_until(lambda: requests.head(f"http://127.0.0.1:{ports[0]}/",
+                                         timeout=PATIENCE).status_code == 200)
+        seed, done = random.randrange(1 << 32), threading.Event()
+        start = store.add(data="start")
+        wanderers = [Wanderer(ports[:1], seed + number, done, number < 4, proxied=True)
+                     for number in range(6)]
+        for wanderer in wanderers:
+            wanderer.last = start
+            wanderer.start()
+        for wanderer in wanderers:
+            assert wanderer.connected.wait(PATIENCE), wanderer.error
+        began = time.monotonic()
+        assert post(ports[0], "first").status_code == 200
+        with resume(ports[0], start, proxied=True) as probe:
+            probe.open()
+            post(ports[0], "probe")
+            probe.read_until(
+                lambda stream: any(event.data == "probe" for event in stream.events))
+        assert time.monotonic() - began < 3     # nothing is held back by a buffer
+        posted = ["first", "probe"]
+        for number in range(100):
+            if number == 50:
+                servers[0].process.send_signal(signal.SIGKILL)
+            while True:
+                try:
+                    if post(ports[0], str(number)).status_code == 200:
+                        break
+                except requests.RequestException:       # it was on its way to the killed one
+                    pass
+                time.sleep(0.05)
+            posted.append(str(number))
+        assert post(ports[0], "end").status_code == 200
+        check(wanderers, posted, seed)
 
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path):
