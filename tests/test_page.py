@@ -1335,12 +1335,23 @@ COLOURS = pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @SIZES
 def test_nothing_is_wider_than_the_page(tab, width, height):
     with everything_shown(tab, width, height, False):
-        assert tab.evaluate("document.documentElement.scrollWidth") == width
         wide = """[...document.querySelectorAll('body *')].filter(each => !each.closest(
             '#list, #legend, .unseen') && each.getBoundingClientRect().right > innerWidth)
             .map(each => each.tagName + each.id)"""
         assert tab.evaluate(wide) == []
         assert tab.evaluate("find('list').clientHeight") > 90
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        tab.evaluate("stream.nextAt = Date.now() + 5e6, setStatus('Reconnecting', 'failed')")
+        assert tab.evaluate(wide) == []
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        if width > 600:         # the way to the names without a colour is always in view
+            tab.evaluate("['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i'].forEach(name => "
+                         "count(name.repeat(40), new Date()))")
+            tab.evaluate("everySecond()")
+            legend, others = tab.evaluate(
+                "[find('legend'), find('legend').lastChild].map("
+                "each => each.getBoundingClientRect().right)")
+            assert abs(legend - others) < 2
 
 
 def test_on_a_phone_the_chart_has_a_scale_and_a_legend(tab):
