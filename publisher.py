@@ -6,7 +6,6 @@ and the list of clients, is in sse_core/broadcast.py. The life of a client:
 
     registered      by a connection: it is listed, and joins
     greeted         it was sent the head of its stream and, if it resumes, what it missed
-    ahead           it brought an id to which this server may come yet, and is sent heartbeats only
     current         it has had every frame, and is sent the next ones together with its group
     lagging         its socket did not take all: it reads on from its own cursor, when that does
     dropped         it closed, was reset, acknowledged nothing for 30 s, went on sending, cannot be
@@ -63,7 +62,6 @@ class Publisher:
                                         drops=dict.fromkeys(REASONS, 0))
         self._heartbeat = heartbeat = broadcast.heartbeat
         self._groups = Groups()
-        self._ahead: dict[Client, None] = {}
         self._stalls = Stalls(broadcast.clients)
         self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
         self._sweep_at = self._clock() + self._sweep_every
@@ -85,7 +83,7 @@ class Publisher:
         try:
             with self._broadcast.not_waiting():
                 while not self._broadcast.done():
-                    longest = LOOK if self._ahead or self._broadcast.stopping else math.inf
+                    longest = LOOK if self._broadcast.stopping else math.inf
                     self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
         except BaseException:       # a stream may be in the middle of a frame: none is ended
             self._groups = Groups()
@@ -111,8 +109,6 @@ class Publisher:
             self._greet(client)
         if joining:
             self._clients.greeted(len(joining))
-        for client in self._broadcast.place_arrived(self._ahead) if self._ahead else ():
-            self._watch(client)
         if self._clock() >= self._sweep_at:
             self._sweep()
         self.counters.turns += 1
@@ -187,7 +183,6 @@ class Publisher:
     def _watch(self, client: Client) -> None:
         """Have a client read on from its own cursor, whenever its socket takes more."""
         client.sent_at = self._clock()
-        self._ahead.pop(client, None)
         self._clients.set_lagging(client, client.sent_at)
         self._groups.current_beside(client).pop(client, None)
         self._stalls.suspect(client)
@@ -223,7 +218,7 @@ class Publisher:
     def _settle(self, client: Client) -> None:
         lags = client in self._clients.lagging
         # It can be beyond the fan-out, if it joined while there was more to do
-        behind = not client.ahead and client.cursor != self._broadcast.fanned_out
+        behind = client.cursor != self._broadcast.fanned_out
         if client.rest or client.gap or behind:
             if not lags:
                 self._watch(client)
@@ -231,8 +226,7 @@ class Publisher:
         if lags:
             self._selector.modify(client.sock, READ, client)
         self._clients.caught_up(client, self._clock())
-        mine = self._ahead if client.ahead else self._groups.current_beside(client)
-        mine[client] = None
+        self._groups.current_beside(client)[client] = None
 
     def _send(self, client: Client, data: Bytes) -> int:
         """Send what the socket takes, and return how much that was; -1 if the client is gone."""
@@ -279,20 +273,19 @@ class Publisher:
             since = now - self._heartbeat
             groups = [group for group in self._groups if group.sent_at <= since]
             silent = [client for group in groups for client in group.current]
-            for client in [*silent, *self._ahead]:
+            for client in silent:
                 if client.sent_at <= since:
                     self._beat(client)
 
     def _everyone(self) -> Iterator[Client]:
         current = chain.from_iterable(group.current for group in self._groups)
-        return chain(current, self._clients.lagging, self._ahead)
+        return chain(current, self._clients.lagging)
 
     def _beat(self, client: Client) -> None:
         heartbeat = client.asked.framed(frames.HEARTBEAT)
         sent = self._send(client, heartbeat)
         if 0 <= sent < len(heartbeat):
-            if not client.ahead:
-                client.cursor, client.after = self._broadcast.fanned_out, self._broadcast.newest
+            client.cursor, client.after = self._broadcast.fanned_out, self._broadcast.newest
             client.rest = memoryview(heartbeat)[sent:]
             self._watch(client)
 
@@ -301,7 +294,6 @@ class Publisher:
             self._selector.unregister(client.sock)
         client.sock.close()
         self.counters.drops[reason] += 1
-        self._ahead.pop(client, None)
         self._stalls.forget(client)
         self._clients.remove(client, self._clock())
         self._groups.leave(client)
@@ -321,8 +313,7 @@ class Publisher:
 
     def close(self) -> None:
         """End the streams of all that are not in the middle of a frame, and close all sockets."""
-        current = [client for group in self._groups for client in group.current]
-        for client in [*current, *self._ahead]:
+        for client in [client for group in self._groups for client in group.current]:
             self._end(client)
         for client in self._broadcast.close():
             client.sock.close()

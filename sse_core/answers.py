@@ -125,7 +125,8 @@ class Answers:
         ends_at = math.inf if grant.until is None else grant.until
         asked = Subscription(parameters.channels(request), request.chunked)
         start = parameters.start(request, time.time())
-        opening = Opening(self._stream_head(request), asked, *start, ends_at)
+        opening = Opening(self._stream_head(request), asked, *start, ends_at,
+                          time.monotonic())
         return opening.head if request.method == "HEAD" else opening
 
     def _stream_head(self, request: Request) -> bytes:

@@ -9,10 +9,9 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import islice
 from typing import Any, Callable
 
 from sse_core import frames
@@ -162,14 +161,17 @@ class Broadcast:
     def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
         """Hand over a non-blocking socket: its head and every frame after its id are sent to it.
 
-        Returns False, and leaves it to the caller, at `max_clients` or when the server is stopping.
-        That, and where the stream begins, is decided in one hold of the mutex, so no frame is
-        missed or sent twice.
+        Returns False, and leaves it to the caller, at `max_clients`, when the server is stopping,
+        or if what the client had before it came has not all come back from a store yet. That, and
+        where the stream begins, is decided in one hold of the mutex, so no frame is missed or sent
+        twice.
         """
         client = Client(sock, peer, opening)
         client.registered_at = self.clock()
         with self._mutex:
-            if self.stopping or len(self.clients) >= self._max_clients:
+            is_full = self.stopping or len(self.clients) >= self._max_clients
+            after = frames.parse_id(opening.last_id or "") if self._ids else None
+            if is_full or not self._log.can_locate(after, opening.came_at):
                 return False
             client.cursor, client.after = self._log.next, self._log.last_id
             if self._ids:
@@ -265,14 +267,11 @@ class Broadcast:
                  frames.welcome(self._log.last_id, self._retry, self.heartbeat))
         client.rest = bytes(client.rest) + client.asked.framed(begin)
         if client.last_id is not None:
-            client.after = frames.parse_id(client.last_id)
-            client.ahead = not self._log.can_locate(client.after, client.registered_at)
-            if not client.ahead:
-                self._place(client)
+            self._place(client)
 
     def _place(self, client: Client) -> None:
         """Set the cursor behind the client's last id; if that cannot be, it begins with a gap."""
-        client.ahead = False
+        client.after = frames.parse_id(client.last_id or "")
         channels = client.asked.channels
         if client.begin_at is None:
             client.cursor, reason = self._log.locate(client.after, channels)
@@ -317,7 +316,7 @@ class Broadcast:
         with self._mutex:
             if client in lagging:       # all others that lag are served before it is again
                 lagging[client] = lagging.pop(client)
-            if client.ahead or len(client.rest) >= frames.BATCH:
+            if len(client.rest) >= frames.BATCH:
                 return b"", Batch((), True), client.cursor, client.cursor
             start, gap = max(client.cursor, log.first), client.gap
             if start > client.cursor and not gap and log.lost(client.cursor, client.asked.channels):
@@ -340,15 +339,6 @@ class Broadcast:
         own = frames.parse_id(after) if after and client.begin_at is None else None
         payload = frames.gap_payload(after, frames.format_id(resumed), reason, own)
         return client.asked.framed(frames.chunk(self._line_ends(payload)))
-
-    def place_arrived(self, ahead: Iterable[Client]) -> list[Client]:
-        """Return those of the clients whose place is known now, AT_ONCE at most."""
-        with self._mutex:
-            known = (each for each in ahead if self._log.can_locate(each.after, each.registered_at))
-            arrived = list(islice(known, AT_ONCE))
-            for client in arrived:
-                self._place(client)
-            return arrived
 
     def done(self) -> bool:
         """Say whether the publisher may end: nothing is to be sent any more, or time is up."""

@@ -44,12 +44,14 @@ class Opening(NamedTuple):
     # When the stream ends because its token expires, in seconds since the epoch. It is no part of
     # the subscription: a thousand clients with tokens of their own are still one group.
     ends_at: float = math.inf
+    # When it was asked for, on the monotonic clock: see Log.can_locate.
+    came_at: float = 0.0
 
 
 class Client:
     """One connected socket and its cursor."""
     __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
-                 "last_id", "begin_at", "ends_at", "ahead", "sent_at", "received")
+                 "last_id", "begin_at", "ends_at", "sent_at", "received")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
@@ -63,7 +65,6 @@ class Client:
         self.last_id = opening.last_id      # that it brought
         self.begin_at = opening.since       # the time that it brought
         self.ends_at = opening.ends_at
-        self.ahead = False                  # this server has not come to that id yet
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
         self.received = 0                   # bytes that it has sent after its request
 
@@ -121,7 +122,7 @@ class Clients:
     def _awaited(self, now: float) -> Iterator[Client]:
         """Yield the clients that are not current and keep the pace."""
         lagging = (client for client in self.lagging if self.pace.waits_for(client, now))
-        return (client for client in chain(lagging, self.joining) if not client.ahead)
+        return chain(lagging, self.joining)
 
     def floor(self, fanned_out: int, now: float) -> int:
         """Return the number of the oldest frame that must be kept for those who are waited for."""
@@ -140,7 +141,7 @@ class Clients:
 
     def _lag(self, client: Client, log: Log, now: float) -> dict[str, float]:
         due = max(client.cursor, log.first)
-        if client.ahead or client not in self.lagging or due >= log.next:
+        if client not in self.lagging or due >= log.next:
             return {"lag_frames": 0, "lag_seconds": 0.0}
         return {"lag_frames": log.next - client.cursor,
                 "lag_seconds": round(now - log.frame(due).time, 3)}

@@ -22,7 +22,8 @@ What a connection does is a generator. It yields what it waits for, and goes on 
     TURN        All others that are ready have had their turn. So nobody owns the thread by sending
                 many requests at once, or more in one TLS record than is read at once.
     a Future    Another thread has done what may block: a program's `authorize`, or publishing.
-    an Opening  There is a place among the clients. The code goes on only if there is none.
+    an Opening  There is a place among the clients. The code goes on only if there is none; a moment
+                later (PAUSE) if there is a store, whose events may be on their way.
 
 It has one deadline, which is raised as TimeUp where it waits, before any input that is there. A job
 has none once a thread has begun it: then there is nothing to take back.
@@ -85,6 +86,9 @@ GRACE_TIME, GRACE_NEWCOMERS = 1.0, 960
 # Connections that are evicted at once when the system gives no descriptor to accept with.
 MAKES_ROOM = 32
 
+# Seconds that a client waits until what it had before it came has come back from a store.
+STORE_TIME = 1.0
+
 # Of each kind of job: `authorize`, and publishing.
 MAX_THREADS = 64
 
@@ -100,7 +104,7 @@ SMALL_BODY = 16 << 10
 # Seconds between two looks for deadlines that have passed, at least. A look takes some 0.1 ms.
 LOOK_INTERVAL = 0.05
 
-READABLE, WRITABLE, TURN = selectors.EVENT_READ, selectors.EVENT_WRITE, 0
+READABLE, WRITABLE, TURN, PAUSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 0, -1
 
 Wait = Union[int, "Future[Any]", Opening]
 T = TypeVar("T")
@@ -288,7 +292,7 @@ class Connections:
 
     def _look_for_deadlines(self, now: float) -> None:
         for connection in [*self._idle, *self._busy]:
-            if connection.deadline > now:
+            if connection.deadline > now and connection.wait != PAUSE:
                 continue
             if isinstance(connection.wait, Future):
                 # If no thread has begun it, this takes it back. Else it has no deadline any more.
@@ -296,7 +300,8 @@ class Connections:
                 connection.wait.cancel()
             else:
                 self._step(connection, connection.wait, now)
-        first = min((each.deadline for each in [*self._idle, *self._busy]), default=math.inf)
+        first = min((now if each.wait == PAUSE else each.deadline
+                     for each in [*self._idle, *self._busy]), default=math.inf)
         self._look_at = max(now + LOOK_INTERVAL, first)
 
     def _step(self, connection: Connection, wait: Wait | None, now: float) -> None:
@@ -331,6 +336,8 @@ class Connections:
             self._hand_over(connection, wait)
         elif wait == TURN:
             self._in_turn.append(connection)
+        elif wait == PAUSE:
+            self._look_at = min(self._look_at, time.monotonic() + LOOK_INTERVAL)
         else:
             self._watch(connection, wait)
 
@@ -345,7 +352,7 @@ class Connections:
         if self._register(connection.sock, opening, connection.peer):
             self._forget(connection)
         else:
-            self._wait_for(connection, TURN)
+            self._wait_for(connection, PAUSE if self.submit else TURN)
 
     def _watch(self, connection: Connection, events: int) -> None:
         """Watch a socket for these events. TURN: do not watch it."""
@@ -502,7 +509,10 @@ class Connection:
         else:
             answer = respond()
         if isinstance(answer, Opening):
+            until = time.monotonic() + (STORE_TIME if self._others.submit else 0.0)
             yield answer
+            while time.monotonic() < until:
+                yield answer
             raise Refusal(503, "This server has as many clients as it can take, or is not ready "
                                "yet: /-/health says so. Try again later.", ["Retry-After: 10"])
         yield from self._send_answer(answer)

@@ -302,10 +302,11 @@ def test_a_kept_connection_is_as_old_as_its_last_request(open_server, monkeypatc
         assert used.recv(1000).startswith(b"HTTP/1.1 200 ")
         with connect(open_server.port) as half:
             half.sendall(GET[:10])
-            wait_until(lambda: len(open_server._connections._busy) == 1)
+            both = open_server._connections
+            wait_until(lambda: len(both._busy) == len(both._idle) == 1)
             used.sendall(POST + b"hello" + more + POST[:10])
             assert used.recv(1000).startswith(b"HTTP/1.1 200 ")
-            wait_until(lambda: len(open_server._connections._busy) == 2)
+            wait_until(lambda: len(both._busy) == 2)
             with connect(open_server.port):
                 assert half.recv(1) == b""
                 used.sendall(POST[10:] + b"hello")
@@ -523,7 +524,7 @@ def test_posts_wait_for_a_file_without_a_thread_each(tmp_path):
     path = tmp_path / "events.db"
     with SSEServer(port=0, history_file=path, publish_tokens=[PUBLISH_TOKEN]) as server, \
             closing(sqlite3.connect(path, isolation_level=None)) as holder:
-        wait_until(lambda: server._shared.is_loaded)
+        wait_until(lambda: server._shared.loaded.is_set())
         holder.execute("begin immediate")
         crowd = send_many(server, 20, POST + b"hello")
         wait_until(lambda: unfinished(server) == 20)
@@ -534,6 +535,42 @@ def test_posts_wait_for_a_file_without_a_thread_each(tmp_path):
         for sock in crowd:
             assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
             sock.close()
+
+
+@pytest.fixture
+def behind(tmp_path):
+    """A server on a history file that never says it has all of it; its file, and an id to come."""
+    path, ms = tmp_path / "events.db", int(time.time() * 1000) + 60_000
+    with SSEServer(port=0, history_file=path) as server:
+        wait_until(lambda: server._shared.loaded.is_set())
+        server._shared.complete = lambda at: None
+        yield server, path, ms
+
+
+def test_a_client_whose_id_has_not_come_back_from_the_store_waits_for_it(behind, monkeypatch):
+    server, path, ms = behind
+    monkeypatch.setattr(connections, "STORE_TIME", PATIENCE)
+    with Client(server.port, get("/", f"Last-Event-ID: {ms}-0"), last_id=f"{ms}-0") as client:
+        wait_until(lambda: unfinished(server) == 1)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            for number, text in enumerate(("its own", "the next")):
+                other.execute("insert into event values (?, ?, null, null, ?)",
+                              (ms, number, text))
+        assert [event.data for event in client.read_until_data("the next")] == ["the next"]
+    assert not request_threads()
+
+
+def test_a_client_whose_id_does_not_come_in_time_is_asked_to_come_back(behind, monkeypatch):
+    server, _, ms = behind
+    monkeypatch.setattr(connections, "STORE_TIME", 0.2)
+    began = time.monotonic()
+    with Client(server.port, get("/", "Accept: text/event-stream", f"Last-Event-ID: {ms}-0"),
+                last_id=f"{ms}-0") as client:
+        events = client.read_to_end().events
+    assert [event.name for event in events] == ["busy"] and time.monotonic() - began >= 0.2
+    assert ask(server.port, get("/", f"Last-Event-ID: {ms}-0")).startswith(b"HTTP/1.1 503 ")
+    with Client(server.port) as new:
+        new.open()
 
 
 @pytest.mark.parametrize("name, body, status", [

@@ -7,6 +7,7 @@ moment in which it is sent.
 import json
 import random
 import re
+import socket
 import threading
 import time
 from typing import Iterable, List, NamedTuple, Optional, Tuple
@@ -17,7 +18,7 @@ import pytest
 from sse_core import frames
 from sse_core.log import NOTHING
 from sse_core.shared import Event as Coming
-from test_publisher import HEAD, Bench, Narrow, Peer, in_a_thread, piped
+from test_publisher import HEAD, Bench, Narrow, Peer, in_a_thread, opening, piped
 from wire import Decoder, Event
 
 ID_ROOM = 64            # bytes for which there must be room beside an event, whatever its id
@@ -132,12 +133,12 @@ class Reader:
     """A client, and what it must be sent next."""
 
     def __init__(self, bench: Bench, story: Story, name: str, narrow: bool, chunked: bool,
-                 channels: List[str], last_id: Optional[str], can_place: bool) -> None:
+                 channels: List[str], last_id: Optional[str]) -> None:
         self.bench, self.story, self.name = bench, story, name
         self.channels, self.chunked = channels, chunked
         self.last_id = last_id if story.ids else None
         self.stream = Decoder(chunked, self.last_id or "", original=not story.ids)
-        self.at: Optional[int] = len(story.entries)     # the entry due next; None: it is ahead
+        self.at = len(story.entries)            # the entry due next
         self.gap: Optional[str] = None          # why it must be told a gap before that
         self.had = {spelled(story.last) if last_id is None else last_id} if story.ids else {None}
         if self.last_id is not None and parsed(last_id) is None:
@@ -147,15 +148,14 @@ class Reader:
         self.whole = self.gaps = self.bytes = self.sum = self.beats = 0
         # The oldest entry kept, and the number of entries, when the frame under way began
         self.then = story.first, len(story.entries)
-        self.sent_at = self.registered_at = bench.now
+        self.sent_at = bench.now
         self.blocked_at: Optional[float] = None
         self.held_up_at = 0.0                   # when it last could take nothing
         self.gone = self.was_full = False
         self.lags = False                       # more was due when it last took a byte
         if self.last_id is not None:
-            self.at = None
-            if can_place:
-                self.place()
+            self.at, self.gap = story.place(self.last_id, channels)
+            self.since = self.at
         self.peer = Peer(bench.broadcast, narrow=True, peer=name, chunked=chunked,
                          channels=channels, last_id=last_id)
         self.sock = self.peer.server_end
@@ -165,10 +165,6 @@ class Reader:
 
     def now(self) -> float:
         return self.bench.now
-
-    def place(self) -> None:
-        self.at, self.gap = self.story.place(self.last_id, self.channels)
-        self.since, self.sent_at = self.at, self.bench.now
 
     def judge(self, data: bytes) -> None:
         """Hold bytes that are being sent against what is due."""
@@ -223,11 +219,7 @@ class Reader:
         self.at, self.gap, self.gaps = at, None, self.gaps + 1
 
     def due(self) -> Optional[Entry]:
-        return None if self.at is None else self.story.next_wanted(self.at, self.channels)
-
-    def is_idle(self) -> bool:
-        """Say whether it was greeted and nothing, half a heartbeat say, is under way to it."""
-        return bool(self.stream.payloads) and self.blocked_at is None
+        return self.story.next_wanted(self.at, self.channels)
 
     def is_full(self) -> bool:
         """Say whether the kernel may hold so much that the socket does not count as writable."""
@@ -363,12 +355,19 @@ class Driver:
         last_id = self.draw.choice((None, None, known_id, known_id, self.draw.choice(others)))
         channels = [name for name in "abd" if self.draw.random() < 0.4]
         id = parsed(last_id or "x")
-        can_place = (id is None or id <= self.story.last
-                     or self.complete_at > self.bench.now)
+        came_at = self.bench.now - self.draw.choice((0, 1))
+        if self.story.ids and id and id > self.story.last and self.complete_at <= came_at:
+            return self.refuse(last_id, came_at)
         self.readers.append(Reader(self.bench, self.story,
                                    f"peer {len(self.left) + len(self.readers)}",
                                    self.draw.random() < 0.7, self.draw.random() < 0.8, channels,
-                                   last_id, can_place))
+                                   last_id))
+
+    def refuse(self, last_id: str, came_at: float) -> None:
+        """What it had before it came may come yet."""
+        ours, peer = socket.socketpair()
+        with ours, peer:
+            assert not self.broadcast.register(ours, opening(last_id=last_id, came_at=came_at))
 
     def give_room(self) -> None:
         for reader in self.draw.sample(self.readers, min(2, len(self.readers))):
@@ -405,16 +404,8 @@ class Driver:
         if self.is_behind:
             self.behind_at = self.bench.now
         self.is_behind = self.broadcast.has_work()
-        for reader in self.readers:
-            if reader.at is None and reader.is_idle() and self.can_place(reader):
-                reader.place()
         self.check_drops()
         self.check_heartbeats()
-
-    def can_place(self, reader: Reader) -> bool:
-        id = parsed(reader.last_id)
-        return (id is None or id <= self.story.last
-                or self.complete_at > reader.registered_at)
 
     def check_drops(self) -> None:
         """Dropped are those that left, or took no byte for STALL seconds, and no others."""
@@ -463,8 +454,7 @@ class Driver:
             self.turn()
         assert not self.readers and not len(self.broadcast.clients)
         groups = self.publisher._groups
-        assert not any((groups._groups, groups._by_channel, self.publisher._ahead,
-                        self.publisher._stalls._owing, self.broadcast.clients.lagging,
+        assert not any((groups._groups, groups._by_channel, self.publisher._stalls._owing, self.broadcast.clients.lagging,
                         self.broadcast.clients.pace._paid))
 
     def serve_all(self) -> None:
@@ -704,32 +694,32 @@ def bench():
         close(each)
 
 
-def ahead_with_half_a_heartbeat(bench) -> Tuple[Bench, Peer]:
+def resumed_with_half_a_heartbeat(bench) -> Tuple[Bench, Peer]:
     b = bench(shared=True, heartbeat=10.0)
     b.broadcast.preload(iter([Coming((1, 0), frames.encode("1"), None)]), NOTHING)
-    ahead = b.peer(narrow=True, last_id="3-0")
-    ahead.server_end.room = WIDE
+    resumed = b.peer(narrow=True, last_id="1-0")
+    resumed.server_end.room = WIDE
     b.turn()
-    ahead.server_end.room = 7
+    resumed.server_end.room = 7
     b.pass_time(12)
-    return b, ahead
+    return b, resumed
 
 
 def test_half_a_heartbeat_does_not_make_a_client_forget_its_id(bench):
-    b, ahead = ahead_with_half_a_heartbeat(bench)
-    ahead.server_end.room = WIDE
+    b, resumed = resumed_with_half_a_heartbeat(bench)
+    resumed.server_end.room = WIDE
     for number in (2, 3, 4):
         b.broadcast.add(Coming((number, 0), frames.encode(str(number)), None))
     b.turn(3)
-    assert ahead.data() == ["4"]
+    assert resumed.data() == ["2", "3", "4"]
 
 
 def test_half_a_heartbeat_is_followed_by_its_other_half(bench):
-    b, ahead = ahead_with_half_a_heartbeat(bench)
+    b, resumed = resumed_with_half_a_heartbeat(bench)
     b.pass_time(12)
-    ahead.server_end.room = WIDE
+    resumed.server_end.room = WIDE
     b.turn(2)
-    assert ahead.take().comments == 1 and not ahead.stream.partial
+    assert resumed.take().comments == 1 and not resumed.stream.partial
 
 
 def test_the_gap_of_a_source_that_has_left_the_log_is_told(bench):
