@@ -250,7 +250,6 @@ class SharedLog(ABC):
 
     def _begin(self, shared: Shared, stopping: threading.Event) -> list[Row]:
         """Load the newest rows, or tell a gap before them. Returns those that are to be added."""
-        after = self._last and self._last[:2]
         newest, missing = self._collect(stopping)
         if stopping.is_set():
             return []
@@ -258,7 +257,7 @@ class SharedLog(ABC):
         if shared.loaded.is_set():
             logger.warning("%s are gone that were not read: a gap is told", self._skips)
             resumed = next(self._events(reversed(rows)), None)
-            shared.tell_gap(after, resumed and resumed.id)
+            shared.tell_gap(resumed and resumed.id)
             return rows[::-1]
         shared.preload(self._events(_taken_from(rows)), missing)
         return []
@@ -443,8 +442,12 @@ class Shared(Broadcast):
             self._log.complete_at = at
             self._moved.notify_all()
 
-    def tell_gap(self, after: Id | None, resumed: Id | None) -> None:
-        """Tell all clients that the shared log has lost what was between these two ids."""
+    def tell_gap(self, resumed: Id | None) -> None:
+        """Tell all clients that the shared log has lost what was before this id.
+
+        That is after the newest event of this log: a row that was no event is no client's id.
+        """
+        after = self._log.last_id if self._log.last_id > (0, 0) else None
         ids = frames.format_id(after), frames.format_id(resumed)
         payload = self._line_ends(frames.gap_payload(*ids, "evicted", after if self._ids else None))
         with self._mutex:

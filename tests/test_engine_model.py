@@ -318,7 +318,7 @@ class Driver:
         data = json.dumps({"after": spelled(after), "resumed": spelled(resumed),
                            "reason": "evicted"})
         self.make_way(len(data) + 30)
-        self.broadcast.tell_gap(after, resumed)
+        self.broadcast.tell_gap(resumed)
         payload = f"event: gap\ndata: {data}\nid: {spelled(after)}\n\n"
         self.story.append(None, None, "gap", data, len(payload), 0)
 
@@ -725,7 +725,7 @@ def test_half_a_heartbeat_is_followed_by_its_other_half(bench):
 def test_the_gap_of_a_source_that_has_left_the_log_is_told(bench):
     b = bench(shared=True)
     b.broadcast.preload(iter([Coming((1, 0), frames.encode("1"), None)]), NOTHING)
-    b.broadcast.tell_gap((1, 0), (5, 0))
+    b.broadcast.tell_gap((5, 0))
     for number in range(5, 69):
         b.broadcast.add(Coming((number, 0), frames.encode(str(number)), None))
         b.turn()

@@ -429,6 +429,24 @@ def test_a_follower_that_was_trimmed_past_tells_a_gap(path):
         assert [(event.id, event.data) for event in client.stream.events[2:]] == newest
 
 
+def test_a_gap_for_everybody_carries_the_id_of_an_event_and_not_of_a_row_that_is_none(path):
+    with on_file(path) as (server,), Client(server.port) as client:
+        client.open()
+        first = post(server, "first").json()["id"]
+        client.read_until_data("first")
+        query(path, "insert into event select max(ms) + 1, 0, null, null, null from event")
+        halt(server.process)
+        with publishing(path) as stream:
+            stream.publish([Draft(str(number)) for number in range(100)])
+        trim_to(path, 10)
+        server.process.send_signal(signal.SIGCONT)
+        client.read_until_data("99")
+        assert gaps(client)[0]["after"] == first
+        with resume(server, first) as back:
+            back.read_until_data("99")
+            assert [gap["reason"] for gap in gaps(back)] == ["evicted"]
+
+
 def test_what_is_trimmed_exactly_up_to_where_a_server_stands_is_no_gap(path):
     with on_file(path) as (server,), Client(server.port) as client:
         client.open()
@@ -482,7 +500,7 @@ def test_what_is_loaded_and_a_gap_leave_the_log_in_its_bounds(path):
         assert (shared._log.first, shared._log.next, shared.fanned_out) == (35, 99, 99)
         woken = []
         shared.wakeup.wake = lambda: woken.append(True)
-        shared.tell_gap((99, 0), None)      # and clients are sent it at once
+        shared.tell_gap(None)     # and clients are sent it at once
         assert (shared._log.first, shared._log.next) == (36, 100) and woken
 
 

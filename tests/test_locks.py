@@ -93,7 +93,7 @@ BROADCAST = {
 SHARED = {
     "preload": lambda shared: shared.preload(iter(()), (-1, 0)),
     "complete": lambda shared: shared.complete(1.0),
-    "tell_gap": lambda shared: shared.tell_gap(None, None)}
+    "tell_gap": lambda shared: shared.tell_gap(None)}
 
 
 @pytest.mark.parametrize("first", ["publish", "describe_clients"])

@@ -1140,7 +1140,7 @@ def test_a_gap_for_everybody_carries_the_id_after_which_something_is_lost(bench)
     b.broadcast.preload(iter([]), NOTHING)
     reader = b.peer()
     b.broadcast.add(Event((7, 0), frames.encode("x"), None))
-    b.broadcast.tell_gap((7, 0), (9, 0))
+    b.broadcast.tell_gap((9, 0))
     b.turn(2)
     gap = reader.take().events[-1]
     assert (gap.name, gap.id) == ("gap", "7-0") and json.loads(gap.data)["resumed"] == "9-0"
@@ -1375,7 +1375,7 @@ def test_figures_count_what_was_told_and_published(bench):
     assert b.publisher.figures()["gaps"] == 0           # it could not be told yet
     back.server_end.room = 1 << 20
     b.turn(3)
-    b.broadcast.tell_gap((99, 0), None)
+    b.broadcast.tell_gap(None)
     b.broadcast.add(Event((200, 0), b"data: new\n\n", None))
     b.turn()
     figures = b.publisher.figures()
