@@ -683,7 +683,7 @@ def test_more_than_the_log_holds_while_redis_was_away_at_the_start_is_a_gap(stor
     """Whatever the clock of the server says: it is not compared with ids."""
     first = store.add(data="first")
     store.kill()
-    with Server("--redis", store.url, "--publish-token", POST, stdin=subprocess.DEVNULL, before=(
+    with Server("--redis", store.url, "--publish-token", POST, "--history", "1024", before=(
             f"import time; real = time.time; time.time = lambda: real() + {skew}")) as server:
         store.start()
         add_many(store.client, number=3000)
