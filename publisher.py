@@ -295,7 +295,7 @@ class Publisher:
         client.sock.close()
         self.counters.drops[reason] += 1
         self._stalls.forget(client)
-        self._clients.remove(client, self._clock())
+        self._clients.remove(client)
         self._groups.leave(client)
         level = logging.WARNING if reason in (STALLED, UNWATCHED) else logging.DEBUG
         logger.log(level, "%s dropped: %s", client.peer, reason)

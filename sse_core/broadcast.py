@@ -139,7 +139,8 @@ class Broadcast:
             while not self.stopping and (
                     self.fanned_out < end or not self.clients.have(end, self.clock())):
                 if self.fanned_out >= end:      # else it waits for the publisher
-                    self.clients.pace.hold(self.clock())
+                    now = self.clock()
+                    self.clients.pace.hold(self.clients.floor(end, now), now)
                 self._moved.wait(LOOK)
             self.clients.pace.release(self.clock())
 
@@ -252,7 +253,7 @@ class Broadcast:
             elif log.first >= self._floor if wait else (
                     (log.next - self.fanned_out) * 4 > (log.next - log.first) * 3):
                 if wait and self._floor < self.fanned_out:      # else it waits for the publisher
-                    self.clients.pace.hold(self.clock())
+                    self.clients.pace.hold(self._floor, self.clock())
                 self._wait()
                 if not is_begun:
                     self.check_running()

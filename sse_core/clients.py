@@ -162,20 +162,18 @@ class Clients:
     def took(self, client: Client, size: int, now: float) -> None:
         """Say how many bytes a client that lags has taken."""
         with self._mutex:
-            self.pace.take(client, size, now)
+            self.pace.take(client, size, client.cursor, now)
 
     def caught_up(self, client: Client, now: float) -> None:
         """Sort a client that is due nothing."""
         with self._mutex:
-            self._forget_lag(client, now)
+            if client in self.lagging:
+                del self.lagging[client]
+                self.pace.catch_up(client, now)
 
-    def remove(self, client: Client, now: float) -> None:
+    def remove(self, client: Client) -> None:
         """Forget a client."""
         with self._mutex:
-            self._forget_lag(client, now)
+            self.lagging.pop(client, None)
+            self.pace.forget(client)
             del self._all[client]
-
-    def _forget_lag(self, client: Client, now: float) -> None:
-        if client in self.lagging:
-            del self.lagging[client]
-            self.pace.forget(client, now)

@@ -10,14 +10,15 @@ A client that reads at RATE or faster pays for each pause with what it takes aft
 more than its longest pause. It is waited for as long as its debt is below both of these:
 
     longest     `patience` seconds, and what the kernel may hide: see LUMP.
-    trust       What it has paid back since it fell behind, and the credit that all clients share.
+    trust       What it has paid back so far, less what it has not when it caught up; and the
+                credit that all clients share.
 
 The shared credit bounds what all clients together can cost. When a source was held up and nobody
 made good for it, CHARGED of that time is taken from the credit, which refills slowly. Without it, a
 peer that connects anew every ten seconds and reads nothing would hold up a pipe for ever. With it,
 such peers cost a pause of little more than `longest` seconds, and a ninth of the time from then
 on. The credit is never spent to the last, so that a reader whose debt is short is waited for even
-then, and one that has been slow but steady has its own trust.
+then, and one that has paid its debts before has its own trust.
 
 The precedent for a least rate over a time of grace is MinDataRate of ASP.NET Core's Kestrel.
 """
@@ -50,57 +51,66 @@ class Pace:
         # Seconds: the most that one client is waited for at a time
         self.longest = patience and patience + LUMP / RATE
 
-        # For each client that lags: when it fell behind, and up to when what it took has paid
+        # For each client that lags, or did: seconds of trust that it has earned, and up to when
+        # what it took has paid
         self._paid: dict[Hashable, tuple[float, float]] = {}
 
         # The shared credit in seconds, as it was at a time
         self._credit = self.longest
         self._credit_at = 0.0
 
-        # Since when a source is held up and no client has moved; None: none is
-        self._held_since: float | None = None
+        # The oldest frame for which a source waits, and since when; None if none waits
+        self._held: tuple[int, float] | None = None
 
     def fall_behind(self, client: Hashable, now: float) -> None:
         """Begin to count what a client owes."""
-        self._paid[client] = now, now
+        trust, _ = self._paid.get(client, (0.0, now))
+        self._paid[client] = trust, now
 
-    def take(self, client: Hashable, size: int, now: float) -> None:
-        """Count bytes that a client which lags has taken."""
-        began, paid = self._paid[client]
+    def take(self, client: Hashable, size: int, cursor: int, now: float) -> None:
+        """Count bytes that a client which lags has taken, standing at a frame."""
+        trust, paid = self._paid[client]
         payment = min(size / RATE, now - paid)
-        self._paid[client] = began, paid + payment
-        self.release(now, payment)
+        self._paid[client] = trust + payment, paid + payment
+        # The time from here on, until the source wakes up, is nobody's. A fast pipe has much of it
+        if self._held and cursor <= self._held[0]:
+            self.release(now, payment)
 
-    def forget(self, client: Hashable, now: float) -> None:
-        """Forget a client that has caught up, or is gone."""
-        del self._paid[client]
-        self.release(now)
+    def catch_up(self, client: Hashable, now: float) -> None:
+        """Forgive a client that has everything what it still owes, at the cost of its trust."""
+        trust, paid = self._paid[client]
+        self._paid[client] = max(0.0, trust - (now - paid)), now
+
+    def forget(self, client: Hashable) -> None:
+        """Forget a client that is gone."""
+        self._paid.pop(client, None)
 
     def waits_for(self, client: Hashable, now: float) -> bool:
         """Say whether a client that lags is waited for."""
-        began, paid = self._paid[client]
-        # Others may have held up the source before this one did, and what that cost is not its own
-        trust = paid - began + self._shared(now) - self._lost(paid)
-        return now - paid < min(self.longest, trust)
+        trust, paid = self._paid[client]
+        # Others may have held up the source before this one did: that is spent
+        shared = self._shared(now) - self._lost(paid)
+        return now - paid < min(self.longest, trust + shared)
 
-    def hold(self, now: float) -> None:
-        """Say that a source waits for clients. Call it again whenever it has looked in vain."""
-        if self._held_since is None:
-            self._held_since = now
+    def hold(self, frame: int, now: float) -> None:
+        """Say that a source waits, for clients that are due this frame. Call it at each look."""
+        if self._held and self._held[0] != frame:
+            self.release(now)
+        self._held = self._held or (frame, now)
 
     def release(self, now: float, payment: float = 0.0) -> None:
-        """Say that no source waits any more, or that one may not have to: a client has moved.
+        """Say that no source waits any more: take what that cost from the credit.
 
-        What the hold-up cost is taken from the credit, but for the seconds that were paid back.
+        payment: seconds of it that the client which moved has paid back.
         """
-        if self._held_since is not None:
+        if self._held:
             lost = max(0.0, self._lost(now) - payment)
             self._credit, self._credit_at = max(0.0, self._shared(now) - lost), now
-            self._held_since = None
+            self._held = None
 
     def _lost(self, now: float) -> float:
         """Return what of the credit a hold-up has cost until then."""
-        return 0.0 if self._held_since is None else CHARGED * max(0.0, now - self._held_since)
+        return CHARGED * max(0.0, now - self._held[1]) if self._held else 0.0
 
     def _shared(self, now: float) -> float:
         return min(self.longest, self._credit + REFILL * (now - self._credit_at))

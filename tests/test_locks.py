@@ -89,7 +89,7 @@ BROADCAST = {
     "set_lagging": lambda broadcast, client: broadcast.clients.set_lagging(client, 1000.0),
     "caught_up": lambda broadcast, client: broadcast.clients.caught_up(client, 1000.0),
     "took": lambda broadcast, client: broadcast.clients.took(client, 1, 1000.0),
-    "remove": lambda broadcast, client: broadcast.clients.remove(client, 1000.0)}
+    "remove": lambda broadcast, client: broadcast.clients.remove(client)}
 SHARED = {
     "preload": lambda shared: shared.preload(iter(()), (-1, 0)),
     "complete": lambda shared: shared.complete(1.0),

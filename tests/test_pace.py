@@ -6,13 +6,15 @@ import pytest
 from sse_core.pace import LUMP, RATE, Pace
 
 LONGEST = 5.0 + LUMP / RATE     # seconds, with a patience of 5
+OLDEST, LATER = 7, 8            # frames at which clients stand
 
 
 def after(events, patience: float = 5.0) -> Pace:
     """Return a pace after events of one client: (seconds, what it does, bytes)."""
     pace = Pace(patience)
     for now, what, *size in events:
-        getattr(pace, what)("client", *size, now)
+        where = (*size, OLDEST) if what == "take" else ()
+        getattr(pace, what)("client", *where, now)
     return pace
 
 
@@ -40,7 +42,7 @@ CASES = {
     "one that was given up and has paid half of it":
         ([BEHIND, (60.0, "take", 30 * RATE)], 60.1, False),
     "one that caught up and falls behind again owes nothing":
-        ([BEHIND, (40.0, "fall_behind")], 40.1, True),
+        ([BEHIND, (39.0, "catch_up"), (40.0, "fall_behind")], 40.1, True),
 }
 
 
@@ -64,7 +66,7 @@ def test_fuzz_a_reader_whose_kernel_reports_it_in_lumps_is_waited_for_at_every_m
             now, behind = now + pause, behind + pause
             assert pace.waits_for("client", now), f"seed {seed}: after {now} s"
             lump = draw.uniform(0.0, 1.5) * behind
-            pace.take("client", int(lump * RATE) + 1, now)
+            pace.take("client", int(lump * RATE) + 1, OLDEST, now)
             behind = max(0.0, behind - lump)
 
 
@@ -75,9 +77,10 @@ def held(pace: Pace, client: str, began: float) -> float:
     now = began
     pace.fall_behind(client, now)
     while pace.waits_for(client, now):
-        pace.hold(now)
+        pace.hold(OLDEST, now)
         now += 0.1
-    pace.forget(client, now)
+    pace.release(now)
+    pace.forget(client)
     return now - began
 
 
@@ -104,14 +107,14 @@ def test_peers_that_connect_anew_and_take_nothing_cost_an_eighth_of_the_time():
 def test_a_pause_that_is_made_good_costs_no_credit():
     pace = after([BEHIND])
     for second in range(8, 800, 8):
-        pace.hold(second - 8.0)
-        pace.take("client", LUMP, float(second))
+        pace.hold(OLDEST, second - 8.0)
+        pace.take("client", LUMP, OLDEST, float(second))
     assert held(pace, "another", 800.0) == pytest.approx(LONGEST, abs=0.2)
 
 
 def test_a_pause_that_held_up_nobody_costs_no_credit():
     pace = after([BEHIND])
-    pace.forget("client", 59.0)
+    pace.forget("client")
     assert held(pace, "another", 60.0) == pytest.approx(LONGEST, abs=0.2)
 
 
@@ -125,32 +128,61 @@ def test_those_that_take_nothing_one_after_the_other_share_one_pause():
             pace.fall_behind(second, float(second))
         if not any(pace.waits_for(client, float(second)) for client in clients):
             break
-        pace.hold(float(second))
+        pace.hold(OLDEST, float(second))
     assert LONGEST < second < 1.2 * LONGEST
 
 
 def test_a_pause_that_is_partly_made_good_costs_the_rest():
     pace = after([BEHIND])
-    pace.hold(0.0)
-    pace.take("client", 4 * RATE, 10.0)
-    pace.forget("client", 10.0)
+    pace.hold(OLDEST, 0.0)
+    pace.take("client", 4 * RATE, OLDEST, 10.0)
     assert held(pace, "another", 10.0) == pytest.approx(LONGEST - 5.0 + 0.9, abs=0.2)
 
 
-def test_the_time_after_a_client_has_moved_is_not_lost():
+def test_a_pause_is_not_made_good_by_those_who_do_not_hold_up_the_source():
+    pace = after([BEHIND])
+    pace.hold(OLDEST, 0.0)
+    pace.take("client", LUMP, LATER, 8.0)
+    pace.release(10.0)
+    assert held(pace, "another", 10.0) < 0.5 * LONGEST
+
+
+def test_the_time_after_the_slowest_has_moved_is_not_lost():
     """The source wakes up a moment later: of a fast pipe, these moments are a good part."""
     pace = after([BEHIND])
-    pace.hold(0.0)
-    pace.take("client", RATE, 1.0)
+    pace.hold(OLDEST, 0.0)
+    pace.take("client", RATE, OLDEST, 1.0)
     pace.release(10.0)
-    pace.forget("client", 10.0)
     assert held(pace, "another", 10.0) == pytest.approx(LONGEST, abs=0.2)
 
 
-def test_a_slow_reader_that_is_steady_is_waited_for_though_others_have_used_up_the_credit():
-    pace, now = after([BEHIND, (8.0, "take", LUMP)]), 8.0
+def test_when_the_source_waits_for_the_next_what_the_last_has_cost_is_taken():
+    pace = after([BEHIND])
+    pace.hold(OLDEST, 0.0)
+    pace.hold(LATER, 10.0)
+    assert not pace.waits_for("client", 10.0)
+
+
+def deaf_ones_use_up_the_credit(pace: Pace, now: float) -> float:
+    """Hold up a source by some that take nothing, beside a client that does. Return when it ends.
+    """
     for number in range(5):
         now += held(pace, f"deaf {number}", now)
-        pace.take("client", LUMP * 2, now)
+        pace.take("client", LUMP * 2, LATER, now)
+    return now
+
+
+def test_a_slow_reader_that_is_steady_is_waited_for_though_others_have_used_up_the_credit():
+    pace = after([BEHIND, (8.0, "take", LUMP)])
+    now = deaf_ones_use_up_the_credit(pace, 8.0)
     pace.fall_behind("new", now)
     assert pace.waits_for("client", now + 5.6) and not pace.waits_for("new", now + 5.6)
+
+
+@pytest.mark.parametrize("owed, is_waited_for", [(0.0, True), (60.0, False)])
+def test_one_that_falls_behind_again_is_trusted_if_it_has_paid_its_debts(owed, is_waited_for):
+    pace = after([BEHIND, (8.0, "take", LUMP)])
+    now = deaf_ones_use_up_the_credit(pace, 8.0) + owed
+    pace.catch_up("client", now)
+    pace.fall_behind("client", now + 1.0)
+    assert pace.waits_for("client", now + 1.0 + 8.0) is is_waited_for
