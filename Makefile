@@ -54,7 +54,7 @@ $(VENV)/ready: setup.cfg
 
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__ \
-		tests/interop/node_modules
+		tests/interop/node_modules tests/interop/python_modules
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/bench.py
@@ -67,6 +67,8 @@ soak:
 
 interop: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet psycopg -r tests/interop/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --upgrade --no-deps --target tests/interop/python_modules \
+		-r tests/interop/python_modules.txt
 	if command -v npm >/dev/null; then npm install --prefix tests/interop \
 		--no-audit --no-fund --no-package-lock --ignore-scripts --loglevel=error; fi
 	$(VENV)/bin/python -m pytest -m interop

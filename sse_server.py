@@ -250,19 +250,18 @@ class SSEServer(_Listener, metaclass=_Documented):
                  on_fault: Callable[[], object] | None = None) -> None:
         """Begin to listen. The options stand above."""
         host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        texts = {"jwt_key": jwt_key, "cert": cert, "key": key, "redis": redis, "stream": stream,
-                 "history_file": history_file}
+        texts = {"host": host, "jwt_key": jwt_key, "cert": cert, "key": key, "redis": redis,
+                 "stream": stream, "history_file": history_file}
         _refuse(
-            (not host, "host is empty: 0.0.0.0 is every address of this machine"),
             # What an unset variable gives would be no TLS, no history, a server open to everybody
             *((value == "", f"{name} is empty: was a variable not set?")
               for name, value in texts.items()),
             (not isinstance(port, int) or not 0 <= port < 65536, "port is not from 0 to 65535"),
             (not isinstance(history, int), "history is not a whole number"),
             (not callable(authorize or len), "authorize is not a function"),
-            (key and not cert, "a key without a certificate: cert is missing"),
-            (stream and not redis, "stream is for redis, which is missing"),
-            (sync and not history_file, "sync is for history_file, which is missing"),
+            (key and not cert, "key needs cert"),
+            (stream and not redis, "stream needs redis"),
+            (sync and not history_file, "sync needs history_file"),
             (redis and history_file, "one shared log is enough: redis, or history_file"))
         self._lifecycle = threading.RLock()
         self._process = os.getpid()             # the one that it serves in
@@ -505,50 +504,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Call it in the main thread.
     """
+    command_line.open_missing_streams()
     options = command_line.parse_arguments(arguments)
     writer = command_line.set_up_logging(options)
     descriptors.raise_limit(options.max_clients)
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
+    wake = partial(waker.send, b"\0")
+    names = inspect.signature(SSEServer).parameters
     try:
-        server = _make_server(options, on_fault=partial(waker.send, b"\0"))
-    except ValueError as error:
-        logger.error("%s: %s", command_line.PROGRAM, error)
+        server = SSEServer(on_fault=wake, **{name: value for name, value in vars(options).items()
+                                             if name in names})
+    except (OSError, ValueError) as error:
+        # Of an OSError, this is its text without the number.
+        logger.error("%s: %s", command_line.PROGRAM, error.args[-1])
         return 2
     command_line.catch_signals(waker)
     if not options.stdin:
         command_line.ask_about_input()
     command_line.say(*_first_lines(server, options))
-    stopping = threading.Event()
-    source = server._thread("source", lambda: _run_source(server, options, stopping, waker))
-    has_status = command_line.has_terminal() and not options.quiet
+    has_status = sys.stderr.isatty() and not options.quiet
     status = command_line.status_lines(server.figures) if has_status else None
-    try:
-        with server:
-            source.start()
-            command_line.wait_for_stop(wakee, not options.stdin, status, writer)
-            stopping.set()
-    except Fault:       # it was logged when it happened
-        return 1
-    finally:
-        stopping.set()
-        if source.ident is not None:        # else the server could not start
-            source.join()
-    return 0
-
-
-def _make_server(options: argparse.Namespace, on_fault: Callable[[], object]) -> SSEServer:
-    """Return the server that was asked for. Raises ValueError with a text for its user."""
-    names = inspect.signature(SSEServer).parameters
-    try:
-        return SSEServer(on_fault=on_fault, **{
-            name: value for name, value in vars(options).items() if name in names})
-    except OSError as error:
-        raise ValueError(error.strerror) from None
+    source = server._thread("source", lambda: _run_source(server, options, wake))
+    # A fault was logged when it happened.
+    with suppress(Fault), server:
+        source.start()
+        command_line.wait_for_stop(wakee, not options.stdin, status, writer)
+    source.join()
+    return 1 if server._broadcast.fault else 0
 
 
 def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str]:
-    """Yield what a person needs to know at the start; the original's two lines come first."""
+    """Yield what a person needs to know at the start. The original's two lines come first."""
     if not options.stdin and command_line.has_foreground(sys.stdin):
         yield "Press enter to terminate"
     yield f"Listening on {server.url}"
@@ -556,8 +543,8 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
         return
     asks = options.tokens or options.jwt_key
     url = server._url_at(_host_to_visit(str(server.server_address[0]), options.allowed_hosts))
-    yield (f"Watch: curl -N {url}/TOKEN, or open {url}/#TOKEN in a browser" if asks else
-           f"Watch: curl -N {url}/token, or open {url}/ in a browser")
+    token, fragment = ("TOKEN", "#TOKEN") if asks else ("token", "")
+    yield f"Watch: curl -N {url}/{token}, or open {url}/{fragment} in a browser"
     who = ("anybody with a token" if asks else
            "everybody on this machine" if options.host in LOOPBACK else
            "everybody who can reach this address")
@@ -565,7 +552,8 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
     publishers = ("anybody with a token that grants it" if options.jwt_key else
                   "anybody with a publish token" if options.publish_tokens else "nobody")
     yield f"May watch: {who}{pages}. May publish: {publishers}"
-    if options.variables:       # they can be left over from another day
+    # They can be left over from another day.
+    if options.variables:
         yield f"Tokens and keys come from the environment, too: {', '.join(options.variables)}"
 
 
@@ -577,33 +565,29 @@ def _host_to_visit(listening_on: str, allowed_hosts: Sequence[str]) -> str:
     if listening_on not in ANY_ADDRESS:
         return listening_on
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        # Sends nothing: it looks for the way out of here, and takes the address where that begins
+        # This sends nothing. It looks for the way out of here, and takes the address where that
+        # begins.
         sock.connect(SOMEWHERE)
         return str(sock.getsockname()[0])
-    # There is no way. Somebody may know the machine by its name
+    # There is no way. Somebody may know the machine by its name.
     return socket.gethostname()
 
 
-def _run_source(server: SSEServer, options: argparse.Namespace, stopping: threading.Event,
-                waker: socket.socket) -> None:
-    """Publish what the source gives until its end; then, everyone served, end the process."""
-    try:
-        if options.stdin:
-            while server.clients < options.wait_clients and not stopping.wait(WAIT_CHECK):
-                pass
-            number = sources.lines(server._broadcast.publish_all, stopping, sys.stdin.fileno(),
-                                   frames.parse_draft if options.json else frames.Draft)
-            clients = server.clients
-            server.drain()
-            logger.log(logging.INFO if clients else logging.WARNING,
-                       "%s published; at the end %s connected", count_of(number, "event"),
-                       f"{count_of(clients, 'client')} {'was' if clients == 1 else 'were'}")
-        elif options.interval:
-            sources.clock(server.publish, stopping, options.interval)
-        else:
-            stopping.wait()
-    finally:
-        waker.send(b"\0")
+def _run_source(server: SSEServer, options: argparse.Namespace, wake: Callable[[], object]) -> None:
+    """Publish what the source gives. After the last line, when everyone has it, call `wake`."""
+    if options.stdin:
+        while server.clients < options.wait_clients and not server._stopping.wait(WAIT_CHECK):
+            pass
+        number = sources.lines(server._broadcast.publish_all, server._stopping, sys.stdin.fileno(),
+                               frames.parse_draft if options.json else frames.Draft)
+        clients = server.clients
+        server.drain()
+        logger.log(logging.INFO if clients else logging.WARNING,
+                   "%s published; at the end %s connected", count_of(number, "event"),
+                   f"{count_of(clients, 'client')} {'was' if clients == 1 else 'were'}")
+        wake()
+    elif options.interval:
+        sources.clock(server.publish, server._stopping, options.interval)
 
 
 if __name__ == "__main__":

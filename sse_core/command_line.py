@@ -1,12 +1,17 @@
-"""Turn flags into options, and Enter and signals into the end: what a person at a terminal meets.
+"""Turn flags into options, and Enter and signals into the end of the process.
 
-It knows no server: what it shows and waits for is handed in.
+This is what a person at a terminal meets. It knows no server: what it shows, and what it waits for,
+is handed in.
+
+Whether an option makes sense is decided in one place, the constructor of SSEServer, because
+programs give options, too. Only what no program can give is checked here.
 """
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -17,7 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, Callable, NoReturn, TextIO
 
@@ -25,168 +29,20 @@ from sse_core import __version__
 from sse_core.log_writer import LogWriter
 
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
-STATUS_EVERY = 1.0          # seconds between two status lines
-TICK = 1.0                  # seconds between two ticks of the clock, as in the original
 
-logger = logging.getLogger("sse_server")
+# Seconds between two status lines.
+STATUS_EVERY = 1.0
 
+# Seconds between two ticks of the clock, as in the original.
+TICK = 1.0
 
-def _number(kind: Callable[[str], float], limit: float, what: str) -> Callable[[str], float]:
-    """Return a function that converts an option's value, or raises the error argparse reports."""
-    def convert(text: str) -> float:
-        with suppress(ValueError):
-            value = kind(text)
-            if 0 <= value < limit:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return convert
-
-
-def text(value: str) -> str:
-    """Return an option's value. An empty one is refused: it is what an unset variable gives."""
-    if not value:
-        raise argparse.ArgumentTypeError("it is empty: was a variable not set?")
-    return value
-
-
-port_number = _number(int, 1 << 16, "a port from 0 to 65535")
-whole_number = _number(int, 1 << 31, "a whole number from 0 on")
-seconds = _number(float, 1e6, "a number of seconds from 0 on")
-
-
+# Environment variables that hold tokens or a key.
 VARIABLES = ("SSE_TOKEN", "SSE_PUBLISH_TOKEN", "SSE_JWT_KEY")
 
-NEEDS = {"json": "stdin", "wait_clients": "stdin", "stream": "redis", "sync": "history_file",
-         "key": "cert"}     # flags that mean nothing without another one
+# Adds a flag to one group of --help.
+Add = Callable[..., object]
 
-# A flag with what it takes; its type, `list` if it can be repeated; the default; the help
-FLAGS: Sequence[tuple[str, Callable[[str], Any], Any, str]] = (
-    ("--host HOST", text, "127.0.0.1",
-     "address to listen on, or the name of one (default %(default)s)"),
-    ("--port PORT", port_number, 6500, "port to listen on; 0 picks one (default %(default)g)"),
-    ("--interval SECONDS", seconds, None,
-     f"time between two ticks of the clock; 0: no clock (default {TICK:g}; but 0 where events can "
-     "come from elsewhere: with --stdin, --redis, --history-file, --publish-token, --jwt-key)"),
-    ("--stdin", bool, False, "each line of standard input is an event, in place of the clock; "
-     "after the last one, everyone served, the server stops"),
-    ("--json", bool, False,
-     'with --stdin: each line is {"data": ..., "event": ..., "channel": ...}'),
-    ("--wait-clients N", whole_number, 0, "with --stdin: begin when so many clients are there"),
-    ("--redis URL", text, None, "redis://HOST:PORT/DB: events come from a Redis stream, and what "
-     "is published goes to it, so that many servers serve the same"),
-    ("--stream KEY", text, None, "key of that stream (default sse)"),
-    ("--history-file FILE", text, None, "an SQLite file that keeps what is published: it is there "
-     "after a restart, and servers on this machine can share it"),
-    ("--sync", bool, False, "what is in that file survives a power failure, too; slower"),
-    ("--reuse-port", bool, False, "let other servers that say so listen on the same port"),
-    ("--patience SECONDS", seconds, 5.0,
-     "how long --stdin waits for a slow client that makes no progress (default %(default)g; "
-     "0: not at all)"),
-    ("--token TOKEN", list, [],
-     "who may watch; can be repeated, and come from SSE_TOKEN instead (default: everybody)"),
-    ("--publish-token TOKEN", list, [],
-     "who may publish by POST; in the same way, or from SSE_PUBLISH_TOKEN (default: nobody)"),
-    ("--jwt-key KEY", text, None, "secret of 32 bytes, or PEM public key, of signed tokens that "
-     "grant channels; can come from SSE_JWT_KEY instead"),
-    ("--token-file FILE", list, [], "a file with who may watch, a token a line; "
-     "lines that begin with # are comments; can be repeated"),
-    ("--publish-token-file FILE", list, [], "the same for who may publish"),
-    ("--allowed-host NAME", list, [], "refuse requests whose Host is another; can be repeated "
-     "(default: any)"),
-    ("--origin ORIGIN", list, [], "of pages that may read and publish, as https://example.org; "
-     "can be repeated (default: all)"),
-    ("--cert FILE", text, None, "certificate chain for TLS, PEM"),
-    ("--key FILE", text, None, "its key, if that is not in the same file; "
-     "the password of an encrypted one is asked for at a terminal"),
-    ("--history FRAMES", whole_number, 1024, "events kept for clients that come back, 64 at least; "
-     "0: no ids, the wire of the original (default %(default)g)"),
-    ("--heartbeat SECONDS", seconds, 15.0,
-     "silence after which a client is sent a comment; 0: never (default %(default)g)"),
-    ("--retry SECONDS", seconds, 3.0,
-     "pause of a client before it reconnects, +-50 %% at random (default %(default)g)"),
-    ("--max-clients N", whole_number, 10000, "clients at a time, as far as the limit of open files "
-     "allows (default %(default)g)"),
-)
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; None: of this process.
-
-    A bad one ends the process with one line on standard error and status 2.
-    """
-    parser = Parser(prog=PROGRAM, description="A small Server-Sent Events server.")
-    for flag, kind, default, about in FLAGS:
-        name, _, metavar = flag.partition(" ")
-        if not metavar:
-            parser.add_argument(name, action="store_true", help=about)
-        elif kind is list:
-            plural = name[2:].replace("-", "_") + "s"       # as SSEServer calls it
-            parser.add_argument(name, action="append", type=text, default=[], dest=plural,
-                                metavar=metavar, help=about)
-        else:
-            parser.add_argument(name, type=kind, default=default, metavar=metavar, help=about)
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
-    loudness.add_argument("--quiet", action="store_true", help="log warnings only")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        # Only the name: what follows can be a token
-        name = unknown[0].partition("=")[0]
-        known = [each.partition(" ")[0] for each, *_ in FLAGS]
-        near = get_close_matches(name, [*known, "--verbose", "--quiet", "--version"], 1)
-        parser.error("".join([f"unrecognized argument {name}",
-                              *(f": was {each} meant?" for each in near)]))
-    _add_environment(options, parser)
-    try:
-        options.tokens += chain(*map(_tokens_in, options.token_files))
-        options.publish_tokens += chain(*map(_tokens_in, options.publish_token_files))
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot read a file of tokens: {error}")
-    for name, needed in NEEDS.items():
-        if getattr(options, name) and not getattr(options, needed):
-            parser.error(f"--{name} needs --{needed}".replace("_", "-"))
-    if options.stdin and sys.stdin is None:
-        parser.error("--stdin needs a standard input")
-    if options.interval is None:
-        # Ticks would push real events out of the log and fill the file
-        comes_from_elsewhere = (options.stdin or options.redis or options.history_file
-                                or options.publish_tokens or options.jwt_key)
-        options.interval = 0.0 if comes_from_elsewhere else TICK
-    options.key_password = ask_password if has_foreground(sys.stdin) else None
-    return options
-
-
-def _add_environment(options: argparse.Namespace, parser: Parser) -> None:
-    """Add what comes from the environment; `options.variables` are those that were used.
-
-    One that is empty is refused: whoever set it wanted a server that is closed.
-    """
-    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    for name, value in found.items():
-        if not value.strip():
-            parser.error(f"{name} is set, and empty: give it a value, or unset it")
-    if options.jwt_key:
-        found.pop("SSE_JWT_KEY", None)
-    options.tokens += found.get("SSE_TOKEN", "").split()
-    options.publish_tokens += found.get("SSE_PUBLISH_TOKEN", "").split()
-    options.jwt_key = options.jwt_key or found.get("SSE_JWT_KEY")
-    options.variables = [*found]
-
-
-def _tokens_in(path: str) -> list[str]:
-    """Return the tokens in a file, one a line; lines that are blank or begin with `#` are none.
-
-    Raises OSError; ValueError if there is none, or if the file is not UTF-8.
-    """
-    try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8") from None
-    tokens = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not tokens:
-        raise ValueError(f"{path} holds no token")
-    return tokens
+logger = logging.getLogger("sse_server")
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,27 +53,162 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
 
 
-def set_up_logging(options: argparse.Namespace) -> LogWriter | None:
-    """Log to standard error, as far as that takes it. Returns what writes it; None if it is closed.
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, or that of this process if it is None.
+
+    A bad one ends the process with one line on standard error and status 2.
     """
-    writer = LogWriter(sys.stderr) if sys.stderr else None
-    logging.basicConfig(format="%(message)s", handlers=[writer or logging.NullHandler()])
+    parser = Parser(prog=PROGRAM, description="A small Server-Sent Events server.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
+    loudness.add_argument("--quiet", action="store_true", help="log warnings only")
+    for title, add_flags in (("events in", _events_in), ("who may", _who_may),
+                             ("how long and how many", _how_long), ("where", _where)):
+        add_flags(parser.add_argument_group(title).add_argument)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # Only the name is shown, because what follows can be a token.
+        name = unknown[0].partition("=")[0]
+        near = get_close_matches(name, re.findall("--[a-z-]+", parser.format_usage()), 1)
+        parser.error(f"unrecognized argument {name}" + "".join(f": was {each} meant?"
+                                                               for each in near))
+    _check_environment(options, parser)
+    if (options.json or options.wait_clients) and not options.stdin:
+        parser.error("--json and --wait-clients need --stdin")
+    if options.interval is None:
+        # Ticks would push real events out of the log and fill the file.
+        comes_from_elsewhere = (options.stdin or options.redis or options.history_file
+                                or options.publish_tokens or options.jwt_key)
+        options.interval = 0.0 if comes_from_elsewhere else TICK
+    if not 0 <= options.interval < 1e6:
+        parser.error("interval must be a number of seconds from 0 on")
+    options.key_password = ask_password if has_foreground(sys.stdin) else None
+    return options
+
+
+def _events_in(add: Add) -> None:
+    add("--interval", type=float, metavar="SECONDS",
+        help=f"time between two ticks of the clock; 0: no clock (default {TICK:g}; 0 with --stdin, "
+             "--redis, --history-file, --publish-token or --jwt-key, which bring events, too)")
+    add("--stdin", action="store_true",
+        help="each line of standard input is an event, in place of the clock; after the last one, "
+             "when every client has it, the server stops")
+    add("--json", action="store_true",
+        help='with --stdin: each line is {"data": ..., "event": ..., "channel": ...}')
+    add("--wait-clients", type=int, default=0, metavar="N",
+        help="with --stdin: begin when so many clients are there")
+    add("--redis", metavar="URL",
+        help="redis://HOST:PORT/DB: events come from a Redis stream, and what is published goes to "
+             "it, so that many servers serve the same")
+    add("--stream", metavar="KEY", help="key of that stream (default sse)")
+    add("--history-file", metavar="FILE",
+        help="an SQLite file that keeps what is published: it is there after a restart, and "
+             "servers on this machine can share it")
+    add("--sync", action="store_true",
+        help="what is in that file survives a power failure, too; slower")
+
+
+def _who_may(add: Add) -> None:
+    add("--token", action="append", dest="tokens", metavar="TOKEN",
+        default=os.environ.get("SSE_TOKEN", "").split(),
+        help="who may watch; can be repeated, and come from SSE_TOKEN, too (default: everybody)")
+    add("--publish-token", action="append", dest="publish_tokens", metavar="TOKEN",
+        default=os.environ.get("SSE_PUBLISH_TOKEN", "").split(),
+        help="who may publish by POST; likewise, or from SSE_PUBLISH_TOKEN (default: nobody)")
+    add("--token-file", type=tokens_in, action="extend", dest="tokens", metavar="FILE",
+        help="a file with who may watch, a token a line; lines that begin with # are comments; can "
+             "be repeated")
+    add("--publish-token-file", type=tokens_in, action="extend", dest="publish_tokens",
+        metavar="FILE", help="the same for who may publish")
+    add("--jwt-key", default=os.environ.get("SSE_JWT_KEY"), metavar="KEY",
+        help="secret of 32 bytes, or PEM public key, of signed tokens that grant channels; can "
+             "come from SSE_JWT_KEY instead")
+    add("--origin", action="append", dest="origins", default=[], metavar="ORIGIN",
+        help="of pages that may read and publish, as https://example.org; can be repeated "
+             "(default: all)")
+    add("--allowed-host", action="append", dest="allowed_hosts", default=[], metavar="NAME",
+        help="refuse requests whose Host is another; can be repeated (default: any)")
+
+
+def _how_long(add: Add) -> None:
+    add("--history", type=int, default=1024, metavar="FRAMES",
+        help="events kept for clients that come back, 64 at least; 0: no ids, the wire of the "
+             "original (default %(default)s)")
+    add("--patience", type=float, default=5.0, metavar="SECONDS",
+        help="how long --stdin waits for a slow client that makes no progress (default "
+             "%(default)g; 0: not at all)")
+    add("--heartbeat", type=float, default=15.0, metavar="SECONDS",
+        help="silence after which a client is sent a comment; 0: never (default %(default)g)")
+    add("--retry", type=float, default=3.0, metavar="SECONDS",
+        help="pause of a client before it reconnects, +-50 %% at random (default %(default)g)")
+    add("--max-clients", type=int, default=10000, metavar="N",
+        help="clients at a time, as far as the limit of open files allows (default %(default)s)")
+
+
+def _where(add: Add) -> None:
+    add("--host", default="127.0.0.1",
+        help="address to listen on, or the name of one (default %(default)s)")
+    add("--port", type=int, default=6500,
+        help="port to listen on; 0 picks one (default %(default)s)")
+    add("--reuse-port", action="store_true",
+        help="let other servers that say so listen on the same port")
+    add("--cert", metavar="FILE", help="certificate chain for TLS, PEM")
+    add("--key", metavar="FILE",
+        help="its key, if that is not in the same file; the password of an encrypted one is asked "
+             "for at a terminal")
+
+
+def tokens_in(path: str) -> list[str]:
+    """Return the tokens in a file, one a line. Blank lines and those that begin with # hold none.
+
+    Raises ArgumentTypeError if there is no token, because the server would be open to everybody.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path!r}: {error}") from None
+    tokens = [line for line in lines if line and not line.startswith("#")]
+    if not tokens:
+        raise argparse.ArgumentTypeError(f"{path!r} holds no token")
+    return tokens
+
+
+def _check_environment(options: argparse.Namespace, parser: Parser) -> None:
+    """Refuse variables that are empty: whoever set one wanted a server that is closed.
+
+    `options.variables` becomes the names of those that are used.
+    """
+    names = [name for name in VARIABLES if name in os.environ]
+    for name in names:
+        if not os.environ[name].strip():
+            parser.error(f"{name} is set, and empty: give it a value, or unset it")
+    if options.jwt_key != os.environ.get("SSE_JWT_KEY"):
+        names = [name for name in names if name != "SSE_JWT_KEY"]
+    options.variables = names
+
+
+def open_missing_streams() -> None:
+    """Open standard streams that are closed, on nothing, so that no socket gets their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
+def set_up_logging(options: argparse.Namespace) -> LogWriter:
+    """Log to standard error, as far as that takes it, and return what writes there."""
+    writer = LogWriter(sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=writer)
     quiet = logging.WARNING if options.quiet else logging.INFO
     logger.setLevel(logging.DEBUG if options.verbose else quiet)
     return writer
 
 
-def has_terminal() -> bool:
-    """Say whether standard error is a terminal."""
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
 def say(*lines: str) -> None:
-    """Print lines on standard output, as far as that takes them."""
-    try:
-        print(*lines, sep="\n", flush=True)
-    except OSError:         # it is full, or nobody reads it: then nothing is to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print lines on standard output. Nothing is said if it is full, or if nobody reads it."""
+    # Not by `print`: what that could not write, Python would try again at exit.
+    with suppress(OSError):
+        os.write(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
 
 
 def count_of(number: int, noun: str) -> str:
@@ -234,6 +225,7 @@ def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
         deliveries, before = shown["deliveries"], now
         line = (f"{count_of(shown['clients'], 'client')}, {count_of(shown['events'], 'event')}, "
                 f"{rate:.0f} deliveries/s")
+        # Some terminals say that they have no columns.
         yield line[:(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
 
 
@@ -244,27 +236,27 @@ def catch_signals(waker: socket.socket) -> None:
     changed, and a new certificate is noticed anyway. Call this in the main thread.
     """
     signal.set_wakeup_fd(waker.fileno())
-    # A read just after the terminal was given to another job fails then, and does not stop us
+    # A read just after the terminal was given to another job fails then, and does not stop us.
     signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: None)      # that it came is read from the socket
-    if not _has_controlling_terminal():
+    caught = [signal.SIGINT, signal.SIGTERM]
+    # It is ignored if nohup started us, and stays so.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:     # by nohup
-        signal.signal(signal.SIGHUP, lambda *_: None)
-
-
-def _has_controlling_terminal() -> bool:
-    try:
-        os.close(os.open(os.ctermid(), os.O_RDONLY))
-    except OSError:
-        return False
-    return True
+        # This fails without a controlling terminal.
+        with suppress(OSError):
+            os.close(os.open(os.ctermid(), os.O_RDONLY))
+            caught.append(signal.SIGHUP)
+    for signum in caught:
+        # That it came is read from the socket.
+        signal.signal(signum, lambda *_: None)
 
 
 @cache
 def ask_password() -> str:
-    """Return what is typed at the terminal; it is asked once. Raises ValueError if nothing is."""
+    """Return what is typed at the terminal. It is asked once.
+
+    Raises ValueError if nothing is typed.
+    """
     import getpass
     try:
         return getpass.getpass("Password of the key of the certificate: ")
@@ -272,50 +264,42 @@ def ask_password() -> str:
         raise ValueError("no password was typed") from None
 
 
-def has_foreground(stream: TextIO | None) -> bool:
+def has_foreground(stream: TextIO) -> bool:
     """Say whether a stream is a terminal, and not one that has given itself to another job."""
-    if stream is None or not stream.isatty():
-        return False
-    try:
-        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
-    except OSError:         # it controls no session: there are no jobs
-        return True
+    # This fails if it controls no session. Then there are no jobs.
+    with suppress(OSError):
+        return stream.isatty() and os.tcgetpgrp(stream.fileno()) == os.getpgrp()
+    return True
 
 
 def ask_about_input() -> None:
     """Ask whether --stdin was meant, if what could be events is piped in without it."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, AttributeError, ValueError):       # no standard input
-        return
+    mode = os.fstat(sys.stdin.fileno()).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
         logger.warning("standard input is not read: was --stdin meant?")
 
 
 def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Iterator[str] | None,
-                  writer: LogWriter | None) -> None:
-    """Return on Enter or when `wakee` can be read. Have lines of status shown now and then.
+                  writer: LogWriter) -> None:
+    """Return on Enter, or when `wakee` can be read. Until then, renew the status line.
 
     Enter counts from a terminal in whose foreground this process is, as long as it is: so a job
     that was begun with `&` goes on. The end of standard input is no Enter: services have none.
     """
-    rests = False       # a terminal at its end says so at once, again and again
+    # A terminal at its end says so at once, again and again. Then the next look leaves it out.
+    rests = False
     while True:
-        watches = watch_input and has_foreground(sys.stdin) and not rests
-        watched = [wakee.fileno(), *([sys.stdin.fileno()] if watches else [])]
-        ready = select.select(watched, [], [], STATUS_EVERY if watch_input or status else None)[0]
-        if status and writer and has_foreground(sys.stderr):
+        watched: list[Any] = [wakee]
+        if watch_input and not rests and has_foreground(sys.stdin):
+            watched.append(sys.stdin)
+        ready = select.select(watched, [], [], STATUS_EVERY)[0]
+        if status and has_foreground(sys.stderr):
             writer.show_status("" if ready else next(status))
-        if wakee.fileno() in ready:
+        typed = b""
+        if sys.stdin in ready:
+            # It fails if the terminal was hung up, or given to another process just now.
+            with suppress(OSError):
+                typed = os.read(sys.stdin.fileno(), 4096)
+        if wakee in ready or b"\n" in typed:
             return
-        typed = _typed() if ready else b""
-        if b"\n" in typed:
-            return
-        rests = bool(ready) and not typed
-
-
-def _typed() -> bytes:
-    try:
-        return os.read(sys.stdin.fileno(), 4096)
-    except OSError:         # the terminal was hung up, or given to another process just now
-        return b""
+        rests = sys.stdin in ready and not typed

@@ -35,7 +35,7 @@ def raise_limit(clients: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = clients + RESERVED
     # macOS has a further limit, and refuses what is beyond it.
-    with suppress(ValueError, OSError):
+    with suppress(ValueError, OSError, OverflowError):
         if 0 <= soft < needed:
             allowed = needed if hard < 0 else min(needed, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -17,6 +17,7 @@ from helpers import TOP
 
 INTEROP = TOP / "tests" / "interop"
 PAGE = TOP / "docs" / "clients.md"
+PYTHON_PINS = "requirements.txt", "python_modules.txt"
 
 # What each step is called, in the order of the table, and what it is called in the table's head.
 STEPS = {
@@ -27,6 +28,7 @@ STEPS = {
     "restart": "`kill -9`",
     "heartbeats": "heartbeats",
     "gap": "gap",
+    "full": "busy",
     "status_204": "204",
     "status_401": "401",
     "close": "its own close",
@@ -76,7 +78,7 @@ class Row(NamedTuple):
             pinned = json.loads((INTEROP / "package.json").read_text())["dependencies"]
             return pinned[self.package].rpartition("@")[2]
         if self.source == "PyPI":
-            pinned = (INTEROP / "requirements.txt").read_text()
+            pinned = "".join((INTEROP / name).read_text() for name in PYTHON_PINS)
             return re.search(rf"^{re.escape(self.package)}==(.+)$", pinned, re.M)[1]
         return "Debian's"
 
@@ -103,6 +105,8 @@ STOPS_AT = ("It does not stop at 204 and 401 by itself; the program tested does 
             "shows for that.")
 
 LOOP = "It does not reconnect; the program tested has the loop around it that a user would write."
+LONG_LINE = Deviation("gives up", "It raises an exception at a line of more than 512 KiB.")
+RECONNECTS = "To come back after any answer is what it is made for. Call `close()` to stop it."
 RN_STOPS = "It comes back after any answer. Call `close()` when `xhrStatus` is 401."
 
 ROWS = [
@@ -143,6 +147,15 @@ ROWS = [
     Row("event-source-polyfill", "npm", "event-source-polyfill", ("chromium", "polyfill.html"),
         own_origin=False, note="It waits a second at least before it comes back, and reconnects "
         "when 45 s pass without a byte: keep `--heartbeat` below that."),
+    Row("sse.js", "npm", "sse.js", ("chromium", "sse_js.html"), {
+        "status_204": Deviation("comes back", "It comes back after 204, and does not tell of it.")},
+        own_origin=False, note="It needs `autoReconnect: true` and `headers: {Accept: "
+        "\"text/event-stream\"}`. It does not stop at 401 by itself; the page tested calls "
+        "`close()` then."),
+    Row("reconnecting-eventsource", "npm", "reconnecting-eventsource",
+        ("chromium", "reconnecting.html"),
+        {"status_204": Deviation("comes back", RECONNECTS),
+         "status_401": Deviation("comes back", RECONNECTS)}, own_origin=False),
     Row("eventsource 2", "npm", "eventsource-2", node("event_source.mjs", "eventsource-2"),
         {"cut_inside": GLUES}),
     Row("eventsource 3", "npm", "eventsource-3", node("event_source.mjs", "eventsource-3")),
@@ -151,6 +164,11 @@ ROWS = [
         "restart": Deviation("gives up", "It closes for good when the port refuses a connection. "
                              "undici 7 does not.")}),
     Row("undici 7", "npm", "undici-7", node("event_source.mjs", "undici-7")),
+    Row("launchdarkly-eventsource (npm)", "npm", "launchdarkly-eventsource",
+        node("event_source.mjs", "launchdarkly-eventsource")),
+    Row("eventsource-client", "npm", "eventsource-client", node("eventsource_client.mjs"),
+        note="It stops at 204 but not at 401; the program tested gives it a `fetch` that looks at "
+        "the status and calls `close()`."),
     Row("eventsource-parser", "npm", "eventsource-parser", node("eventsource_parser.mjs"),
         note=LOOP),
     Row("react-native-sse", "npm", "react-native-sse", node("react_native_sse.mjs"), {
@@ -162,17 +180,31 @@ ROWS = [
         note="Tested in Node, on an XMLHttpRequest that behaves like React Native's."),
     Row("httpx-sse", "PyPI", "httpx-sse", python("with_httpx_sse.py"), note=LOOP),
     Row("sseclient-py", "PyPI", "sseclient-py", python("with_sseclient_py.py"), note=LOOP),
+    Row("sseclient", "PyPI", "sseclient", python("with_sseclient.py"), {
+        "cut_inside": GLUES,
+        "full": Deviation("misreads", "It reads the connection itself, and makes an event without "
+                          "data of the last chunk, wherever a stream ends in order."),
+        "status_204": Deviation("comes back", "It takes 204 for a stream that has ended.")},
+        note="Not to be installed beside sseclient-py: both are the module `sseclient`. When the "
+        "port refuses, it raises an exception; the program tested has a loop around it."),
     Row("requests-sse", "PyPI", "requests-sse", python("with_requests_sse.py"),
         note="It gives up after five attempts in a row (`max_connect_retry`)."),
+    Row("aiohttp-sse-client", "PyPI", "aiohttp-sse-client", python("with_aiohttp_sse_client.py"),
+        {"large": LONG_LINE}, note="It raises an exception when the connection breaks; the program "
+        "tested has a loop around it. Give it a `timeout`: aiohttp's own ends every stream after "
+        "five minutes."),
     Row("aiosseclient", "PyPI", "aiosseclient", python("with_aiosseclient.py"), {
-        "large": Deviation("gives up", "It raises an exception at a line of more than 512 KiB."),
+        "large": LONG_LINE,
+        "full": Deviation("comes back early", "It does not tell its user what `retry:` says."),
         "status_204": Deviation("comes back", "It does not tell its user the status of an answer; "
                                 "`raise_for_status=True` raises at 401 only.")},
         note=LOOP),
-    Row("launchdarkly-eventsource", "PyPI", "launchdarkly-eventsource",
-        python("with_launchdarkly.py"), note="It fails at the first error, or comes back after "
-        "every one; the program tested has an error strategy that stops at 204 and 401. It ignores "
-        "`retry:`."),
+    Row("launchdarkly-eventsource (Python)", "PyPI", "launchdarkly-eventsource",
+        python("with_launchdarkly.py"),
+        {"full": Deviation("comes back early", "It ignores `retry:`, and doubles a pause of its "
+                           "own.")},
+        note="It fails at the first error, or comes back after every one; the program tested has an "
+        "error strategy that stops at 204 and 401."),
     Row("donovanhide/eventsource", "Debian", "golang-github-donovanhide-eventsource-dev",
         ("go", str(INTEROP / "go" / "with_donovanhide.go")), {
             "close": Deviation("stays connected", "`Close` ends its connection only when the next "

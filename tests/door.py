@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from typing import Iterator
 
@@ -37,8 +38,10 @@ class Door:
         # is None again.
         self.cut_after: bytes | None = None
 
-        # The heads of all requests for streams, in order. Appended to by the threads below.
+        # The heads of all requests for streams, in order, and when each came, in seconds of the
+        # monotonic clock. Appended to by the threads below.
         self.requests: list[bytes] = []
+        self.times: list[float] = []
 
         # All that servers sent, in order of arrival.
         self.sent = bytearray()
@@ -175,9 +178,12 @@ class Door:
             inner.sendall(data)
 
     def _note(self, data: bytes) -> None:
-        # A head that comes in pieces does not occur on loopback; clients write it at once.
-        self.requests += [head for head in data.split(b"\r\n\r\n")
-                          if head.startswith(b"GET ") and b"text/event-stream" in head]
+        # Clients write a head at once, so that it arrives whole.
+        for head in data.split(b"\r\n\r\n"):
+            # A browser asks for an icon of its own accord.
+            if head.startswith(b"GET ") and not head.startswith(b"GET /favicon.ico "):
+                self.times.append(time.monotonic())
+                self.requests.append(head)
 
 
 def quietly_shut(sock: socket.socket) -> None:

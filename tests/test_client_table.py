@@ -12,6 +12,7 @@ A step drives a client and returns a word for what came out: "yes", or what it d
     loses       never got some events            doubles     got some twice
     misreads    got what nobody sent             gives up    closed itself for good
     comes back  though it was told to stop       is silent   nothing more was seen of it
+    comes back early                             before `retry:` had passed
 
 Tests and drivers talk over a door (`door.py`), which cuts, refuses and notes.
 """
@@ -32,13 +33,15 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
+from unittest.mock import patch
 
 import pytest
 import requests
 from client_table import INTEROP, PAGE, READERS, ROWS, STEPS, YES, Reader, Row, tables, tables_of
 from door import Door, door_before
-from helpers import PUBLISH_TOKEN, Server, free_port, lack, need, wait_until
+from helpers import PUBLISH_TOKEN, Client, Server, free_port, lack, need, wait_until
 
+from sse_core import answers
 from sse_server import SSEServer
 
 # Seconds until a client that shows nothing counts as silent: more than any of them waits before
@@ -87,8 +90,8 @@ class Driver:
         self.closed = self.closed or "its program ended"
 
     def published(self) -> list:
-        """Return all events but the server's own greeting."""
-        return [event for event in self.events if event[0] != "welcome"]
+        """Return all events but the server's own that say nothing of others."""
+        return [event for event in self.events if event[0] not in ("welcome", "busy")]
 
     def wait_for(self, condition) -> bool:
         """Wait until the condition holds, the client is closed, or for PATIENCE; is it so?"""
@@ -307,6 +310,22 @@ def gap(stage: Stage) -> str:
         return driver.outcome([published[0], (name, data, last_id), *published[resumed:]])
 
 
+def full(stage: Stage) -> str:
+    """There is no place for it: it is told so, waits as long as that says, and then gets in."""
+    with patch.object(answers, "COME_BACK", 1), stage.server(max_clients=1) as server, \
+            Client(server.port) as other, stage.playing(server.port) as (driver, door):
+        wait_until(lambda: server.clients == 1)
+        if not driver.wait_for(lambda: driver.events):
+            return "is silent"
+        name, data, last_id = driver.events[0]
+        assert (name, last_id) == ("busy", ""), driver.events
+        other.close()
+        driver.wait_for(lambda: door.streams() > 1 and server.clients == 1)
+        is_early = door.times[1] - door.times[0] < json.loads(data)["retry"]
+        outcome = driver.outcome(publish(server, ("last", None)))
+        return "comes back early" if is_early and outcome == YES else outcome
+
+
 def status_204(stage: Stage) -> str:
     """It is answered 204 when it comes back, and stops."""
     with stage.server() as server, stage.playing(server.port) as (driver, door):
@@ -352,6 +371,8 @@ def stopped(driver: Driver, door: Door, server: SSEServer, requests: int = 2) ->
 # Requirements
 
 def installed(package: str) -> bool:
+    if next((INTEROP / "python_modules").glob(f"{package}-*.dist-info"), None):
+        return True
     try:
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:

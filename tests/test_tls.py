@@ -169,9 +169,9 @@ def one_line_and_status_2(*arguments) -> str:
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--cert", "/nowhere"], "cannot use /nowhere"), (["--key", "x"], "--key needs --cert"),
+    (["--cert", "/nowhere"], "cannot use /nowhere"), (["--key", "x"], "key needs cert"),
     (["--cert", str(TOP / "Makefile")], "cannot use "),
-    (["--token", ""], "argument --token: it is empty"),
+    (["--token", ""], "tokens: one is empty"),
     (["--origin", "example.org"], "no browser sends the origin 'example.org'")])
 def test_what_would_be_no_protection_is_one_line_and_status_2(arguments, said):
     assert said in one_line_and_status_2(*arguments)
