@@ -97,9 +97,10 @@ def node(program: str, *arguments: str) -> tuple[str, ...]:
 
 PAGE_OF_ANOTHER_ORIGIN = "The page's origin is named by `--origin`."
 GLUES = Deviation(
-    "misreads", "It keeps the half event that it had when the connection broke, and puts it before "
-    "the next one that comes. Check that the data is whole, as `JSON.parse` does, and load the "
-    "state again if it is not. Only events that fill more than one packet are concerned.")
+    "misreads", "When the connection breaks in the middle of an event, it keeps the lines that it "
+    "had, and puts them before the same event when that is sent again. Check that the data is "
+    "whole, as `JSON.parse` does, and load the state again if it is not. Only events of more than "
+    "one packet, some 1,400 bytes, are concerned.")
 HTMX_STOPS = "It comes back for ever after any answer. Remove the element to stop it."
 STOPS_AT = ("It does not stop at 204 and 401 by itself; the program tested does what its README "
             "shows for that.")

@@ -261,7 +261,8 @@ def restart(stage: Stage, is_held: bool = False) -> str:
             driver.wait_for(lambda: len(driver.errors) > (0 if is_held else 1))
             door.target = servers[1].port
             door.open()
-            driver.wait_for(lambda: door.streams() > 1)
+            if not driver.wait_for(lambda: door.streams() > 1):
+                return "gives up" if driver.closed else "is silent"
             published.append(post(servers[1], "last"))
             return driver.outcome(published)
     finally:
