@@ -3,13 +3,13 @@
     python sse_server.py --port 6500        streams the clock; Enter stops it
     curl -N http://127.0.0.1:6500/token     watches it
 
-A socket goes one way: the thread `accept` accepts it. The thread `connections`
-(sse_core/connections.py) asks Answers (sse_core/answers.py) what it gets, and sends that or
-registers a client. From then on the publisher (publisher.py) owns the socket. An event goes another
-way: `publish`, the log, the publisher.
+A socket goes one way. The thread `accept` accepts it and gives it to Connections
+(sse_core/connections.py), whose thread reads the request and asks Answers (sse_core/answers.py)
+what to do: send an answer, or register a client. From then on the publisher (publisher.py) owns
+the socket. An event goes another way: `publish`, the log, the publisher.
 
-`_started` and `_stopped` belong to who holds `_lifecycle`, `_accept_failed_at` to the accept loop.
-All else is set in the constructor, and guards itself.
+SSEServer itself only starts and stops these parts. A stop goes against the direction of a socket:
+first nothing is accepted any more, then no request is read, then clients get what is in the log.
 """
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -45,25 +45,45 @@ from sse_core.redis_stream import RedisStream
 from sse_core.shared import Shared
 from sse_core.tls import Certificate, Password
 
-BACKLOG = 1024              # connections the kernel holds ready for accept
-SEND_BUFFER = 64 << 10      # bytes of kernel memory for a client; else 4 MiB for a stalled one
-ACCEPT_PAUSE = 0.1          # seconds to wait when the process is out of descriptors
-RECOVERED = 10.0            # seconds without a failure after which the next is worth a warning
+# Connections that the kernel holds ready to be accepted.
+BACKLOG = 1024
+
+# Bytes of kernel memory for what one client has not read yet. The default is up to 4 MiB.
+SEND_BUFFER = 64 << 10
+
+# Seconds until the next try when the process is out of descriptors.
+ACCEPT_PAUSE = 0.1
+
+# Seconds without a failed accept after which the next one is worth a warning.
+RECOVERED = 10.0
+
 SELF_CONNECT_TIME = 1.0     # seconds
-REQUESTS_TIME = 1.0         # seconds for what requests have begun
-STORE_TIME = 2.0            # seconds for the threads that read and write a shared log to end
-LOAD_TIME = 1.0             # seconds in which a start waits for the newest events of a shared log
-WAIT_CHECK = 0.05           # seconds between two looks whether --wait-clients are there
+
+# Seconds that a stop gives to requests that have begun, and to the threads of a store.
+REQUESTS_TIME = 1.0
+STORE_TIME = 2.0
+
+# Seconds that a start waits for the newest events of a store.
+LOAD_TIME = 1.0
+
+# Seconds between two checks whether the clients of --wait-clients are there.
+WAIT_CHECK = 0.05
+
 # Without the charset, some HTTP clients take Latin-1. The original sends none.
 STREAM_TYPE = "text/event-stream; charset=utf-8"
 ORIGINAL_STREAM_TYPE = "text/event-stream"
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}    # and how to connect to it
-SOMEWHERE = ("192.0.2.1", 9)            # an address that is kept for documentation (RFC 5737)
-_DATA_FOLDERS = (Path(__file__).parent,      # by `pip install --target`
-                 sysconfig.get_path("data"), sysconfig.get_path("data", f"{os.name}_user"))
-_PAGES = (Path(__file__).with_name("index.html"),       # in a checkout; else where it is installed
-          *(Path(data, "share", "sse-server", "index.html") for data in _DATA_FOLDERS))
+ANY_ADDRESS = ("0.0.0.0", "::")
+
+# An address that nobody has: it is kept for documentation (RFC 5737).
+SOMEWHERE = ("192.0.2.1", 9)
+
+# Where the page can be: in a checkout, else where `pip install` or `pip install --target` puts it.
+_DATA_FOLDERS = (Path(__file__).parent, sysconfig.get_path("data"),
+                 sysconfig.get_path("data", f"{os.name}_user"))
+_PAGES = (Path(__file__).with_name("index.html"),
+          *(Path(folder, "share", "sse-server", "index.html") for folder in _DATA_FOLDERS))
 PAGE = next((page for page in _PAGES if page.exists()), None)
 
 __all__ = ["Fault", "NotRunning", "Request", "SSEServer", "Unavailable", "main"]
@@ -71,38 +91,27 @@ logger = logging.getLogger("sse_server")
 
 
 class Fault(RuntimeError):
-    """A fault in one of the server's threads, its cause, had ended it."""
-
-
-_running: set[SSEServer] = set()
-
-
-@atexit.register
-def _stop_all() -> None:
-    """Stop what a program that ends has left running, so that streams end in order."""
-    for server in list(_running):
-        try:
-            server.stop()
-        except Fault:       # it was logged when it happened
-            pass
+    """A fault has ended one of the server's threads, and so the server. It is the cause."""
 
 
 class _Listener(socketserver.ThreadingTCPServer):
-    """A listening socket, and the loop that accepts from it and gives each socket to `take`.
+    """A listening socket, and the loop that accepts from it.
 
-    make_room: called when there is no descriptor to accept with.
+    connections: is given each accepted socket. stopping: set it, and call `_unblock_accept`, to end
+    the loop. Raises OSError, which names host and port, if it cannot listen.
     """
     allow_reuse_address = True
     request_queue_size = BACKLOG
 
-    def __init__(self, host: str, port: int, take: Callable[[socket.socket, str], None],
-                 make_room: Callable[[], None], stopping: threading.Event,
+    def __init__(self, host: str, port: int, connections: Connections, stopping: threading.Event,
                  reuse_port: bool) -> None:
-        self._take = take
-        self._make_room = make_room
+        self._connections = connections
+        self._stopping = stopping
         self._reuse_port = reuse_port
-        self._stopping = stopping               # set before `_connect_to_self` is called
-        self._accept_failed_at = -math.inf      # on the monotonic clock
+
+        # On the monotonic clock. Only the accept loop uses it.
+        self._accept_failed_at = -math.inf
+
         try:
             self.address_family, address = _local_address(host, port)
             super().__init__(address, socketserver.BaseRequestHandler)
@@ -111,22 +120,20 @@ class _Listener(socketserver.ThreadingTCPServer):
             raise OSError(error.errno, what) from error
 
     def server_bind(self) -> None:
-        """Bind; with others on the same port if that is wanted."""
+        """Set options and bind. Accepted sockets inherit the options, so they cost no call each."""
+        set_option = self.socket.setsockopt
+        set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        set_option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        set_option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._reuse_port:
-            if not sys.platform.startswith("linux"):    # others have it, and share out nothing
-                raise OSError(errno.ENOPROTOOPT, "only Linux shares out the clients of a port")
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            set_option(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         super().server_bind()
 
-    def server_activate(self) -> None:
-        """Listen. Accepted sockets inherit these options, so they cost nothing for each."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().server_activate()
-
     def _accept(self) -> None:
-        """Accept until the stop flag is set. There is nothing to poll: stop connects to us."""
+        """Accept until the stop flag is set. There is nothing to poll: stop connects to us.
+
+        The thread `accept` runs this.
+        """
         while not self._stopping.is_set():
             try:
                 sock, address = self.get_request()
@@ -136,31 +143,30 @@ class _Listener(socketserver.ThreadingTCPServer):
             if self._stopping.is_set() or not self.verify_request(sock, address):
                 sock.close()
             else:
-                self._take(sock, "%s:%d" % address[:2])
+                self._connections.take(sock, "%s:%d" % address[:2])
 
     def _accept_failed(self, error: OSError) -> None:
-        """Pause when there is nothing to accept with: connections wait in the backlog."""
+        """Pause when there is no descriptor to accept with. Peers wait in the backlog."""
         if error.errno == errno.ECONNABORTED or self._stopping.is_set():
             return
         last, self._accept_failed_at = self._accept_failed_at, time.monotonic()
         if self._accept_failed_at - last > RECOVERED:
             logger.warning("cannot accept (%s); trying again until it works", error.strerror)
-        self._make_room()
+        self._connections.make_room()
         self._stopping.wait(ACCEPT_PAUSE)
 
-    def _connect_to_self(self) -> None:
-        """Unblock accept, which then sees the stop flag."""
-        host, port = str(self.server_address[0]), self.server_address[1]
-        try:
-            if self._reuse_port:        # the system may connect us to another server there
-                raise OSError("the port is not ours alone")
-            address = (ANY_ADDRESS.get(host, host), port)
-            socket.create_connection(address, SELF_CONNECT_TIME).close()
-        except OSError:         # no descriptor is left, or the backlog is full: on Linux, this
-            self.socket.shutdown(socket.SHUT_RDWR)      # unblocks it without either
+    def _unblock_accept(self) -> None:
+        """Connect to ourselves, so that the accept loop goes on and sees the stop flag."""
+        host, port = self.server_address[:2]
+        with suppress(OSError):
+            socket.create_connection((str(host), port), SELF_CONNECT_TIME).close()
+        # On Linux, this unblocks it also if there was no descriptor to connect with, if the backlog
+        # is full, or if the system connected us to another server on the same port.
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def _not_used(self, *_: object, **__: object) -> NoReturn:
-        """Raise RuntimeError: this hook of socketserver is replaced."""
+        """Raise RuntimeError: this method of socketserver has no place here."""
         raise RuntimeError("SSEServer accepts and answers in threads of its own: "
                            "call start(), or serve_forever() to wait until it is stopped")
 
@@ -170,17 +176,42 @@ class _Listener(socketserver.ThreadingTCPServer):
 def _local_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     """Return family and address of the first of a name's addresses that this machine has.
 
-    IPv4 comes first. That another program listens there is no reason to take the next: its clients
-    would be taken for ours. Raises OSError for a name that has no address.
+    IPv4 comes first. That another program listens on it is no reason to take the next one: its
+    clients would be taken for ours. If there is no such address, the result is one for which `bind`
+    says why.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found: list[tuple[socket.AddressFamily, Any]] = [(socket.AF_INET, (host, port))]
+    with suppress(OSError):
+        found = [(each[0], each[4]) for each in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
     found.sort(key=lambda each: each[0] != socket.AF_INET)
-    for family, *_, address in found:
+    for family, address in found:
         with suppress(OSError), socket.socket(family) as probe:
             probe.bind((address[0], 0, *address[2:]))
             return family, address
-    # None: to bind the first will say why
-    return found[0][0], found[0][4]
+    return found[0]
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first option of SSEServer that cannot be meant."""
+    for name in ("host", "jwt_key", "cert", "key", "redis", "stream", "history_file"):
+        # What an unset variable gives would be no TLS, no history, or a server open to everybody.
+        if options[name] == "":
+            raise ValueError(f"{name} is empty: was a variable not set?")
+    for name, needed in ("key", "cert"), ("stream", "redis"), ("sync", "history_file"):
+        if options[name] and not options[needed]:
+            raise ValueError(f"{name} needs {needed}")
+    if options["redis"] and options["history_file"]:
+        raise ValueError("one store is enough: redis, or history_file")
+    if not isinstance(options["port"], int) or not 0 <= options["port"] < 1 << 16:
+        raise ValueError("port is not from 0 to 65535")
+    if not isinstance(options["history"], int):
+        raise ValueError("history is not a whole number")
+    if not callable(options["authorize"] or len):
+        raise ValueError("authorize is not a function")
+    # Other systems have this option, too, and give all clients to one server.
+    if options["reuse_port"] and not sys.platform.startswith("linux"):
+        raise ValueError("reuse_port needs Linux, which shares out the clients of a port")
 
 
 class _Documented(type):
@@ -194,8 +225,8 @@ class _Documented(type):
 class SSEServer(_Listener, metaclass=_Documented):
     """Serve one stream of events to every client that asks for it.
 
-    Use it as a context manager, or call `start` and `stop`; or call `serve_forever`. Any thread
-    may call any method. A program that ends without `stop` stops it at its end.
+    Use it as a context manager, or call `start` and `stop`, or call `serve_forever`. Any thread may
+    call any method. If a program ends without `stop`, the server is stopped then.
 
     option          meaning
     host, port      where to listen, from the constructor on; port 0 picks a free one
@@ -205,120 +236,111 @@ class SSEServer(_Listener, metaclass=_Documented):
     retry           seconds a client should wait before it reconnects, +-50 % at random
     max_clients     how many clients there can be at a time, as far as the limit of descriptors
                     (`ulimit -n`) allows: some of them are kept for requests
-    patience        seconds without progress for which `publish(..., wait=True)` holds back for a
-                    slow client; it is waited for as long as it takes 16 KiB a second; 0: for none
+    patience        seconds for which `publish(..., wait=True)` waits for a slow client that makes
+                    no progress; one that reads 16 KiB a second is waited for without limit
     tokens          who may watch, by `/TOKEN` or `Authorization: Bearer TOKEN`; none: everybody
     publish_tokens  who may POST events, in the same way; none: nobody
-    jwt_key         of signed tokens, which name the channels granted and need the package PyJWT:
-                    a secret (HS256), or a public key in PEM (RS256, ES256)
-    authorize       says of a `Request` whether it may watch, or which channels, in place of
-                    `tokens` and `jwt_key`. It runs in a thread of that request and may take its
-                    time; if it raises, that is a 500
+    jwt_key         key of signed tokens, which list the channels of their owner: a secret (HS256)
+                    or a public key in PEM (RS256, ES256). Needs the package PyJWT
+    authorize       a function of a `Request`, called in place of `tokens` and `jwt_key`. It returns
+                    whether the client may watch, or which channels. It may block; if it raises,
+                    the answer is 500
     origins         of pages that may read and publish, as `https://example.org`; none: all
     allowed_hosts   names and addresses that requests may be for; none: any
     cert, key       PEM files for TLS; the key may be in the first. They are loaded again when they
                     change
     key_password    of an encrypted key, or a function that returns it
-    redis, stream   redis://HOST:PORT/DB and the key of a stream, which takes the place of this
-                    server's own events: what is published on any server goes to it, and comes
-                    back to the clients of all. Needs the package `redis`
-    history_file    the same with an SQLite file, which servers on one machine share; what is
-                    published is there after a restart. sync: after a power failure, too
+    redis, stream   redis://HOST:PORT/DB, and the key of a stream there. What is published on any
+                    server goes to that stream and comes back to the clients of all servers. Needs
+                    the package `redis`
+    history_file    the same with an SQLite file, which servers on one machine share. What is
+                    published survives a restart, and with `sync` a power failure
     reuse_port      other servers may listen on the same port: the system shares out the clients
     on_fault        called when a fault has ended the server, in the thread that met it
 
-    Raises ValueError for an option that cannot be; OSError if it cannot listen.
+    Raises ValueError for an option that cannot be meant, and OSError if it cannot listen.
 
-    It is a socketserver.ThreadingTCPServer without its handlers: a thread for each client, and a
-    loop that polls, are what this server does without. So `process_request`, `finish_request` and
-    `handle_request` raise RuntimeError, no handler class is taken, and `handle_error`,
-    `handle_timeout` and `service_actions` are not called. `serve_forever` starts it and waits;
-    `shutdown` and `server_close` are `stop`; `verify_request` is asked before a socket is taken.
+    It is a socketserver.ThreadingTCPServer, but has neither a thread for each client nor a loop
+    that polls. So there is no handler class; `process_request`, `finish_request` and
+    `handle_request` raise RuntimeError; `handle_error`, `handle_timeout` and `service_actions` are
+    never called. `serve_forever` starts the server and waits, `shutdown` and `server_close` are
+    other names of `stop`, and `verify_request` is asked about each socket.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 6500, *, history: int = 1024,
                  heartbeat: float = 15.0, retry: float = 3.0, max_clients: int = 10000,
                  patience: float = 5.0, tokens: Sequence[str] = (),
-                 publish_tokens: Sequence[str] = (),
-                 authorize: Authorize | None = None, origins: Sequence[str] = (),
-                 allowed_hosts: Sequence[str] = (), jwt_key: str | None = None,
-                 cert: str | None = None, key: str | None = None,
-                 key_password: Password | None = None,
-                 redis: str | None = None, stream: str | None = None,
-                 history_file: str | None = None, sync: bool = False,
-                 reuse_port: bool = False,
-                 on_fault: Callable[[], object] | None = None) -> None:
-        """Begin to listen. The options stand above."""
-        host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        texts = {"host": host, "jwt_key": jwt_key, "cert": cert, "key": key, "redis": redis,
-                 "stream": stream, "history_file": history_file}
-        _refuse(
-            # What an unset variable gives would be no TLS, no history, a server open to everybody
-            *((value == "", f"{name} is empty: was a variable not set?")
-              for name, value in texts.items()),
-            (not isinstance(port, int) or not 0 <= port < 65536, "port is not from 0 to 65535"),
-            (not isinstance(history, int), "history is not a whole number"),
-            (not callable(authorize or len), "authorize is not a function"),
-            (key and not cert, "key needs cert"),
-            (stream and not redis, "stream needs redis"),
-            (sync and not history_file, "sync needs history_file"),
-            (redis and history_file, "one shared log is enough: redis, or history_file"))
+                 publish_tokens: Sequence[str] = (), authorize: Authorize | None = None,
+                 origins: Sequence[str] = (), allowed_hosts: Sequence[str] = (),
+                 jwt_key: str | None = None, cert: str | None = None, key: str | None = None,
+                 key_password: Password | None = None, redis: str | None = None,
+                 stream: str | None = None, history_file: str | None = None, sync: bool = False,
+                 reuse_port: bool = False, on_fault: Callable[[], object] | None = None) -> None:
+        """Begin to listen. The options are explained above."""
+        _check_options(locals())
+
+        # Held by the thread that starts or stops the server. Guards the next two.
         self._lifecycle = threading.RLock()
-        self._process = os.getpid()             # the one that it serves in
         self._started = False
-        self._stopped = False                   # or `stop` is at it
-        self._ended = threading.Event()         # set when `stop` has done all it does
+
+        # `stop` has begun.
+        self._stopped = False
+
+        # `stop` has ended, or a fault has ended the server.
+        self._ended = threading.Event()
+
+        # The process that the server runs in. It is none of those forked from it.
+        self._process = os.getpid()
+
+        self._on_fault = on_fault or (lambda: None)
         self._scheme = "https" if cert else "http"
-        self._on_fault = on_fault
+        host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         access = Access(tokens, publish_tokens, authorize, origins, self._scheme, host=host,
                         allowed_hosts=allowed_hosts, jwt_key=jwt_key)
         context = Certificate(cert, key, key_password).context if cert else None
         kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
                                 "max_clients": min(max_clients, descriptors.for_clients()),
                                 "heartbeat": heartbeat}
-        shared_log = (RedisStream(redis, stream or "sse", history) if redis else
-                      FileStream(history_file, history, sync) if history_file else None)
-        self._shared = Shared(shared_log, **kept) if shared_log else None
+        store = (RedisStream(redis, stream or "sse", history) if redis else
+                 FileStream(history_file, history, sync) if history_file else None)
+
+        # The hub, and the same if its events come from a store.
+        self._shared = Shared(store, **kept) if store else None
         self._broadcast = self._shared or Broadcast(**kept)
+
         self._publisher = Publisher(self._broadcast)
         answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
                           stream_type=STREAM_TYPE if history else ORIGINAL_STREAM_TYPE,
                           publish_all=self._broadcast.publish_all, figures=self.figures,
                           status=self.status, trouble=self._broadcast.trouble)
+        submit_all = self._shared.submit_all if self._shared else None
+        connections = Connections(answers, self._broadcast.register, submit_all, context)
         stopping = threading.Event()
-        self._connections = Connections(
-            answers, self._broadcast.register,
-            self._shared.submit_all if self._shared else None, context)
         self._acceptor = self._thread("accept", self._accept)
         self._serving = self._thread("connections", self._serve)
-        self._store_threads = [
-            self._thread("source", partial(shared_log.follow, self._shared, stopping)),
-            self._thread("store", shared_log.write)] if shared_log and self._shared else []
         self._sender = self._thread("publisher", self._publisher.run)
-        try:
-            super().__init__(host, port, self._connections.take, self._connections.make_room,
-                             stopping, reuse_port)
-        except BaseException:
-            self._connections.close()
-            self._publisher.close()
-            raise
+        self._store_threads = [
+            self._thread("source", partial(store.follow, self._shared, stopping)),
+            self._thread("store", store.write)] if store and self._shared else []
+
+        # If it cannot bind, socketserver calls `server_close`, and so all is closed again.
+        super().__init__(host, port, connections, stopping, reuse_port)
 
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
-        """Return a thread in which a fault is logged, and ends the server."""
+        """Return a thread in which a fault is logged and ends the server."""
         def run() -> None:
             try:
-                target()
-            except NotRunning:      # it was publishing when the server stopped
-                pass
+                # It was publishing when the server stopped.
+                with suppress(NotRunning):
+                    target()
             except BaseException as fault:
                 self._broadcast.fail(fault)
-                logger.critical("a fault ended the thread %s, and with it the server", name,
-                                exc_info=fault)
-            finally:
-                if self._broadcast.fault:
-                    self._ended.set()
-                    if self._on_fault:
-                        self._on_fault()
+                self._ended.set()
+                try:
+                    logger.critical("a fault ended the thread %s, and with it the server", name,
+                                    exc_info=fault)
+                finally:
+                    self._on_fault()
         return threading.Thread(target=run, name=name, daemon=True)
 
     def start(self) -> SSEServer:
@@ -335,17 +357,18 @@ class SSEServer(_Listener, metaclass=_Documented):
                 self._started = True
                 try:
                     self._start()
-                except BaseException:       # the system gives no more threads
+                except BaseException:
+                    # The system gives no more threads.
                     self.stop()
                     raise
         return self
 
     def _start(self) -> None:
-        _running.add(self)
-        self._sender.start()
+        # So that streams end in order also if the program forgets to stop it.
+        atexit.register(self.stop)
+        for thread in (self._sender, *self._store_threads):
+            thread.start()
         if self._shared:
-            for thread in self._store_threads:
-                thread.start()
             self._shared.loaded.wait(LOAD_TIME)
         self._serving.start()
         self._acceptor.start()
@@ -353,11 +376,12 @@ class SSEServer(_Listener, metaclass=_Documented):
     def stop(self) -> None:
         """Stop within 3 seconds: clients get what is in the log, and their streams end.
 
-        Threads and sockets are gone when it returns, whoever stops it. Can be called again.
-        In a thread of the server's own (a hook, a logging handler) it only sees to it that this is
-        done. Raises Fault if one had ended the server; RuntimeError in a signal handler that
-        interrupts a `publish` of its thread. In a forked child it does nothing: the server is the
-        parent's.
+        When it returns, all threads and sockets are gone. It can be called again. In a thread of
+        the server's own (a hook, a logging handler) it returns at once, and another thread stops
+        the server. In a forked child it does nothing, because the server is the parent's.
+
+        Raises Fault if a fault had ended the server, and RuntimeError in a signal handler that
+        interrupts a `publish` of its thread.
         """
         if self._process != os.getpid():
             return
@@ -373,8 +397,9 @@ class SSEServer(_Listener, metaclass=_Documented):
             self._stopped = True
             try:
                 self._stop()
-            finally:        # whatever a logging handler raises
-                _running.discard(self)
+            finally:
+                # Whatever a logging handler raises.
+                atexit.unregister(self.stop)
                 self._ended.set()
             if self._broadcast.fault:
                 raise Fault("a fault has ended the server") from self._broadcast.fault
@@ -382,7 +407,7 @@ class SSEServer(_Listener, metaclass=_Documented):
     def _stop(self) -> None:
         clients = self.clients
         if self._acceptor.is_alive():
-            self._connect_to_self()
+            self._unblock_accept()
             self._acceptor.join()
         self._stop_connections()
         self._broadcast.stop()
@@ -399,23 +424,26 @@ class SSEServer(_Listener, metaclass=_Documented):
                 thread.join(max(0.0, until - time.monotonic()))
         if self._shared and not any(thread.is_alive() for thread in self._store_threads):
             self._shared.stream.close()
-        if self._started:       # only now: whatever a logging handler does harms nothing any more
+        # Last, because whatever a logging handler does harms nothing any more.
+        if self._started:
             logger.info("stopped; clients: %d", clients)
 
     def _stop_connections(self) -> None:
-        """Close all connections, and wait for what is at work: an `authorize` may never return."""
+        """Close all connections, and wait for what is at work. An `authorize` may never return."""
         until = time.monotonic() + REQUESTS_TIME
         self._connections.stop()
-        if self._serving.ident is not None:
+        if self._serving.is_alive():
             self._serving.join(REQUESTS_TIME)
-        if not self._serving.is_alive():
+        else:
             self._connections.close()
         self._connections.join_jobs(until)
 
-    shutdown = server_close = stop      # what socketserver calls it
+    # What socketserver calls it.
+    shutdown = server_close = stop
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Start, and wait until the server is stopped. It polls nothing."""
+        """Start, and wait until the server is stopped. It polls nothing. Raises what `stop` does.
+        """
         self.start()
         self._ended.wait()
         self.stop()
@@ -426,19 +454,22 @@ class SSEServer(_Listener, metaclass=_Documented):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.stop()
-        except Fault:       # it was logged, and is not to hide the block's own
+        except Fault:
+            # It was logged, and must not hide the block's own exception.
             if kind is None:
                 raise
 
     def publish(self, data: str, event: str | None = None, channel: str | None = None,
                 wait: bool = False) -> str | None:
-        """Publish an event and return its id, None with `history=0`. Clients get it from there.
+        """Publish an event and return its id, None with `history=0`. Waits for no client.
 
-        data: text of at most 1 MiB. event: its name. channel: None is for everyone; else it is
-        for clients that asked for this channel. wait: slow clients may hold it back, see
-        `patience`. Raises ValueError for what no event can hold, NotRunning if the server does
-        not run, and Unavailable if the shared log does not take it within 4 seconds: with `wait`
-        that is waited for, too. An event whose answer was lost may then be published twice.
+        data: text of at most 1 MiB. event: its name. channel: if there is one, only clients that
+        asked for this channel get it. wait: wait for slow clients as long as `patience` says, and
+        for a store that is away; if the answer of the store was lost, the event is then published
+        twice.
+
+        Raises ValueError for what no event can hold, NotRunning if the server does not run, and,
+        without `wait`, Unavailable if the store does not take the event within 4 seconds.
         """
         self._refuse_fork()
         if not self._started:
@@ -446,7 +477,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         return self._broadcast.publish(data, event, channel, wait)
 
     def drain(self) -> None:
-        """Wait until clients have every event; those that `patience` gives up are left out."""
+        """Wait until clients have every event, but for those that `patience` gives up."""
         self._refuse_fork()
         self._broadcast.drain()
 
@@ -474,14 +505,14 @@ class SSEServer(_Listener, metaclass=_Documented):
         return {**self._publisher.figures(), "refused": self._connections.refusals}
 
     def status(self) -> dict[str, Any]:
-        """Return the figures, and a list of clients: times in seconds, at most 1000 of them."""
+        """Return the figures, and a list of at most 1000 clients, with times in seconds."""
         return {**self.figures(), "list": self._broadcast.describe_clients()}
 
     def _refuse_fork(self) -> None:
         """Raise NotRunning in a child of the process in which the server was made.
 
-        It has none of the threads, any lock may be held for ever by one of them, and what the
-        selectors watch is the parent's.
+        The child has none of the threads, one of them may hold any lock there for ever, and what
+        the selectors watch is the parent's.
         """
         if self._process != os.getpid():
             raise NotRunning(f"the server runs in process {self._process}, from which this one was "
@@ -490,13 +521,6 @@ class SSEServer(_Listener, metaclass=_Documented):
     def _serve(self) -> None:
         with self._broadcast.not_waiting():
             self._connections.run()
-
-
-def _refuse(*options: tuple[object, str]) -> None:
-    """Raise ValueError for the first option that is wrong."""
-    for is_wrong, what in options:
-        if is_wrong:
-            raise ValueError(what)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
