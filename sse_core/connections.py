@@ -137,14 +137,11 @@ class Connections:
         self.publishing = Pool(MAX_THREADS)
         self._register = register
 
-        # What other threads hand over: the accept loop, and those that have done a job. Only the
-        # owner takes it out.
+        # What other threads hand over, before they wake the owner: the accept loop, and those that
+        # have done a job. Only the owner takes it out.
         self._newcomers: deque[tuple[socket.socket, str, bytes]] = deque()
         self._done: deque[tuple[Connection, Future[Any]]] = deque()
 
-        # Whether the thread will look at these two without another wake-up. It says no before it
-        # looks, and others add to them before they ask: so nothing is overlooked.
-        self._is_woken = False
         self._wakeup = WakeUp()
         self._is_stopping = False
 
@@ -183,12 +180,12 @@ class Connections:
             sock.close()
             return
         self._newcomers.append((sock, peer, received))
-        self._wake()
+        self._wakeup.wake()
 
     def make_room(self) -> None:
         """Have some connections evicted: there is no descriptor for one more."""
         self._is_short = True
-        self._wake()
+        self._wakeup.wake()
 
     def _serve_at_once(self, sock: socket.socket, peer: str) -> bytes | None:
         """Register who asks for a stream with a GET that has wholly arrived.
@@ -224,11 +221,6 @@ class Connections:
         for pool in (self.authorizing, self.publishing):
             pool.stop(until)
 
-    def _wake(self) -> None:
-        if not self._is_woken:
-            self._is_woken = True
-            self._wakeup.wake()
-
     # Run by the thread
 
     def run(self) -> None:
@@ -249,11 +241,13 @@ class Connections:
         for key, _ in ready:
             if key.data is None:
                 self._wakeup.clear()
-            else:
-                self._socket_ready(key.data, now)
+            elif isinstance(key.data.wait, Future):
+                # Nobody reads this before the job is done.
+                self._watch(key.data, TURN)
+            elif key.data.wait in (READABLE, WRITABLE):
+                self._step(key.data, key.data.wait, now)
         for connection in in_turn:
             self._step(connection, TURN, now)
-        self._is_woken = False
         for _ in range(len(self._done)):
             self._step(*self._done.popleft(), now)
         if now >= self._look_at:
@@ -263,13 +257,6 @@ class Connections:
             for connection in [*self._idle, *self._busy][:MAKES_ROOM]:
                 self._end(connection)
         self._take_newcomers(now)
-
-    def _socket_ready(self, connection: Connection, now: float) -> None:
-        if isinstance(connection.wait, Future):
-            # Nobody reads this before the job is done.
-            self._watch(connection, TURN)
-        elif connection.wait in (READABLE, WRITABLE):
-            self._step(connection, connection.wait, now)
 
     def _take_newcomers(self, now: float) -> None:
         """Begin with those that wait, as far as there is room or somebody can be evicted."""
@@ -314,8 +301,8 @@ class Connections:
         is_late = connection.deadline <= now and not isinstance(wait, Future)
         try:
             code = connection.code
-            late = TimeUp("its time was up")
-            self._wait_for(connection, code.throw(late) if is_late else next(code))
+            wait = code.throw(TimeUp("its time was up")) if is_late else next(code)
+            self._wait_for(connection, wait)
             self._look_at = min(self._look_at, connection.deadline)
         except StopIteration:
             self._end(connection)
@@ -344,7 +331,7 @@ class Connections:
     def _job_done(self, connection: Connection, job: Future[Any]) -> None:
         """Have a connection go on. Called by whichever thread did its job, or took it back."""
         self._done.append((connection, job))
-        self._wake()
+        self._wakeup.wake()
 
     def _hand_over(self, connection: Connection, opening: Opening) -> None:
         """Make a connection a client, or have it go on a turn later."""
