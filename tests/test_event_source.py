@@ -1,6 +1,7 @@
 """A browser's EventSource, across restarts: directly, and behind nginx and HAProxy as examples/
 configure them."""
 import signal
+import socket
 from contextlib import ExitStack
 
 import pytest
@@ -91,5 +92,23 @@ def test_since_counts_once_and_then_the_last_id(tmp_path):
             assert post(port, "3")
             page.wait_for("seen[0][seen[0].length - 1] === '3'")
             assert page.evaluate("seen[0]") == ["0", "1", "2", "3"]
+        finally:
+            assert "Traceback" not in first.close()
+
+
+def test_haproxy_finds_a_server_healthy_that_answers_for_one_host_alone(tmp_path):
+    """Its checks name no Host, and its clients do."""
+    ports = [free_port() for _ in range(3)]
+    with running("haproxy", ports, tmp_path):
+        with socket.create_server(("127.0.0.1", ports[1])) as unhealthy:
+            unhealthy.settimeout(PATIENCE)
+            # When the second check comes, the first has failed, and the server counts as down
+            for _ in range(2):
+                unhealthy.accept()[0].close()
+        first = Server("--port", str(ports[1]), "--allowed-host", "localhost", "--interval", "0",
+                       "--publish-token", PUBLISH_TOKEN)
+        try:
+            url = f"http://localhost:{ports[0]}/{PUBLISH_TOKEN}"
+            wait_until(lambda: requests.post(url, data="x", timeout=PATIENCE).ok)
         finally:
             assert "Traceback" not in first.close()
