@@ -2,7 +2,7 @@
 
 All that is in here belongs to the publisher thread: the sockets that are registered, none of which
 ever blocks, their clients, the groups, the selector. What it shares with other threads, the log
-and the list of clients, is in sse_core/broadcast.py. The life of a client:
+and the list of clients, is in sse_core/engine/hub.py. The life of a client:
 
     registered      by a connection: it is listed, and joins
     greeted         it was sent the head of its stream and, if it resumes, what it missed
@@ -24,12 +24,12 @@ from itertools import chain, islice
 from types import SimpleNamespace
 from typing import Any
 
-from sse_core import frames
-from sse_core.broadcast import LOOK, Broadcast
-from sse_core.clients import AT_ONCE, Client, Subscription
-from sse_core.groups import Group, Groups
-from sse_core.log import Batch, Bytes, Frame
-from sse_core.stalls import Stalls
+from sse_core.engine import frames
+from sse_core.engine.clients import AT_ONCE, Client, Subscription
+from sse_core.engine.groups import Group, Groups
+from sse_core.engine.hub import LOOK, Broadcast
+from sse_core.engine.log import Batch, Bytes, Frame
+from sse_core.engine.stalls import Stalls
 
 # Bytes of batches that are joined in one turn and kept for the next client that wants the same
 MAX_JOINED = 4 << 20

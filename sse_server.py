@@ -4,7 +4,7 @@
     curl -N http://127.0.0.1:6500/token     watches it
 
 A socket goes one way. The thread `accept` accepts it and gives it to Connections
-(sse_core/connections.py), whose thread reads the request and asks Answers (sse_core/answers.py)
+(sse_core/http/connections.py), whose thread reads the request and asks Answers (answers.py)
 what to do: send an answer, or register a client. From then on the publisher (publisher.py) owns
 the socket. An event goes another way: `publish`, the log, the publisher.
 
@@ -33,17 +33,19 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 from publisher import Publisher
-from sse_core import command_line, descriptors, frames, sources
-from sse_core.access import Access, Authorize
-from sse_core.answers import Answers
-from sse_core.broadcast import Broadcast, NotRunning, Unavailable
-from sse_core.command_line import count_of
-from sse_core.connections import Connections
-from sse_core.file_stream import FileStream
-from sse_core.http1 import Request
-from sse_core.redis_stream import RedisStream
-from sse_core.shared import Shared
-from sse_core.tls import Certificate, Password
+from sse_core.cli import command_line, descriptors, sources
+from sse_core.cli.command_line import count_of
+from sse_core.engine import frames
+from sse_core.engine.hub import Broadcast
+from sse_core.errors import NotRunning, Unavailable
+from sse_core.http.access import Access, Authorize
+from sse_core.http.answers import Answers
+from sse_core.http.connections import Connections
+from sse_core.http.http1 import Request
+from sse_core.http.tls import Certificate, Password
+from sse_core.stores.redis import RedisStream
+from sse_core.stores.sqlite import FileStream
+from sse_core.stores.store import Shared
 
 # Connections that the kernel holds ready to be accepted.
 BACKLOG = 1024

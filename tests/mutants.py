@@ -27,7 +27,7 @@ from typing import Any, Dict, List, Set, Tuple
 from mutations import TOP, Finder, Marker, Mutant
 
 MODULES = ["publisher.py", "sse_server.py",
-           *(str(path.relative_to(TOP)) for path in sorted((TOP / "sse_core").glob("*.py")))]
+           *(str(path.relative_to(TOP)) for path in sorted((TOP / "sse_core").rglob("*.py")))]
 SHARE, FEWEST, MOST = 0.1, 10, 40       # of the sites of a module, unless --per-module says it
 SLOWER, SLACK = 3, 20   # a test is killed by time after so many times its own, and so many seconds
 LONGEST = 1200          # seconds for all tests
@@ -145,7 +145,7 @@ class Record:
         else:
             tests = self._tests[f"{mutant.module}:{mutant.place}"]
         is_lock = mutant.operator == "lock"
-        is_redis = mutant.module in ("sse_core/redis_stream.py", "sse_core/shared.py")
+        is_redis = mutant.module in ("sse_core/stores/redis.py", "sse_core/stores/store.py")
         return sorted((test for test in tests if is_redis or "test_redis" not in test), key=lambda
                       test: (not (is_lock and "test_locks" in test),
                              (self.seconds[test] + 0.02) / (1 + self._kills[test])))
@@ -157,7 +157,7 @@ class Record:
 def record(copy: Copy, arguments: List[str]) -> Record:
     """Run all tests in a copy that leaves marks; what was recorded of the same tree is kept."""
     digest = hashlib.sha256(repr((arguments, sys.version, [
-        path.read_bytes() for path in sorted([*TOP.glob("*.py"), *TOP.glob("sse_core/*.py"),
+        path.read_bytes() for path in sorted([*TOP.glob("*.py"), *TOP.rglob("sse_core/**/*.py"),
                                               *TOP.glob("tests/*.py")])])).encode()).hexdigest()
     kept = TOP / "build" / f"mutants-{digest[:16]}.json"
     if not kept.exists():

@@ -10,7 +10,7 @@ import pytest
 
 import sse_server
 from helpers import GET, PUBLISH_TOKEN, Client, ask, connect, get, reset, unfinished, wait_until
-from sse_core import connections, http1
+from sse_core.http import connections, http1
 from sse_server import SSEServer
 from test_http1 import mutated
 

@@ -11,9 +11,9 @@ import pytest
 
 from helpers import Client, connect, get, post
 from origin_cases import ORIGINS
-from sse_core import http1, signed
-from sse_core.access import EVERYTHING, Access, Grant
-from sse_core.http1 import Refusal
+from sse_core.http import http1, signed
+from sse_core.http.access import EVERYTHING, Access, Grant
+from sse_core.errors import Refusal
 from sse_server import SSEServer
 
 NOW = 1_700_000_000.5

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from sse_core.body import MAX_IGNORED, Body
-from sse_core.frames import MAX_EVENT
-from sse_core.http1 import Refusal
+from sse_core.http.body import MAX_IGNORED, Body
+from sse_core.engine.frames import MAX_EVENT
+from sse_core.errors import Refusal
 
 HELLO = b"5\r\nhello\r\n"
 END = b"0\r\n\r\n"

@@ -16,7 +16,8 @@ import pytest
 import sse_server
 from helpers import (GET, PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, post, serving,
                      wait_until)
-from sse_core import frames, http1
+from sse_core.engine import frames
+from sse_core.http import http1
 from sse_server import SSEServer
 
 

@@ -41,7 +41,7 @@ from client_table import INTEROP, PAGE, READERS, ROWS, STEPS, YES, Reader, Row, 
 from door import Door, door_before
 from helpers import PUBLISH_TOKEN, Client, Server, free_port, lack, need, wait_until
 
-from sse_core import answers
+from sse_core.http import answers
 from sse_server import SSEServer
 
 # Seconds until a client that shows nothing counts as silent: more than any of them waits before

@@ -18,7 +18,7 @@ import requests
 
 from helpers import (PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, need_ipv6, post,
                      serving)
-from sse_core.command_line import parse_arguments, status_lines
+from sse_core.cli.command_line import parse_arguments, status_lines
 from sse_server import SSEServer
 
 FAST = ("--interval", "0.02")
@@ -326,7 +326,7 @@ def test_beside_a_publish_token_there_is_no_clock_and_beside_an_interval_there_i
 
 
 # A clock that no flag asks for ticks so fast that a test need not wait for it
-HASTY = "from sse_core import command_line; command_line.TICK = 0.02"
+HASTY = "from sse_core.cli import command_line; command_line.TICK = 0.02"
 
 
 def test_what_comes_from_the_environment_is_named():

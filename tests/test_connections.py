@@ -13,9 +13,9 @@ import pytest
 
 from helpers import (GET, PATIENCE, PUBLISH_TOKEN, Client, ask, connect, get, make_certificate,
                      post, request_threads, reset, unfinished, wait_until)
-from sse_core import connections, http1
-from sse_core.connections import Connections
-from sse_core.pool import Pool
+from sse_core.http import connections, http1
+from sse_core.http.connections import Connections
+from sse_core.http.pool import Pool
 from sse_server import SSEServer
 
 POST = get(f"/{PUBLISH_TOKEN}", "Content-Length: 5", method="POST")

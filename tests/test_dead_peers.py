@@ -13,7 +13,7 @@ from typing import Callable
 import pytest
 
 from helpers import Client, SecureClient, make_certificate, wait_until
-from sse_core import stalls
+from sse_core.engine import stalls
 from sse_server import SSEServer
 
 CLONE_NEWNET = 0x40000000       # linux/sched.h

@@ -15,9 +15,9 @@ from zlib import crc32
 
 import pytest
 
-from sse_core import frames
-from sse_core.log import NOTHING
-from sse_core.shared import Event as Coming
+from sse_core.engine import frames
+from sse_core.engine.log import NOTHING
+from sse_core.stores.store import Event as Coming
 from test_publisher import HEAD, Bench, Narrow, Peer, in_a_thread, opening, piped
 from wire import Decoder, Event
 

@@ -14,9 +14,9 @@ import pytest
 import requests
 
 from helpers import PATIENCE, TOP, Client, halt, wait_until
-from sse_core.broadcast import Unavailable
-from sse_core.file_stream import FileStream
-from sse_core.shared import Draft
+from sse_core.errors import Unavailable
+from sse_core.stores.sqlite import FileStream
+from sse_core.stores.store import Draft
 from test_file_stream import (  # noqa: F401
     gaps, key, on_file, path, post, publishing, query, resume, rows, texts, turn, turned)
 
@@ -133,7 +133,7 @@ AS_NOBODY = f"""if True:
     import os, sys, fcntl, sqlite3
     sys.path.insert(0, {str(TOP)!r})
     import sse_server
-    from sse_core.file_stream import FileStream
+    from sse_core.stores.sqlite import FileStream
     os.getuid() or os.setuid({NOBODY})
     try:
         FileStream(sys.argv[1], 64, False)

@@ -16,11 +16,11 @@ import pytest
 import requests
 
 from helpers import KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, get, halt, wait_until
-from sse_core import file_stream
-from sse_core.broadcast import NotRunning, Unavailable
-from sse_core.file_stream import FileStream
-from sse_core.log import NOTHING
-from sse_core.shared import Draft, Event, Shared
+from sse_core.stores import sqlite as file_stream
+from sse_core.errors import NotRunning, Unavailable
+from sse_core.stores.sqlite import FileStream
+from sse_core.engine.log import NOTHING
+from sse_core.stores.store import Draft, Event, Shared
 from sse_server import SSEServer
 from test_publisher import in_a_thread
 
@@ -28,8 +28,8 @@ PUBLISHER = f"""if True:
     import sys
     sys.path.insert(0, {str(TOP)!r})
     import threading
-    from sse_core.file_stream import FileStream
-    from sse_core.shared import Draft
+    from sse_core.stores.sqlite import FileStream
+    from sse_core.stores.store import Draft
     stream, name = FileStream(sys.argv[1], 100000, False), sys.argv[2]
     stream._open()
     threading.Thread(target=stream.write, daemon=True).start()

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from sse_core import frames
-from sse_core.log import BATCH, FRAME_COST, MAX_CHANNELS, MAX_LOG, NOTHING, SCAN, Batch, Log
+from sse_core.engine import frames
+from sse_core.engine.log import BATCH, FRAME_COST, MAX_CHANNELS, MAX_LOG, NOTHING, SCAN, Batch, Log
 from helpers import TOP
 from wire import Decoder, Event
 

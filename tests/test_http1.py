@@ -5,8 +5,9 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from sse_core import http1, parameters
-from sse_core.http1 import Refusal, parse
+from sse_core.http import http1, parameters
+from sse_core.http.http1 import parse
+from sse_core.errors import Refusal
 
 H = b"Host: x\r\n"
 

@@ -434,7 +434,7 @@ def test_a_fault_does_not_hide_the_exception_that_ends_a_with_block(monkeypatch)
 @pytest.mark.parametrize("source", [["--interval", "1000"], ["--stdin"]])
 @pytest.mark.parametrize("broken", [
     "publisher:Publisher._sweep", "sse_server:SSEServer.verify_request",
-    "sse_core.sources:clock", "sse_core.sources:lines"])
+    "sse_core.cli.sources:clock", "sse_core.cli.sources:lines"])
 def test_a_fault_in_a_thread_ends_the_process_with_status_1_and_a_traceback(source, broken):
     """So that a service manager starts it again: with the clock it once was 0."""
     if broken.startswith("sse_core") and broken.endswith("lines") != ("--stdin" in source):

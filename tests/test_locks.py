@@ -11,12 +11,12 @@ import time
 import pytest
 
 from helpers import KEPT, PATIENCE
-from sse_core.broadcast import Broadcast
-from sse_core.clients import Opening, Subscription
-from sse_core.file_stream import FileStream
-from sse_core.frames import Draft, parse_id
-from sse_core.pool import Pool
-from sse_core.shared import Shared
+from sse_core.engine.hub import Broadcast
+from sse_core.engine.clients import Opening, Subscription
+from sse_core.stores.sqlite import FileStream
+from sse_core.engine.frames import Draft, parse_id
+from sse_core.http.pool import Pool
+from sse_core.stores.store import Shared
 from sse_server import SSEServer
 from test_threads import run
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from sse_core import sources
+from sse_core.cli import sources
 from helpers import Client, serving
 from sse_server import SSEServer
 from wire import Decoder

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from sse_core.pace import LUMP, RATE, Pace
+from sse_core.engine.pace import LUMP, RATE, Pace
 
 LONGEST = 5.0 + LUMP / RATE     # seconds, with a patience of 5
 OLDEST, LATER = 7, 8            # frames at which clients stand

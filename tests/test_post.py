@@ -11,7 +11,8 @@ import requests
 
 from helpers import (PATIENCE, PUBLISH_TOKEN, Client, ask, connect, get, post, request_threads,
                      unfinished, wait_until)
-from sse_core import connections, frames
+from sse_core.engine import frames
+from sse_core.http import connections
 
 
 def test_curl_posts_and_the_answer_has_the_id(open_server):

@@ -18,15 +18,16 @@ import pytest
 import publisher
 from helpers import KEPT, PATIENCE, wait_until
 from publisher import Publisher
-from sse_core import frames, stalls
-from sse_core.broadcast import Broadcast, NotRunning, Unavailable
-from sse_core.clients import AT_ONCE
-from sse_core.log import NOTHING, SCAN, Batch
-from sse_core.clients import Opening, Subscription
-from sse_core.frames import Draft
-from sse_core.shared import Event, Shared
-from sse_core.stalls import STALL
-from sse_core.tls import TLSSocket
+from sse_core.engine import frames, stalls
+from sse_core.engine.hub import Broadcast
+from sse_core.errors import NotRunning, Unavailable
+from sse_core.engine.clients import AT_ONCE
+from sse_core.engine.log import NOTHING, SCAN, Batch
+from sse_core.engine.clients import Opening, Subscription
+from sse_core.engine.frames import Draft
+from sse_core.stores.store import Event, Shared
+from sse_core.engine.stalls import STALL
+from sse_core.http.tls import TLSSocket
 from wire import Decoder
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"

@@ -12,7 +12,8 @@ import requests
 
 import publisher
 from helpers import PATIENCE, TOP, Client, free_port, get, need, wait_until
-from sse_core import clients, connections, frames, http1, log, parameters, signed, stalls
+from sse_core.engine import clients, frames, log, stalls
+from sse_core.http import connections, http1, parameters, signed
 from sse_server import SSEServer
 
 README = (TOP / "README.md").read_text()

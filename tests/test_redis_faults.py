@@ -18,10 +18,10 @@ import requests
 from helpers import KEPT, PATIENCE, TOP, Client, Server, ask, connect, get, halt, wait_until
 from redis_server import store      # noqa: F401
 from redis_server import POST, Forwarder, Redis, add_many, check_told, data, following, post, resume
-from sse_core import shared as shared_module
-from sse_core.broadcast import NotRunning
-from sse_core.redis_stream import RedisStream
-from sse_core.shared import Draft, Event, Shared
+from sse_core.stores import store as shared_module
+from sse_core.errors import NotRunning
+from sse_core.stores.redis import RedisStream
+from sse_core.stores.store import Draft, Event, Shared
 from sse_server import SSEServer
 from test_publisher import in_a_thread
 

@@ -7,7 +7,7 @@ import pytest
 import requests
 from helpers import PATIENCE, TOP, Client, ask, get, serving, wait_until
 
-from sse_core.clients import AT_ONCE
+from sse_core.engine.clients import AT_ONCE
 from sse_server import SSEServer
 
 jwt = pytest.importorskip("jwt", reason="signed tokens need the package PyJWT")

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from helpers import Client, ask, get
-from sse_core import http1, parameters
-from sse_core import log as log_module
-from sse_core.log import NOTHING, Log
+from sse_core.http import http1, parameters
+from sse_core.engine import log as log_module
+from sse_core.engine.log import NOTHING, Log
 from sse_server import SSEServer
 
 

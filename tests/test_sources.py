@@ -10,7 +10,8 @@ import time
 import pytest
 
 from helpers import PATIENCE, Client, ask, get, serving, wait_until
-from sse_core import frames, sources
+from sse_core.cli import sources
+from sse_core.engine import frames
 
 
 def split(*pieces: bytes) -> list:
@@ -170,7 +171,7 @@ def memory(process: subprocess.Popen) -> int:
 
 
 # So that a client that does not read is given up after 2 s, and not after 9
-SHORT_PAUSE = "from sse_core import pace; pace.LUMP = pace.RATE"
+SHORT_PAUSE = "from sse_core.engine import pace; pace.LUMP = pace.RATE"
 
 
 def flood(number: int, readers: int, slow: bool) -> None:

@@ -93,7 +93,7 @@ def test_the_start_says_where_to_look_and_who_may(terminal):
 
 @pytest.mark.parametrize("flags, shown", [(["--quiet"], False), ([], True)])
 def test_quiet_has_no_status_line(terminal, flags, shown):
-    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core import command_line; "
+    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core.cli import command_line; "
             "command_line.STATUS_EVERY = 0.1; import sse_server; "
             f"sys.exit(sse_server.main(['--port', '0', '--interval', '0.05', *{flags!r}]))")
     screen = terminal(sys.executable, "-c", code)
@@ -238,7 +238,7 @@ def test_closed_and_full_streams_are_no_traceback_and_no_busy_loop():
 
 
 def test_a_terminal_that_is_held_by_ctrl_s_stops_nothing_and_enter_still_counts(terminal):
-    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core import command_line; "
+    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core.cli import command_line; "
             "command_line.STATUS_EVERY = 0.1; import sse_server; "
             "sys.exit(sse_server.main(['--port', '0', '--interval', '0.05', '--verbose']))")
     screen = terminal(sys.executable, "-c", code)

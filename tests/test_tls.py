@@ -16,7 +16,7 @@ import requests
 
 from helpers import (GET, PATIENCE, TOP, Client, SecureClient, connect, make_certificate, serving,
                      unfinished, wait_until)
-from sse_core import connections, tls
+from sse_core.http import connections, tls
 from sse_server import SSEServer
 
 
@@ -277,7 +277,7 @@ def test_a_certificate_that_cannot_be_loaded_is_one_warning_and_the_old_one_stay
 def test_a_service_that_is_told_to_reload_by_sighup_serves_the_new_certificate(renewals):
     """It was stopped. A terminal that closes sends the same, and still ends the server."""
     (cert, key), new = renewals
-    before = "import os; os.setsid(); from sse_core import tls; tls.LOOK_INTERVAL = 0.02"
+    before = "import os; os.setsid(); from sse_core.http import tls; tls.LOOK_INTERVAL = 0.02"
     with serving("--interval", "0.05", "--cert", str(cert), "--key", str(key),
                  before=before) as server, SecureClient(server.port) as client:
         count = len(client.read_events(1))

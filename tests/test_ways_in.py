@@ -7,8 +7,9 @@ import threading
 import pytest
 
 from helpers import PATIENCE, PUBLISH_TOKEN, Client, ask, get, post, serving, wait_until
-from sse_core import frames, sources
-from sse_core.frames import Draft
+from sse_core.cli import sources
+from sse_core.engine import frames
+from sse_core.engine.frames import Draft
 from sse_server import SSEServer
 
 GOOD = [

@@ -8,7 +8,8 @@ import json
 import re
 from typing import Any
 
-from sse_core.http1 import Refusal, Request
+from sse_core.errors import Refusal
+from sse_core.http.http1 import Request
 
 COOKIE = "sse_token"        # with a signed token: an EventSource sends no bearer token
 MAX_TOKEN = 4096            # characters, as of a cookie; PyJWT takes 0.2 ms to refuse so many

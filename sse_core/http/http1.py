@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import NamedTuple
 
+from sse_core.errors import Refusal
+
 MAX_LINE = 8000             # bytes of the request line: what RFC 9112 section 3 wants supported
 MAX_HEAD = 16 << 10         # bytes of request line and fields
 MAX_FIELDS = 100            # as http.client has it
@@ -39,16 +41,6 @@ _ANY = re.compile(r"\n([^:]+):([^\r]*)")
 
 # At most 64 names of fields
 _NAMES = re.compile("{0}(?:[ \t]*,[ \t]*{0}){{0,63}}".format(TOKEN.decode()))
-
-
-class Refusal(Exception):
-    """A request that is answered with an error: status, a text that says what to do, fields."""
-
-    def __init__(self, status: int, text: str, fields: Iterable[str] = ()) -> None:
-        super().__init__(status, text)
-        self.status = status
-        self.text = text
-        self.fields = tuple(fields)
 
 
 class Request(NamedTuple):

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
 
-from sse_core import signed
-from sse_core.http1 import Refusal, Request
+from sse_core.errors import Refusal
+from sse_core.http import signed
+from sse_core.http.http1 import Request
 
 # A name without a final dot. Each part is separated by a dot that it cannot hold, so this is linear
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")

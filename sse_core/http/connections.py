@@ -51,15 +51,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Callable, TypeVar, Union
 
-from sse_core import http1, parameters
-from sse_core.answers import Answers, refusing
-from sse_core.body import Body
-from sse_core.broadcast import WouldWait
-from sse_core.clients import Opening
-from sse_core.frames import Draft
-from sse_core.http1 import Refusal, Request
-from sse_core.pool import Pool
-from sse_core.wakeup import WakeUp
+from sse_core.engine.clients import Opening
+from sse_core.engine.frames import Draft
+from sse_core.engine.wakeup import WakeUp
+from sse_core.errors import Refusal, WouldWait
+from sse_core.http import http1, parameters
+from sse_core.http.answers import Answers, refusing
+from sse_core.http.body import Body
+from sse_core.http.http1 import Request
+from sse_core.http.pool import Pool
 
 # Seconds for one request to arrive, however it dribbles; and for its answer to be taken.
 REQUEST_TIME = 10.0

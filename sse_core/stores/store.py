@@ -25,11 +25,12 @@ from concurrent.futures import Future
 from itertools import islice
 from typing import Any, Callable, NamedTuple, TypeVar
 
-from sse_core import frames
-from sse_core.broadcast import ID_LENGTH, LOOK, Broadcast, Unavailable
-from sse_core.clients import Opening
-from sse_core.frames import Draft, Id
-from sse_core.log import FRAME_COST, MAX_LOG, MIN_HISTORY, NOTHING, SCAN, Log
+from sse_core.engine import frames
+from sse_core.engine.clients import Opening
+from sse_core.engine.frames import Draft, Id
+from sse_core.engine.hub import ID_LENGTH, LOOK, Broadcast
+from sse_core.engine.log import FRAME_COST, MAX_LOG, MIN_HISTORY, NOTHING, SCAN, Log
+from sse_core.errors import Unavailable
 
 MIN_KEPT = 10000        # rows that are kept at least
 

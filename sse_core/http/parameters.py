@@ -8,9 +8,10 @@ import math
 import re
 from difflib import get_close_matches
 
-from sse_core import frames
-from sse_core.frames import Draft
-from sse_core.http1 import Refusal, Request
+from sse_core.engine import frames
+from sse_core.engine.frames import Draft
+from sse_core.errors import Refusal
+from sse_core.http.http1 import Request
 
 NDJSON = "application/x-ndjson"
 WATCHING = {"channel", "since", "lastEventId", "last_event_id"}     # parameters of a stream

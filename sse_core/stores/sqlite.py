@@ -24,9 +24,9 @@ from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Callable
 from urllib.parse import quote
 
-from sse_core.frames import MAX_EVENT, Draft, Id
-from sse_core.log import NOTHING
-from sse_core.shared import MIN_KEPT, READING, Row, SharedLog
+from sse_core.engine.frames import MAX_EVENT, Draft, Id
+from sse_core.engine.log import NOTHING
+from sse_core.stores.store import MIN_KEPT, READING, Row, SharedLog
 
 if TYPE_CHECKING:       # who has no such file does without
     import sqlite3

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from sse_core.frames import Draft, Id, format_id, parse_id
-from sse_core.log import NOTHING
-from sse_core.shared import Row, SharedLog
+from sse_core.engine.frames import Draft, Id, format_id, parse_id
+from sse_core.engine.log import NOTHING
+from sse_core.stores.store import Row, SharedLog
 
 BLOCK = 250             # milliseconds that Redis waits for entries before it answers with none
 READ_COUNT = 24         # entries read at once: 600 of 1 MB took 219 MB at the start, 401 by 64

@@ -13,12 +13,13 @@ from email.utils import formatdate
 from functools import lru_cache
 from typing import Any, Callable
 
-from sse_core import frames, http1, parameters
-from sse_core.access import Access, Grant
-from sse_core.broadcast import NotRunning, Unavailable, WouldWait
-from sse_core.clients import Opening, Subscription
-from sse_core.frames import Draft
-from sse_core.http1 import Refusal, Request
+from sse_core.engine import frames
+from sse_core.engine.clients import Opening, Subscription
+from sse_core.engine.frames import Draft
+from sse_core.errors import NotRunning, Refusal, Unavailable, WouldWait
+from sse_core.http import http1, parameters
+from sse_core.http.access import Access, Grant
+from sse_core.http.http1 import Request
 
 HTML = "text/html; charset=utf-8"
 # The page watches any stream, loads nothing, and stands in no frame. Its address may hold a token,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Iterator
 from itertools import chain
 
-from sse_core.clients import Client, Subscription
+from sse_core.engine.clients import Client, Subscription
 
 
 class Group:

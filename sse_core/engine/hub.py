@@ -14,29 +14,18 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Callable
 
-from sse_core import frames
-from sse_core.clients import AT_ONCE, Client, Clients, Opening, Subscription
-from sse_core.frames import Draft, Id
-from sse_core.log import Batch, Frame, Log
-from sse_core.wakeup import WakeUp
+from sse_core.engine import frames
+from sse_core.engine.clients import AT_ONCE, Client, Clients, Opening, Subscription
+from sse_core.engine.frames import Draft, Id
+from sse_core.engine.log import Batch, Frame, Log
+from sse_core.engine.wakeup import WakeUp
+from sse_core.errors import NotRunning, WouldWait
 
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
 LOOK = 0.1              # seconds between two looks of one who waits: a pace changes by time alone
 WAITERS_SHARE = 0.75    # of the log, for those who wait for clients; the rest is for who does not
 BATCHES_KEPT = 64       # clients that lag and are at the same place share them
 ID_LENGTH = 64          # bytes that an id adds to a frame, at most
-
-
-class NotRunning(RuntimeError):
-    """The server does not run, yet or any more, so it takes no event."""
-
-
-class Unavailable(Exception):
-    """The place that events go to does not answer now; trying again later may help."""
-
-
-class WouldWait(Unavailable):
-    """A thread that may not wait would have to wait for the publisher. Nothing was published."""
 
 
 class Broadcast:

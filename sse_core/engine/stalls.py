@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Callable
 
-from sse_core.clients import Client, Clients
+from sse_core.engine.clients import Client, Clients
 
 # Seconds without an acknowledgement after which a client is dropped
 STALL = 30.0

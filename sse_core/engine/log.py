@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Callable, NamedTuple, Union
 
-from sse_core.frames import BATCH, Id, chunk, unchunk, with_id
+from sse_core.engine.frames import BATCH, Id, chunk, unchunk, with_id
 
 MAX_LOG = 64 << 20          # bytes of frames in the log, with what Python needs for each
 MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients that are slow

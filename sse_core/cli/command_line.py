@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn, TextIO
 
 from sse_core import __version__
-from sse_core.log_writer import LogWriter
+from sse_core.cli.log_writer import LogWriter
 
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
 

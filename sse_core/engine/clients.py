@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from sse_core import frames
-from sse_core.frames import Id
-from sse_core.log import Batch, Bytes, Frame, Log
-from sse_core.pace import Pace
+from sse_core.engine import frames
+from sse_core.engine.frames import Id
+from sse_core.engine.log import Batch, Bytes, Frame, Log
+from sse_core.engine.pace import Pace
 
 AT_ONCE = 256           # clients greeted, and others served, before there is a look for new events
 LISTED = 1000           # clients that are described one by one, at most

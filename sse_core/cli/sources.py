@@ -15,8 +15,8 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Callable
 
-from sse_core.broadcast import Unavailable
-from sse_core.frames import MAX_EVENT, Draft
+from sse_core.engine.frames import MAX_EVENT, Draft
+from sse_core.errors import Unavailable
 
 STOP_CHECK = 0.25       # seconds between two looks at the stop flag while there is nothing to read
 MAX_LINE = MAX_EVENT + 4    # bytes, with a byte order mark before it and the CR of its line end

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 
-from sse_core.frames import MAX_EVENT
-from sse_core.http1 import TOKEN, VALUE, Refusal
+from sse_core.engine.frames import MAX_EVENT
+from sse_core.errors import Refusal
+from sse_core.http.http1 import TOKEN, VALUE
 
 MAX_IGNORED = 4096          # bytes of extensions and trailers in all, and tiny chunks
 TINY = 16                   # bytes: 1 MiB in chunks of one byte took 2.4 s

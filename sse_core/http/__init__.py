@@ -1,0 +1,1 @@
+"""From an accepted socket to an answer or a client."""

@@ -1,0 +1,1 @@
+"""Events that outlive the process, or come from another."""
