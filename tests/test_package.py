@@ -166,16 +166,6 @@ def test_imports_point_one_way():
     assert "sse_server" not in imported("publisher.py")
 
 
-def test_the_pure_modules_import_no_socket_no_thread_and_no_clock():
-    impure = {"socket", "ssl", "select", "selectors", "threading", "time", "datetime",
-              "socketserver"}
-    for name in ("access", "body", "frames", "http1", "log", "parameters", "signed"):
-        assert not imported(f"sse_core/{name}.py") & impure, name
-    assert not imported("sse_core/http/answers.py") & (impure - {"time", "datetime"})
-    for name in ("connections", "command_line"):
-        assert "sse_server" not in imported(f"sse_core/{name}.py")
-
-
 def test_the_wheel_is_for_any_machine_and_holds_the_modules_and_the_page(packages):
     wheel = packages[0]
     assert wheel.name.endswith("-py3-none-any.whl")
