@@ -1316,7 +1316,7 @@ def test_publish_inside_a_publish_of_the_same_thread_is_refused_or_done_never_st
         countdown = [line]
 
         def trace(frame, event, argument):
-            if frame.f_code.co_filename.endswith(("broadcast.py", "log.py")):
+            if frame.f_code.co_filename.endswith(("hub.py", "log.py")):
                 countdown[0] -= 1
                 if countdown[0] == 0:
                     sys.settrace(None)
