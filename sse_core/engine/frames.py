@@ -1,82 +1,125 @@
-"""Turn events into bytes: a frame is one event, encoded once, as exactly one HTTP chunk.
+r"""Turn events into bytes: a frame is one event, encoded once, as exactly one HTTP chunk.
 
-No socket, no thread and no clock in here: time and order come from the caller, bytes go back to it.
+    0000003e\r\n                the length of the event in bytes, always eight hex digits
+    event: custom\n             its name, if it has one
+    data: first line\n
+    data: second line\n
+    id: 1764000000000-7\n       always last, see `with_id`
+    \n
+    \r\n
 
-On the wire a frame is eight lower-case hex digits, CRLF, the event, CRLF (RFC 9112 section 7.1).
-The event is the fields `event:`, `data:`, `id:` in this order (WHATWG HTML section 9.2.5). The
-length line has a fixed width, so a client of HTTP/1.0, which knows no chunks, is sent a slice.
+RFC 9112 section 7.1 defines the chunk, and WHATWG HTML section 9.2.5 the event in it. The length
+line has a fixed width. So a client of HTTP/1.0, which knows no chunks, is sent a slice of the
+frame.
 
 Every line of an event ends in LF. WHATWG allows CRLF, too, but many clients split the stream at
 `\n\n` and find no event in a mix. Only `--history 0` keeps the line ends of the original.
+
+An event that cannot be sent cannot be made: `Draft` checks it, and nothing checks it again.
+
+No socket, no thread and no clock in here: time and order come from the caller, bytes go back to it.
 """
 from __future__ import annotations
 
 import json
 import random
 import re
-from typing import NamedTuple
+from typing import Any
 
-MAX_EVENT = 1 << 20         # bytes of data in an event; a frame has a `data: ` a line more
-MAX_NAME = 1024             # bytes of an event's or a channel's name
-MAX_QUOTE = 80              # characters of a line that an error quotes
-BATCH = 64 << 10            # bytes joined for one send: what a client's kernel buffer takes
-END = b"0\r\n\r\n"          # the chunk that ends a stream in order
-MAX_RETRY = (1 << 31) - 1   # milliseconds: clients keep `retry:` in a signed 32-bit number
+# Bytes of the data of an event, in UTF-8. A frame is longer by `data: ` for each line.
+MAX_EVENT = 1 << 20
 
-# Names of the events that the server makes itself.
+# Bytes of the name of an event or of a channel, in UTF-8.
+MAX_NAME = 1024
+
+# Characters of a line that an error quotes.
+MAX_QUOTE = 80
+
+# Bytes that are joined for one send: as many as the kernel buffers for a client.
+BATCH = 64 << 10
+
+# The chunk that ends a stream in order.
+END = b"0\r\n\r\n"
+
+# Milliseconds. Clients keep the number of `retry:` in 32 bits, one of them for the sign.
+MAX_RETRY = (1 << 31) - 1
+
+# Names of the events that the server makes itself. Nobody can publish them.
 OWN_NAMES = ("welcome", "gap", "busy")
 
-Id = tuple[int, int]        # (milliseconds, counter in that millisecond), ordered as in Redis
+# Milliseconds since 1970, and a counter within that millisecond. Ordered as in a Redis stream.
+Id = tuple[int, int]
 _ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
-_LINE_END = re.compile("\r\n|\n|\r")        # these only (WHATWG 9.2.5); str.splitlines has more
+
 _NOT_IN_A_NAME = re.compile("[\r\n\0\ud800-\udfff]")
 
 
+class Draft:
+    """An event that can be sent, and has no id yet. The log or a store gives it one.
+
+    data      Text of at most MAX_EVENT bytes. Its lines may end in CRLF, LF or CR.
+    event     Its name. None or an empty one: clients take it for a `message`.
+    channel   It goes to the clients that asked for this channel. None: to all.
+
+    Raises ValueError for what no event can hold, TypeError for what is not text.
+    """
+    __slots__ = ("data", "event", "channel", "payload")
+
+    def __init__(self, data: str, event: str | None = None, channel: str | None = None) -> None:
+        if not (isinstance(data, str) and isinstance(event or "", str)
+                and isinstance(channel or "", str)):
+            raise TypeError("data, event and channel are strings: use json.dumps for other data")
+        if event:
+            check_name("event", event)
+        if event in OWN_NAMES:
+            raise ValueError(f"the event name {event} is the server's own: take another one")
+        if channel is not None:
+            check_name("channel", channel)
+        self.data = data
+        self.event = event or None
+        self.channel = channel
+
+        # The event as fields of a stream, still without an id.
+        self.payload = encode(data, event)
+
+
 def check_name(kind: str, name: str) -> None:
-    """Raise ValueError if a name could not stand on one line; `kind` of name is for the error."""
-    if _NOT_IN_A_NAME.search(name):
-        raise ValueError(f"the {kind} has a CR, LF, NUL or a lone surrogate")
-    if len(name.encode()) > MAX_NAME:
-        raise ValueError(f"the {kind} is longer than {MAX_NAME} bytes")
+    """Raise ValueError if a name cannot stand on one line.
 
-
-def check_channel(name: str) -> None:
-    """Raise ValueError for what no channel can be called."""
+    kind: `event` or `channel`, for the message.
+    """
     if not name:
-        raise ValueError("the channel has no name; an event that is for everyone has no channel")
-    check_name("channel", name)
+        raise ValueError(f"the {kind} has no name: leave it out instead")
+    if _NOT_IN_A_NAME.search(name):
+        raise ValueError(f"the {kind} name has a CR, LF, NUL or a lone surrogate")
+    if len(name.encode()) > MAX_NAME:
+        raise ValueError(f"the {kind} name is longer than {MAX_NAME} bytes")
 
 
-class Draft(NamedTuple):
-    """An event that has no id yet. No channel: it is for everyone."""
-    data: str
-    event: str | None = None
-    channel: str | None = None
+def encode(data: str, event: str | None = None) -> bytes:
+    """Return data and a name as fields of a stream. The name must have been checked.
 
-    def encoded(self) -> bytes:
-        """Return it as the fields of a stream.
-
-        Raises ValueError for what no event can hold, TypeError for what is no text.
-        """
-        if not isinstance(self.data, str):
-            raise TypeError("data is text: use json.dumps for anything else")
-        if not isinstance(self.event or "", str) or not isinstance(self.channel or "", str):
-            raise TypeError("the names of an event and of a channel are text")
-        if self.event:
-            check_name("event name", self.event)
-        if self.event in OWN_NAMES:
-            raise ValueError(f"the event name {self.event} is the server's own")
-        if self.channel is not None:
-            check_channel(self.channel)
-        return encode(self.data, self.event)
+    CRLF, LF and CR end a line, and nothing else does, although `str.splitlines` knows more (WHATWG
+    HTML section 9.2.5). Raises ValueError if the data is too long, or cannot be sent as UTF-8.
+    """
+    try:
+        encoded = data.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the data has a lone surrogate and cannot be sent as UTF-8") from None
+    if len(encoded) > MAX_EVENT:
+        raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
+    if b"\r" in encoded:
+        encoded = encoded.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    name = f"event: {event}\n".encode() if event else b""
+    return b"".join((name, b"data: ", encoded.replace(b"\n", b"\ndata: "), b"\n\n"))
 
 
 def parse_draft(line: str) -> Draft | None:
     """Return the event that `{"data": ..., "event": ..., "channel": ...}` describes.
 
     A blank line is None. Data that is not a string is sent as the JSON text that stands in the
-    line, so numbers keep their digits. Raises ValueError, which says what is wrong and quotes the
-    line.
+    line, so that numbers keep their digits. Raises ValueError, which says what is wrong and quotes
+    the line.
     """
     if not line.strip():
         return None
@@ -86,7 +129,7 @@ def parse_draft(line: str) -> Draft | None:
         what = f"{error.msg} in column {error.colno}"
     except RecursionError:
         what = "it is nested too deeply"
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         what = str(error)
     quoted = line if len(line) <= MAX_QUOTE else f"{line[:MAX_QUOTE]}..."
     raise ValueError(f"{what}: {quoted!r}")
@@ -96,59 +139,40 @@ def _parse_members(line: str) -> Draft:
     members = _JSON.decode(line)
     if not isinstance(members, dict) or "data" not in members:
         raise ValueError('it is not an object with "data"')
-    unknown = members.keys() - set(Draft._fields)
+    unknown = members.keys() - {"data", "event", "channel"}
     if unknown:
         raise ValueError(f"nothing is known of {min(unknown)!r}")
-    data, event, channel = (members.get(name) for name in Draft._fields)
-    if not isinstance(event, (str, type(None))) or not isinstance(channel, (str, type(None))):
-        raise ValueError("event and channel are strings")
-    draft = Draft(data if isinstance(data, str) else _json_text(line, "data"), event, channel)
-    draft.encoded()
-    return draft
+    if not isinstance(members["data"], str):
+        members["data"] = _text_of_data(line)
+    return Draft(**members)
 
 
-def _json_text(line: str, name: str) -> str:
-    """Return the value of a member as it stands in a line that is a JSON object.
+def _text_of_data(line: str) -> str:
+    """Return the value of "data" as it stands in a line that is a JSON object with this member.
 
-    Of members with the same name the last one counts, as for a decoder.
+    If there are several, the last one counts, as for a decoder.
     """
-    found, start = "", _skip(line, line.index("{") + 1)
-    while line[start] != "}":
-        member, end = _JSON.raw_decode(line, start)
-        start = _skip(line, end)
-        _, end = _JSON.raw_decode(line, start)
-        if member == name:
-            found = line[start:end]
-        start = _skip(line, end)
-    return found
-
-
-def _skip(line: str, at: int) -> int:
-    """Return where the next string, value or end of a JSON object begins."""
-    while line[at] in " \t\r\n,:":
-        at += 1
-    return at
+    # Names and values in turn: what each stands for, and how it stands there.
+    items: list[tuple[Any, str]] = []
+    at = line.index("{") + 1
+    while line[at] != "}":
+        if line[at] in " \t\r\n,:":
+            at += 1
+        else:
+            item, end = _JSON.raw_decode(line, at)
+            items.append((item, line[at:end]))
+            at = end
+    pairs = zip(items[::2], items[1::2])
+    return [text for (name, _), (_, text) in pairs if name == "data"][-1]
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")     # RFC 8259 section 6; Python would take it
+    """Raise ValueError for NaN and Infinity, which Python would take (RFC 8259 section 6)."""
+    raise ValueError(f"{name} is not JSON")
 
 
-# Numbers are not converted: their text is sent, and Python takes no integer over 4,300 digits
+# Numbers are not converted: their text is sent, and Python takes no integer over 4,300 digits.
 _JSON = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=_refuse_constant)
-
-
-def encode(data: str, event: str | None = None) -> bytes:
-    """Return data, at most 1 MiB of UTF-8, and a name that was checked as fields of a stream."""
-    may_be_long = len(data) > MAX_EVENT // 4        # a character has 4 bytes at most
-    if may_be_long and len(data.encode(errors="replace")) > MAX_EVENT:
-        raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
-    name = f"event: {event}\n" if event else ""
-    lines = "\ndata: ".join(_LINE_END.split(data)) if "\n" in data or "\r" in data else data
-    try:
-        return f"{name}data: {lines}\n\n".encode()
-    except UnicodeEncodeError:
-        raise ValueError("the data has a lone surrogate and cannot be sent as UTF-8") from None
 
 
 def with_original_line_ends(payload: bytes) -> bytes:
@@ -172,13 +196,14 @@ def chunk(payload: bytes) -> bytes:
     return b"%08x\r\n%b\r\n" % (len(payload), payload)
 
 
-# A comment, and no blank line: that would end a block, of which lax clients make an empty event
-HEARTBEAT = chunk(b":\n")
-
-
 def unchunk(frame: bytes) -> memoryview:
     """Return the payload of a chunk made by `chunk`, without a copy of it."""
     return memoryview(frame)[10:-2]
+
+
+# A comment without a blank line. That would end a block, and clients that are not strict make an
+# empty event of it.
+HEARTBEAT = chunk(b":\n")
 
 
 def retry_after(seconds: float) -> int:
@@ -190,10 +215,10 @@ def retry_after(seconds: float) -> int:
 
 
 def welcome(newest: Id, retry: float, heartbeat: float) -> bytes:
-    """Return the chunk that begins the stream of a client without an id.
+    """Return the chunk that begins the stream of a client without an id. Both times are in seconds.
 
     It is an event with data, because Firefox, WebKit and most client libraries ignore the id of a
-    block without. `heartbeat`, in seconds, tells HTTP clients which read timeout is safe.
+    block without. The heartbeat tells HTTP clients which read timeout is safe; 0: none is sent.
     """
     event = b'event: welcome\nretry: %d\ndata: {"heartbeat": %.10g}\n\n'
     return chunk(with_id(event % (retry_after(retry), heartbeat), newest))
@@ -202,7 +227,7 @@ def welcome(newest: Id, retry: float, heartbeat: float) -> bytes:
 def retry_line(seconds: float) -> bytes:
     """Return the chunk that begins every other stream: a line of the next event's block.
 
-    It is no block of its own: lax clients make an empty event of a block without data.
+    It is no block of its own. Clients that are not strict make an empty event of one without data.
     """
     return chunk(b"retry: %d\n" % retry_after(seconds))
 
@@ -220,8 +245,11 @@ def busy(seconds: float) -> bytes:
 def gap_payload(after: str | None, resumed: str | None, reason: str, own: Id | None) -> bytes:
     """Return the event that tells a client what it will not get.
 
-    own: the client's own id, or None. It is repeated, because some clients forget theirs at an
-    event without one.
+    after     The id up to which it has everything, or that it gave.
+    resumed   The id of the event with which it goes on. None: there is none yet.
+    reason    `evicted`, `unknown` or `lagging`.
+    own       The client's own id, if it has one. It is repeated, because some clients forget theirs
+              at an event without one.
     """
     event = encode(json.dumps({"after": after, "resumed": resumed, "reason": reason}), "gap")
     return with_id(event, own) if own else event

@@ -82,16 +82,15 @@ class Broadcast:
 
         wait: when the log is full, wait for every slow client that keeps the pace. Else no client
         is waited for, and the publisher only when most of the log has not been fanned out.
-        Raises ValueError, and appends none, if one is no event; NotRunning after `stop`. When that
-        comes between two events, the others are appended all the same, without a wait for anybody;
-        but with `wait` it is raised there, too. Raises RuntimeError in a signal handler that
-        interrupts a `publish` of its thread; WouldWait in `not_waiting`, as a logging handler may
-        be.
+        Raises NotRunning after `stop`. When that comes between two events, the others are appended
+        all the same, without a wait for anybody; but with `wait` it is raised there, too. Raises
+        RuntimeError in a signal handler that interrupts a `publish` of its thread; WouldWait in
+        `not_waiting`, as a logging handler may be.
         """
         self.refuse_inside()
-        encoded = [(draft.encoded(), draft.channel) for draft in drafts]
-        return [self._publish(payload, channel, None, wait, is_begun=index > 0 and not wait)
-                for index, (payload, channel) in enumerate(encoded)]
+        return [self._publish(draft.payload, draft.channel, None, wait,
+                              is_begun=index > 0 and not wait)
+                for index, draft in enumerate(drafts)]
 
     def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False,
                  is_begun: bool = False) -> str | None:

@@ -231,8 +231,6 @@ def refusing() -> Iterator[None]:
     """Raise Refusal in place of what publishing raises; but WouldWait goes on."""
     try:
         yield
-    except ValueError as error:
-        raise Refusal(400, f"This event cannot be published: {error}.") from None
     except WouldWait:
         raise
     except Unavailable as error:

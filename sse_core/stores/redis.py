@@ -73,9 +73,9 @@ class RedisStream(SharedLog):
     def _commit(self, drafts: Sequence[Draft]) -> list[str]:
         pipe = self._redis.pipeline(transaction=len(drafts) > 1)
         for draft in drafts:
-            fields = {name: value for name, value in draft._asdict().items()
-                      if value or name == "data"}
-            pipe.xadd(self._key, fields, maxlen=self._kept, approximate=True)
+            fields = {"data": draft.data, "event": draft.event, "channel": draft.channel}
+            given = {name: value for name, value in fields.items() if value is not None}
+            pipe.xadd(self._key, given, maxlen=self._kept, approximate=True)
         return [new.decode() for new in pipe.execute()]
 
     def _probe(self, size: int) -> None:

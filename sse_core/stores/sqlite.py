@@ -211,7 +211,7 @@ class FileStream(SharedLog):
         with _transaction(connection, "begin immediate"):
             ids = self._next_ids(connection, len(drafts))
             connection.executemany("insert into event values (?, ?, ?, ?, ?)", (
-                (*new, draft.channel, draft.event or None, draft.data)
+                (*new, draft.channel, draft.event, draft.data)
                 for new, draft in zip(ids, drafts)))
         self._fresh += len(drafts)
         self._check_in_place()      # SQLite would not mind

@@ -107,7 +107,7 @@ class SharedLog(ABC):
         return self._troubles[READING] or self._troubles[WRITING]
 
     def submit(self, drafts: Sequence[Draft]) -> Future[list[str]]:
-        """Have events committed that have been checked, all or none.
+        """Have events committed, all or none.
 
         Returns at once. The future is given their ids, or Unavailable, by the thread that writes:
         what is called back there must not wait. One that is cancelled in time is not committed.
@@ -121,7 +121,7 @@ class SharedLog(ABC):
         return future
 
     def publish(self, drafts: Sequence[Draft]) -> list[str]:
-        """Commit events that have been checked, all or none, and return their ids.
+        """Commit events, all or none, and return their ids.
 
         Raises Unavailable while that cannot be. After that they may have been committed all the
         same, if only the answer was lost.
@@ -283,7 +283,7 @@ class SharedLog(ABC):
         for ms, n, *texts in rows:
             try:
                 channel, event, data = (text if text is None else text.decode() for text in texts)
-                payload = Draft(data or "", event, channel).encoded()
+                payload = Draft(data or "", event, channel).payload
                 if data is None:
                     raise ValueError("there is no data")
             except ValueError:
@@ -371,8 +371,6 @@ class Shared(Broadcast):
         """
         if not wait:
             return [*self.submit_all(drafts).result()]
-        for draft in drafts:
-            draft.encoded()
         ids: list[str | None] = []
         for start in range(0, len(drafts), self._piece):
             ids += self._publish_piece(drafts[start:start + self._piece])
@@ -381,10 +379,8 @@ class Shared(Broadcast):
     def submit_all(self, drafts: Sequence[Draft]) -> Future[list[str]]:
         """Have events committed to the shared log, all or none; see SharedLog.submit.
 
-        Raises ValueError if one is no event, and NotRunning after `stop`.
+        Raises NotRunning after `stop`.
         """
-        for draft in drafts:
-            draft.encoded()
         self.check_running()
         return self.stream.submit(drafts)
 
