@@ -15,9 +15,9 @@ from sse_core.engine import frames
 
 
 def split(*pieces: bytes) -> list:
-    splitter = sources.LineSplitter()
-    lines = [line for piece in pieces for line in splitter.feed(piece)]
-    return lines + list(splitter.end())
+    splitter = sources.LineSplitter(frames.Draft)
+    drafts = [draft for piece in pieces for draft in splitter.feed(piece)]
+    return [draft.data for draft in drafts + splitter.end()]
 
 
 @pytest.mark.parametrize("data, lines", [
@@ -54,19 +54,24 @@ def test_a_line_over_1_mib_is_left_out_and_the_next_is_unharmed(caplog):
     pieces = (data[index:index + 65536] for index in range(0, len(data), 65536))
     assert split(data) == split(*pieces) == ["next", "last"]
     assert [record.getMessage() for record in caplog.records] == [
-        "standard input: lines over 1048576 bytes are left out (first: line 1)"] * 2
+        "standard input: lines that are no events are left out (first: line 1): it is longer than "
+        "1048576 bytes"] * 2
     assert split(b"\xff" * 400_000 + b"\n", b"next\n") == ["next"]      # 1.2 MB as U+FFFD
 
 
-def test_lines_over_1_mib_are_not_held_and_counted(caplog):
-    splitter = sources.LineSplitter()
+def test_a_line_that_is_too_long_is_not_called_bad_utf_8_for_being_cut(caplog):
+    assert split("é".encode() * frames.MAX_EVENT + b"\n") == []
+    assert len(caplog.records) == 1 and "longer than" in caplog.text
+
+
+def test_lines_over_1_mib_are_not_held_and_counted():
+    splitter = sources.LineSplitter(frames.Draft)
     for _ in range(2):
         for _ in range(40):
-            assert not list(splitter.feed(b"x" * 65536))
-            assert sum(map(len, splitter._held)) <= sources.MAX_LINE
-        assert not list(splitter.feed(b"\n"))
-    splitter.tell_left_out()
-    assert caplog.messages[-1] == "standard input: 2 lines were left out"
+            assert not splitter.feed(b"x" * 65536)
+            assert len(splitter._held) <= sources.MAX_LINE + 1
+        assert not splitter.feed(b"\n")
+    assert splitter.left_out == 2
 
 
 def test_a_character_that_stands_for_what_is_not_utf_8_may_be_sent_itself(caplog):

@@ -1,8 +1,9 @@
 """Share out the descriptors that the system gives a process: most for clients, some for the rest.
 
-The usual soft limit is 1,024, on macOS 256, because of programs that use select(2). When it is used
-up, nobody can connect any more, neither to publish nor to ask for health. So the soft limit is
-raised, as Go, nginx and Redis do, and clients never get the last descriptors.
+Each client takes one. The usual soft limit is 1,024, on macOS 256, because of programs that use
+select(2). When it is used up, nobody can connect any more, neither to publish nor to ask for
+health. So the command raises the soft limit, as Go, nginx and Redis do, and clients never get the
+last descriptors.
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def for_clients() -> int:
 
 
 def raise_limit(clients: int) -> None:
-    """Raise the soft limit to what so many clients need; warn if the hard limit does not allow it.
+    """Raise the soft limit to what so many clients need. Warn if the hard limit is too low.
 
     For commands only: a program's own subprocesses would inherit it.
     """
@@ -37,8 +38,8 @@ def raise_limit(clients: int) -> None:
     # macOS has a further limit, and refuses what is beyond it.
     with suppress(ValueError, OSError, OverflowError):
         if 0 <= soft < needed:
-            allowed = needed if hard < 0 else min(needed, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE,
+                               (needed if hard < 0 else min(needed, hard), hard))
     room = for_clients()
     if room < clients:
         logger.warning(

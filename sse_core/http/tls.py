@@ -1,4 +1,10 @@
-"""Turn a certificate into TLS sockets that behave like plain ones."""
+"""Turn the files of a certificate into TLS sockets that behave like plain ones.
+
+The rest of the server knows no TLS but for the handshake. It sends and receives on non-blocking
+sockets, and expects BlockingIOError from one that is not ready. TLSSocket raises that, and hides
+the two ways in which OpenSSL is different: it must be offered the same bytes again, and a stream
+needs an end of its own.
+"""
 from __future__ import annotations
 
 import logging
@@ -7,14 +13,16 @@ import ssl
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, NoReturn, Union
+from typing import Any, Callable, NoReturn, TypeVar, Union
 
-# Seconds between two looks whether the files of a certificate have changed, at least.
+# Seconds between two checks whether the files of a certificate have changed, at least.
 LOOK_INTERVAL = 1.0
 
-RECORD = 16 << 10           # bytes of data in a TLS record, at most (RFC 8446 section 5.1)
+# Bytes of data in a TLS record, at most (RFC 8446 section 5.1).
+RECORD = 16 << 10
 
 Password = Union[str, Callable[[], str]]
+T = TypeVar("T")
 
 logger = logging.getLogger("sse_server")
 
@@ -22,32 +30,37 @@ logger = logging.getLogger("sse_server")
 class TLSSocket(ssl.SSLSocket):
     """A TLS socket that raises BlockingIOError where a plain one does, and wants no bytes again.
 
-    OpenSSL encrypts a record before it finds the socket full, and wants to be offered the same
+    OpenSSL encrypts a record before it finds the socket full, and must be offered the same data
     again (SSL_write(3), the notes on retries). So that record is kept, and all but its last byte
-    is reported as sent: the caller comes back with that byte, and needs to know nothing of it.
+    is reported as sent. The caller comes back with that byte, and needs to know nothing of it.
     """
-    _begun = b""        # such a record
+
+    # The data of a record that OpenSSL has encrypted and the socket has not taken.
+    _begun = b""
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send at most RECORD bytes, and return how many of them the socket took."""
         if self._begun:
-            self._offer(self._begun)
+            self._call(super().send, self._begun)
             self._begun = b""
             return 1
         piece = bytes(data[:RECORD])
         try:
-            return self._offer(piece)
+            return self._call(super().send, piece)
         except BlockingIOError:
             self._begun = piece
             if len(piece) == 1:
                 raise
             return len(piece) - 1
 
-    def shutdown(self, how: int) -> None:
-        """Send close_notify, which the end of a TLS stream needs, and shut down.
+    def recv(self, size: int = 1024, flags: int = 0) -> bytes:
+        """Receive as a plain socket does."""
+        return self._call(super().recv, size, flags)
 
-        RFC 9112 section 9.8. It waits for nothing. There is no close_notify after a record that is
-        not sent whole.
+    def shutdown(self, how: int) -> None:
+        """Send close_notify, which the end of a TLS stream needs, and shut down. Never waits.
+
+        See RFC 9112 section 9.8. After a record that was not sent whole there is no close_notify.
         """
         if not self._begun:
             # The peer's own close_notify is not waited for, which is what the error says.
@@ -55,16 +68,9 @@ class TLSSocket(ssl.SSLSocket):
                 self.unwrap()
         super().shutdown(how)
 
-    def _offer(self, data: bytes) -> int:
+    def _call(self, method: Callable[..., T], *arguments: object) -> T:
         try:
-            return super().send(data)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
-
-    def recv(self, size: int = 1024, flags: int = 0) -> bytes:
-        """Receive as a plain socket does."""
-        try:
-            return super().recv(size, flags)
+            return method(*arguments)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
 
@@ -72,8 +78,8 @@ class TLSSocket(ssl.SSLSocket):
 class Certificate:
     """A certificate and its key in files, which are loaded again when they have changed.
 
-    cert, key: see SSEServer. password: of an encrypted key, or a function that returns it.
-    Raises ValueError if they cannot be used. Later that is one warning, and the old ones stay.
+    cert, key, password: see SSEServer. Raises ValueError if they cannot be used. If that happens
+    later, there is one warning, and the old certificate stays.
     """
 
     def __init__(self, cert: str, key: str | None, password: Password | None) -> None:
@@ -81,41 +87,39 @@ class Certificate:
         self._key = key
         self._password = password
 
-        # What the files looked like before they were loaded, and when to look again. They belong
-        # to the thread that does handshakes.
+        # What the files looked like before they were loaded, and when to look again, on
+        # time.monotonic. Both belong to the thread that does handshakes.
         self._seen = self._look()
         self._look_at = time.monotonic() + LOOK_INTERVAL
 
         self._newest = self._load()
 
-        # New sockets come from this one. OpenSSL asks the callback in each handshake, and there a
-        # socket may still take its certificate from another context.
+        # New sockets come from this one. OpenSSL calls the callback in each handshake, and there a
+        # socket can still take its certificate from another context.
         self.context = self._newest
         self.context.sni_callback = self._give_newest  # type: ignore[assignment]  # an SSLSocket
 
     def _give_newest(self, sock: ssl.SSLSocket, *_: object) -> None:
         if time.monotonic() >= self._look_at:
-            self._renew()
+            self._look_at = time.monotonic() + LOOK_INTERVAL
+            seen, self._seen = self._seen, self._look()
+            if self._seen != seen:
+                self._renew()
         sock.context = self._newest
 
     def _renew(self) -> None:
         """Load the files into a context of their own, so that half a change spoils nothing."""
-        self._look_at = time.monotonic() + LOOK_INTERVAL
-        seen = self._look()
-        if seen == self._seen:
-            return
-        self._seen = seen
         try:
             self._newest = self._load()
             logger.info("%s has changed: its certificate is served from now on", self._cert)
         except ValueError as error:
             logger.warning("%s; the old certificate is served on", error)
 
-    def _look(self) -> list[tuple[int, ...]]:
-        """Return what changes when a file is written or replaced; nothing if one is missing."""
+    def _look(self) -> list[tuple[int, int]]:
+        """Return what changes when a file is written or replaced. Nothing, if one is missing."""
         with suppress(OSError):
             states = [os.stat(path) for path in (self._cert, self._key or self._cert)]
-            return [(each.st_mtime_ns, each.st_size, each.st_ino) for each in states]
+            return [(each.st_ino, each.st_ctime_ns) for each in states]
         return []
 
     def _load(self) -> ssl.SSLContext:
@@ -130,7 +134,7 @@ class Certificate:
         return context
 
     def _why(self, error: OSError) -> str:
-        """Say in words why the files cannot be used: OpenSSL says `PEM lib`, whatever it is."""
+        """Say in words why the files cannot be used. OpenSSL says `PEM lib`, whatever it is."""
         if not isinstance(error, ssl.SSLError):
             return error.strerror or str(error)
         if error.reason == "KEY_VALUES_MISMATCH":
@@ -141,5 +145,6 @@ class Certificate:
 
 
 def _no_password() -> NoReturn:
+    """Raise ValueError where OpenSSL would ask at whatever terminal there is."""
     raise ValueError("the key of the certificate is encrypted: its password is typed at a terminal,"
                      " or given as key_password")
