@@ -139,6 +139,16 @@ def test_a_stream_over_tls_in_pieces_of_a_byte_is_a_stream(secure):
         wait_until(lambda: secure.clients == 1 and not unfinished(secure))
 
 
+def test_requests_in_one_packet_of_tls_records_are_all_served(secure):
+    """What OpenSSL has read and nobody else has, no selector would tell of."""
+    peer = Peer(secure.port, 1 << 20, True)
+    with closing(peer.sock):
+        for data in (POST[:30], POST[30:] + b"hello" + POST + b"hel", b"lo", LAST):
+            peer.tls.write(data)
+        peer.flush()
+        assert peer.receive().count(b"HTTP/1.1 200 ") == 3
+
+
 def test_an_answer_over_tls_ends_with_close_notify(secure):
     """Without it, an answer could have been cut by anybody on the way (RFC 9112 section 9.8)."""
     for data in (LAST, HEAD, b"X\r\n\r\n", b"GET /" + b"a" * (http1.MAX_LINE + 1)):

@@ -57,7 +57,7 @@ class Answers:
     access: who may do what. page: what a browser is shown at `/` and `/TOKEN`, or None.
     retry: seconds of a client's usual pause before it reconnects. stream_type: the Content-Type of
     a stream.
-    publish_all: see Broadcast. figures: returns what /-/status shows. status: the same with the
+    publish_all: see Hub. figures: returns what /-/status shows. status: the same with the
     list of clients. trouble: returns why no event is taken now, or None.
     """
 
@@ -159,7 +159,7 @@ class Answers:
     def post(self, request: Request, body: bytes, grant: Grant) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer.
 
-        Raises Refusal; WouldWait, see Broadcast.not_waiting.
+        Raises Refusal; WouldWait, see Hub.not_waiting.
         """
         drafts = self.drafts(request, body, grant)
         with refusing():

@@ -20,7 +20,7 @@ What a connection does is a generator. It yields what it waits for, and goes on 
     READABLE    Its peer has sent something, or closed.
     WRITABLE    Its socket takes more bytes.
     TURN        All others that are ready have had their turn. So nobody owns the thread by sending
-                many requests at once, or more in one TLS record than is read at once.
+                many requests at once.
     a Future    Another thread has done what may block: a program's `authorize`, or publishing.
     an Opening  There is a place among the clients. The code goes on only if there is none; a moment
                 later (PAUSE) if there is a store, whose events may be on their way.
@@ -95,7 +95,8 @@ MAX_THREADS = 64
 # Bytes of all bodies that are under way.
 MAX_BODIES = 16 << 20
 
-# Bytes received at once.
+# Bytes received at once: more than a TLS record has (RFC 8446 section 5.1), so that OpenSSL never
+# holds any of which no selector knows.
 PIECE = 64 << 10
 
 # Bytes of an event that is published without a thread: it takes less than a millisecond.
@@ -124,7 +125,7 @@ class TimeUp(Exception):
 class Connections:
     """The connections of one server, and the loop of the thread that owns them.
 
-    register: see Broadcast.register. submit: see Shared.submit_all; None if there is no store.
+    register: see Hub.register. submit: see StoreHub.submit_all; None if there is no store.
     context: for TLS, or None.
     """
 
@@ -580,7 +581,7 @@ class Connection:
         data = None
         try:
             while data is None:
-                yield TURN if self._has_decrypted() else READABLE
+                yield READABLE
                 # Of a TLS record, only a part may be there.
                 with suppress(BlockingIOError):
                     data = self.sock.recv(PIECE)
@@ -593,10 +594,6 @@ class Connection:
             self._begin()
         self._received += data
         return bool(data)
-
-    def _has_decrypted(self) -> bool:
-        """Say whether OpenSSL holds data of the peer's, of which no selector knows."""
-        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
 
     def _begin(self) -> None:
         """Begin with the next request of a kept connection."""
