@@ -710,6 +710,7 @@ def test_the_insert_of_the_documentation_adds_an_event_also_to_an_empty_file(pat
         post(server, "after")
         client.read_until_data("after")
         assert texts(client) == ["hello"] * 3 + ["after"]
+        assert abs(key(client.stream.events[0].id)[0] / 1000 - time.time()) < PATIENCE
 
 
 def test_a_new_file_is_its_owners_alone_and_one_that_is_there_keeps_its_mode(path, tmp_path):

@@ -253,6 +253,18 @@ def test_a_history_file_outlives_the_server(shell):
         client.read_until(lambda stream: "kept" in [event.data for event in stream.events])
 
 
+def test_another_program_reads_the_history_file_and_adds_to_it(shell):
+    serve, = commands("--history-file events.db --publish-token SECRET")
+    read, add = commands("select * from event", "insert into event")
+    need("sqlite3", "sqlite3")
+    shell.serve(serve)
+    with Client(int(shell.ports["6500"])) as client:
+        client.open()
+        shell.output(add)
+        assert client.read_events(1)[0].data == "hello"
+    assert "hello" in shell.output(read)
+
+
 def test_all_cores_serve_one_stream(shell):
     many, = commands("for i in 1 2 3 4")
     shell.start(many)
