@@ -18,7 +18,7 @@ run:
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
 
-QUICK = $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py package.py readme.py \
+QUICK = $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py package.py documentation.py \
 	interop.py bridges.py browser.py)
 
 quick: $(VENV)/ready

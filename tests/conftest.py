@@ -8,7 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import PUBLISH_TOKEN, wait_until    # noqa: E402
+from documentation import Shell                            # noqa: E402
+from helpers import PUBLISH_TOKEN, need, wait_until        # noqa: E402
 from sse_server import SSEServer                 # noqa: E402
 
 
@@ -51,3 +52,12 @@ def open_server():
     """A running server that takes POSTs with PUBLISH_TOKEN."""
     with SSEServer(port=0, publish_tokens=[PUBLISH_TOKEN]) as server:
         yield server
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Run commands of the documentation, in a folder of their own."""
+    need("curl", "curl")
+    shell = Shell(tmp_path)
+    yield shell
+    shell.stop()

@@ -1,4 +1,4 @@
-"""The README's pipes from other systems, run against a real MQTT broker and a real PostgreSQL."""
+"""The documentation's pipes from other systems, run against a real MQTT broker and a real PostgreSQL."""
 import json
 import os
 import shutil
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from documentation import commands, program
 from helpers import PATIENCE, Client, connect, free_port, get, need, wait_until
-from test_readme import PROGRAMS, commands, shell      # noqa: F401
 
 pytestmark = pytest.mark.interop
 NASTY = 'two\nlines, "quotes", a \\ and größe 🎉'
@@ -140,8 +140,7 @@ def sql(statements: str, name: str = "shop") -> str:
 
 def serve_notifications(shell):
     pipe, = commands("python listen.py |")
-    program, = (program for program in PROGRAMS if "psycopg" in program)
-    (shell.folder / "listen.py").write_text(program)
+    (shell.folder / "listen.py").write_text(program("psycopg"))
     shell.serve(pipe)
     wait_until(lambda: sql("select 1 from pg_stat_activity where query = 'LISTEN news'"))
     return shell.processes[-1]
@@ -160,7 +159,7 @@ def test_a_notify_reaches_clients_and_a_restart_is_told_as_a_gap(shell, database
         database.stop()
         client.read_to_end()
     process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0          # hence the README's Restart=always
+    assert process.returncode == 0          # hence the advice Restart=always
     database.start()
     wait_until(lambda: sql("select 1"))
     serve_notifications(shell)

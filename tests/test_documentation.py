@@ -1,9 +1,8 @@
-"""The README keeps its word: every command in it is run, its table of flags is that of --help."""
+"""The documentation keeps its word: every command on every page is run, every table compared."""
 import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 
@@ -11,15 +10,12 @@ import pytest
 import requests
 
 import publisher
+from browser import browser
+from documentation import COMMANDS, PAGES, blocks, commands, program
 from helpers import PATIENCE, TOP, Client, free_port, get, need, wait_until
 from sse_core.engine import clients, frames, log, stalls
 from sse_core.http import connections, http1, parameters, signed
 from sse_server import SSEServer
-
-README = (TOP / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-            for line in block.splitlines()]
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_table_of_flags_is_the_one_of_help():
@@ -27,72 +23,12 @@ def test_the_table_of_flags_is_the_one_of_help():
                            capture_output=True, env={**os.environ, "COLUMNS": "200"}).stdout
     helped = dict(re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?)(?:  +|\n +)(.*)$", shown, re.MULTILINE))
     table = {flag: (meaning, default) for flag, meaning, default in
-             re.findall(r"^\| `(--[^`]+)` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)}
+             re.findall(r"^\| `(--[^`]+)` \| (.+?) \| (.+?) \|$", PAGES["docs/operations.md"],
+                        re.MULTILINE)}
     assert set(table) == set(helped)
     for flag, (_, default) in table.items():
         said = re.search(r"\(default[: ]+([^;)]+)", helped[flag])
         assert default == (said[1] if said else "off"), flag
-
-
-class Shell:
-    """Run a command of the README as it stands but for its ports, which are free ones here."""
-
-    def __init__(self, folder) -> None:
-        self.ports = {"6500": str(free_port()), "6501": str(free_port()), "6502": str(free_port()),
-                      "6379": str(free_port())}
-        self.folder = folder
-        self.processes = []
-
-    def start(self, command: str, **options) -> subprocess.Popen:
-        for old, new in self.ports.items():
-            command = command.replace(old, new)
-        command = command.replace("redis-cli ", f"redis-cli -p {self.ports['6379']} ")
-        command = command.replace("python sse_server.py",
-                                  f"{shlex.quote(sys.executable)} {TOP}/sse_server.py")
-        process = subprocess.Popen(["bash", "-c", command], cwd=self.folder, text=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, start_new_session=True, **options)
-        self.processes.append(process)
-        return process
-
-    def serve(self, command: str) -> None:
-        process = self.start(command)
-        while "Listening" not in process.stdout.readline():
-            assert process.poll() is None, command
-
-    def output(self, command: str) -> str:
-        process = self.start(command)
-        return process.communicate(timeout=PATIENCE)[0]
-
-    def watch(self, command: str, text: str) -> subprocess.Popen:
-        process = self.start(command)
-        line = process.stdout.readline()
-        while line and text not in line:
-            line = process.stdout.readline()
-        assert text in line, command
-        return process
-
-    def stop(self) -> None:
-        for process in self.processes:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.communicate()
-        self.processes = []
-
-
-@pytest.fixture
-def shell(tmp_path):
-    need("curl", "curl")
-    shell = Shell(tmp_path)
-    yield shell
-    shell.stop()
-
-
-def commands(*starts: str) -> list:
-    """The commands of the README that these texts are in, in order; each text names one."""
-    return [next(command for command in COMMANDS if start in command) for start in starts]
 
 
 def test_run_and_see_the_clock_and_its_figures(shell):
@@ -148,7 +84,7 @@ def test_many_posts_at_once(shell):
 
 
 def test_a_post_on_a_channel_reaches_who_watches_it(shell):
-    serve, post, watch = commands("--publish-token SECRET", "curl -d 'hello' 'http",
+    serve, post, watch = commands("--publish-token SECRET", "-d 'hello' 'http",
                                   "'http://127.0.0.1:6500/?channel=news'")
     shell.serve(serve)
     watching = shell.start(watch)
@@ -162,10 +98,9 @@ def test_a_post_on_a_channel_reaches_who_watches_it(shell):
 
 
 def test_the_program_serves_its_events(tmp_path):
-    program = PROGRAMS[0]
-    assert len(program.splitlines()) < 15
+    disk = program("disk_usage")
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-c", program.replace("6500", str(port))], cwd=TOP)
+    process = subprocess.Popen([sys.executable, "-c", disk.replace("6500", str(port))], cwd=TOP)
     try:
         wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"],
                                           capture_output=True).returncode == 0)
@@ -213,19 +148,82 @@ def test_two_servers_on_one_redis_stream_send_the_same(shell):
         assert got == [("message", "hello"), ("custom", "hello")]
 
 
+def test_the_three_lines_of_python_publish(shell):
+    three = program("3 new").replace("6500", shell.ports["6500"])
+    process = shell.start(f"PYTHONPATH={TOP} exec {sys.executable} -c {shlex.quote(three)}")
+    assert "Press Enter" in process.stdout.read(11)
+    with Client(int(shell.ports["6500"]), get("/?channel=ann&since=all")) as client:
+        event, = client.read_events(1)
+    assert (event.name, event.data) == ("mail", "3 new")
+    process.communicate("\n", timeout=PATIENCE)
+    assert process.returncode == 0
+
+
+def test_the_page_of_ten_lines_shows_named_events_and_gaps(tmp_path):
+    page, = blocks("html")
+    with SSEServer(port=0) as server, browser(tmp_path / "profile") as tab:
+        path = tmp_path / "page.html"
+        path.write_text(page.replace("http://127.0.0.1:6500", server.url))
+        tab.open(path.as_uri())
+        tab.wait_for("source.readyState === 1")
+        server.publish("plain")
+        server.publish("named", "custom")
+        tab.wait_for("list.children.length === 2")
+        assert tab.evaluate("[...list.children].map(item => item.textContent)") == [
+            "plain", "custom: named"]
+
+
+def test_other_programs_read_and_add_rows_of_the_file(shell):
+    need("sqlite3", "sqlite3")
+    read, add, copy = commands("'select * from event'", "insert into event", "vacuum into")
+    with SSEServer(port=0, history_file=shell.folder / "events.db") as server:
+        with Client(server.port, get("/?since=all")) as client:
+            client.open()
+            server.publish("ours")
+            client.read_until_data("ours")
+            shell.output(add)
+            client.read_until_data("hello")
+        assert shell.output(read).splitlines()[-1].endswith("|hello")
+        shell.output(copy)
+    with SSEServer(port=0, history_file=shell.folder / "copy.db") as server:
+        with Client(server.port, get("/?since=all")) as client:
+            assert [event.data for event in client.read_events(2)] == ["ours", "hello"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere(name):
+    folder = (TOP / name).parent
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
+        path, _, anchor = target.partition("#")
+        if target.startswith(("http:", "https:")):
+            continue
+        assert not path or (folder / path).exists(), target
+        if anchor:
+            text = (folder / path).read_text() if path else PAGES[name]
+            heads = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
+                     for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+            assert anchor in heads, target
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+    assert len(PAGES["README.md"].split()) < 1300
+
+
 def test_every_command_is_run_by_a_test():
     """By its own words: each test here, or in test_bridges, names the commands that it runs."""
     source = "".join((TOP / "tests" / name).read_text()
-                     for name in ("test_readme.py", "test_bridges.py"))
+                     for name in ("test_documentation.py", "test_bridges.py"))
     named = [text for call in re.findall(r"= commands\(([^)]*)\)", source)
              for text in re.findall(r'"([^"]+)"', call)]
     run = ["make test", *commands(*named)]
+    assert len(COMMANDS) > 20
     assert [command for command in COMMANDS if command not in run] == []
 
 
 def test_the_table_of_bounds_is_what_the_code_says():
     table = [int(value) for value in re.findall(
-        r"^\| [^|]+ \| (\d+)(?: (?:s|bytes|characters))? \|$", README.partition("## Flags")[0],
+        r"^\| [^|]+ \| (\d+)(?: (?:s|bytes|characters))? \|$", PAGES["docs/operations.md"],
         re.M)]
     assert table == [
         connections.REQUEST_TIME, connections.IDLE_TIME, connections.LINGER_TIME,
@@ -287,8 +285,8 @@ def test_all_cores_serve_one_stream(shell):
 
 
 def test_the_program_on_asyncio_serves_its_events(shell):
-    program = PROGRAMS[2].replace("6500", shell.ports["6500"]).replace("sleep(1)", "sleep(0.01)")
-    shell.start(f"PYTHONPATH={TOP} exec {sys.executable} -c {shlex.quote(program)}")
+    code = program("asyncio").replace("6500", shell.ports["6500"]).replace("sleep(1)", "sleep(0.01)")
+    shell.start(f"PYTHONPATH={TOP} exec {sys.executable} -c {shlex.quote(code)}")
     port = int(shell.ports["6500"])
     wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"],
                                       capture_output=True).returncode == 0)
@@ -298,8 +296,9 @@ def test_the_program_on_asyncio_serves_its_events(shell):
 
 def test_a_signed_token_lets_its_user_in(shell):
     pytest.importorskip("jwt")
-    signing = subprocess.run([sys.executable, "-c", PROGRAMS[1]], capture_output=True, text=True)
-    key = re.search(r'key = "(.*)"', PROGRAMS[1])[1]
+    signing = subprocess.run([sys.executable, "-c", program("jwt.encode")],
+                             capture_output=True, text=True)
+    key = re.search(r'key = "(.*)"', program("jwt.encode"))[1]
     with SSEServer(port=0, jwt_key=key) as server:
         url = f"{server.url}/{signing.stdout.strip()}?channel="
         assert requests.head(url + "user-42/mail", timeout=PATIENCE).status_code == 200
