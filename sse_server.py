@@ -34,7 +34,6 @@ from typing import Any, Callable, NoReturn
 
 from publisher import Publisher
 from sse_core.cli import command_line, descriptors, sources
-from sse_core.cli.command_line import count_of
 from sse_core.engine import frames
 from sse_core.engine.hub import Broadcast
 from sse_core.errors import NotRunning, Unavailable
@@ -319,7 +318,9 @@ class SSEServer(_Listener, metaclass=_Documented):
         connections = Connections(answers, self._broadcast.register, submit_all, context)
         stopping = threading.Event()
         self._acceptor = self._thread("accept", self._accept)
-        self._serving = self._thread("connections", self._serve)
+        # Used as a decorator.
+        not_waiting = self._broadcast.not_waiting()
+        self._serving = self._thread("connections", not_waiting(connections.run))
         self._sender = self._thread("publisher", self._publisher.run)
         self._store_threads = [
             self._thread("source", partial(store.follow, self._shared, stopping)),
@@ -520,11 +521,6 @@ class SSEServer(_Listener, metaclass=_Documented):
             raise NotRunning(f"the server runs in process {self._process}, from which this one was "
                              "forked: start a server of its own here, after the fork")
 
-    def _serve(self) -> None:
-        with self._broadcast.not_waiting():
-            self._connections.run()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until Enter, SIGINT or SIGTERM, and return the exit status.
 
@@ -580,7 +576,7 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
     yield f"May watch: {who}{pages}. May publish: {publishers}"
     # They can be left over from another day.
     if options.variables:
-        yield f"Tokens and keys come from the environment, too: {', '.join(options.variables)}"
+        yield f"Set in the environment: {', '.join(options.variables)}"
 
 
 def _host_to_visit(listening_on: str, allowed_hosts: Sequence[str]) -> str:
@@ -609,8 +605,7 @@ def _run_source(server: SSEServer, options: argparse.Namespace, wake: Callable[[
         clients = server.clients
         server.drain()
         logger.log(logging.INFO if clients else logging.WARNING,
-                   "%s published; at the end %s connected", count_of(number, "event"),
-                   f"{count_of(clients, 'client')} {'was' if clients == 1 else 'were'}")
+                   "the input has ended; events: %d, clients: %d", number, clients)
         wake()
     elif options.interval:
         sources.clock(server.publish, server._stopping, options.interval)

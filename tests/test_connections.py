@@ -341,7 +341,8 @@ def test_nobody_is_evicted_before_a_time_of_grace_unless_too_many_wait(server, m
 def test_sockets_that_nobody_takes_over_are_bounded(monkeypatch):
     """As they are when the thread is behind: the accept loop waits for nobody."""
     monkeypatch.setattr(connections, "MAX_NEWCOMERS", 2)
-    behind = Connections(None, lambda *_: True, None, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    behind = Connections(None, lambda *_: True, None,
+                         lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     pairs = [socket.socketpair() for _ in range(4)]
     for ours, _ in pairs:
         behind.take(ours, "")

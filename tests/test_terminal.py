@@ -84,11 +84,11 @@ def test_the_start_says_where_to_look_and_who_may(terminal):
     text = screen.until(r"May publish: nobody")[0] and screen.text
     assert "Press enter to terminate" in text and "Watch: curl -N http://127.0.0.1:" in text
     assert "May watch: everybody on this machine, and every web page that is open there" in text
-    assert screen.until(r"0 clients, \d+ events?")
+    assert screen.until(r"clients: 0, events: \d+,")
     port = int(screen.until(r"Listening on http://127.0.0.1:(\d+)")[1])
     with Client(port) as client:
         client.open()
-        assert screen.until(r"1 client, \d+ events?")
+        assert screen.until(r"clients: 1, events: \d+,")
 
 
 @pytest.mark.parametrize("flags, shown", [(["--quiet"], False), ([], True)])

@@ -170,7 +170,7 @@ def test_a_pipe_waits_for_its_clients_and_says_whom_it_reached():
                 for client in (one, two):
                     assert [event.data for event in client.read_to_end().events] == ["1", "2"]
         assert server.process.wait(PATIENCE) == 0
-        assert "2 events published; at the end 2 clients were connected" in server.close()
+        assert "the input has ended; events: 2, clients: 2\n" in server.close()
 
 
 def test_a_pipe_that_reached_nobody_is_a_warning():
@@ -179,4 +179,4 @@ def test_a_pipe_that_reached_nobody_is_a_warning():
         server.process.stdin.close()
         server.process.stdin = None
         wait_until(lambda: server.process.poll() is not None)
-        assert server.close() == "1 event published; at the end 0 clients were connected\n"
+        assert server.close() == "the input has ended; events: 1, clients: 0\n"

@@ -73,7 +73,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         near = get_close_matches(name, re.findall("--[a-z-]+", parser.format_usage()), 1)
         parser.error(f"unrecognized argument {name}" + "".join(f": was {each} meant?"
                                                                for each in near))
-    _check_environment(options, parser)
+    options.variables = [name for name in VARIABLES if name in os.environ]
+    for name in options.variables:
+        # Whoever set it wanted a server that is closed.
+        if not os.environ[name].strip():
+            parser.error(f"{name} is set, and empty: give it a value, or unset it")
     if (options.json or options.wait_clients) and not options.stdin:
         parser.error("--json and --wait-clients need --stdin")
     if options.interval is None:
@@ -174,20 +178,6 @@ def tokens_in(path: str) -> list[str]:
     return tokens
 
 
-def _check_environment(options: argparse.Namespace, parser: Parser) -> None:
-    """Refuse variables that are empty: whoever set one wanted a server that is closed.
-
-    `options.variables` becomes the names of those that are used.
-    """
-    names = [name for name in VARIABLES if name in os.environ]
-    for name in names:
-        if not os.environ[name].strip():
-            parser.error(f"{name} is set, and empty: give it a value, or unset it")
-    if options.jwt_key != os.environ.get("SSE_JWT_KEY"):
-        names = [name for name in names if name != "SSE_JWT_KEY"]
-    options.variables = names
-
-
 def open_missing_streams() -> None:
     """Open standard streams that are closed, on nothing, so that no socket gets their numbers."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -211,11 +201,6 @@ def say(*lines: str) -> None:
         os.write(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
 
 
-def count_of(number: int, noun: str) -> str:
-    """Return the number with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for the bottom of a terminal, again and again, from the server's figures."""
     deliveries, before = 0, time.monotonic()
@@ -223,8 +208,8 @@ def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
         now, shown = time.monotonic(), figures()
         rate = (shown["deliveries"] - deliveries) / max(0.001, now - before)
         deliveries, before = shown["deliveries"], now
-        line = (f"{count_of(shown['clients'], 'client')}, {count_of(shown['events'], 'event')}, "
-                f"{rate:.0f} deliveries/s")
+        line = (f"clients: {shown['clients']}, events: {shown['events']}, "
+                f"deliveries/s: {rate:.0f}")
         # Some terminals say that they have no columns.
         yield line[:(os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1]
 

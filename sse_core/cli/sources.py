@@ -12,6 +12,7 @@ import select
 import threading
 import time
 from codecs import BOM_UTF8
+from contextlib import suppress
 from typing import Callable
 
 from sse_core.engine.frames import MAX_EVENT, Draft
@@ -38,11 +39,9 @@ def clock(publish: Callable[..., object], stopping: threading.Event, interval: f
         if stopping.wait(max(0.0, due - time.monotonic())):
             return
         event = "custom" if random.randint(0, 9) > 5 else None
-        try:
+        # If the store is away, it has said so, and there are more ticks.
+        with suppress(Unavailable):
             publish(time.strftime("%m/%d/%Y %H:%M:%S"), event)
-        except Unavailable:
-            # The store is away, and has said so. There are more ticks.
-            pass
 
 
 def lines(publish_all: Callable[..., object], stopping: threading.Event, descriptor: int,

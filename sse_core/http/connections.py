@@ -126,11 +126,12 @@ class Connections:
     """The connections of one server, and the loop of the thread that owns them.
 
     register: see Hub.register. submit: see StoreHub.submit_all; None if there is no store.
-    context: for TLS, or None.
+    context: gives the newest one for TLS, for each handshake; None: no TLS.
     """
 
     def __init__(self, answers: Answers, register: Callable[[socket.socket, Opening, str], bool],
-                 submit: Submit | None, context: ssl.SSLContext | None) -> None:
+                 submit: Submit | None, context: Callable[[], ssl.SSLContext] | None
+                 ) -> None:
         self.answers = answers
         self.submit = submit
         self.context = context
@@ -452,13 +453,13 @@ class Connection:
                 yield TURN
         yield from self._linger()
 
-    def _start_tls(self, context: ssl.SSLContext) -> Code[None]:
+    def _start_tls(self, context: Callable[[], ssl.SSLContext]) -> Code[None]:
         # A peer that sends nothing costs no object of OpenSSL.
         yield READABLE
         if not self.sock.recv(1, socket.MSG_PEEK):
             raise ConnectionAbortedError("it sent nothing")
-        self.sock = tls = context.wrap_socket(self.sock, server_side=True,
-                                              do_handshake_on_connect=False)
+        self.sock = tls = context().wrap_socket(self.sock, server_side=True,
+                                                do_handshake_on_connect=False)
         while True:
             try:
                 tls.do_handshake()

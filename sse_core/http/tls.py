@@ -92,25 +92,22 @@ class Certificate:
         self._seen = self._look()
         self._look_at = time.monotonic() + LOOK_INTERVAL
 
-        self._newest = self._load()
+        self._context = self._load()
 
-        # New sockets come from this one. OpenSSL calls the callback in each handshake, and there a
-        # socket can still take its certificate from another context.
-        self.context = self._newest
-        self.context.sni_callback = self._give_newest  # type: ignore[assignment]  # an SSLSocket
-
-    def _give_newest(self, sock: ssl.SSLSocket, *_: object) -> None:
+    def context(self) -> ssl.SSLContext:
+        """Return the context for the next handshake. Only the thread that does these may call it.
+        """
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_INTERVAL
             seen, self._seen = self._seen, self._look()
             if self._seen != seen:
                 self._renew()
-        sock.context = self._newest
+        return self._context
 
     def _renew(self) -> None:
         """Load the files into a context of their own, so that half a change spoils nothing."""
         try:
-            self._newest = self._load()
+            self._context = self._load()
             logger.info("%s has changed: its certificate is served from now on", self._cert)
         except ValueError as error:
             logger.warning("%s; the old certificate is served on", error)
