@@ -416,8 +416,9 @@ def test_a_server_on_which_nothing_happens_looks_for_heartbeats_and_does_nothing
 
 def test_all_that_is_logged_has_one_name():
     """So that a program says once what it wants to be told."""
-    modules = [importlib.import_module(f"sse_core.{path.stem}")
-               for path in (TOP / "sse_core").glob("[a-z]*.py")]
+    paths = (TOP / "sse_core").rglob("[a-z]*.py")
+    modules = [importlib.import_module(".".join(path.relative_to(TOP).with_suffix("").parts))
+               for path in paths]
     named = {module.__name__: module.logger.name for module in [publisher, sse_server, *modules]
              if hasattr(module, "logger")}
     assert len(named) > 5 and set(named.values()) == {"sse_server"}, named
