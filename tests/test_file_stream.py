@@ -700,7 +700,7 @@ def test_an_id_from_before_the_file_was_lost_is_unknown(path):
 
 
 def test_the_insert_of_the_documentation_adds_an_event_also_to_an_empty_file(path):
-    text = (TOP / "README.md").read_text()
+    text = (TOP / "docs" / "operations.md").read_text()
     statement, = re.findall(r'sqlite3 events.db "(insert .*)"\n', text)
     with on_file(path) as (server,), Client(server.port) as client:
         client.open()
