@@ -1,7 +1,11 @@
-"""Turn a Redis stream into the log that servers share: each follows it, and publishes to it.
+"""Use a Redis stream as the log that servers share: each follows it, and publishes to it.
 
-An entry has the fields `data` and, if it likes, `event` and `channel`, in UTF-8. Its id is the
-event's.
+An entry has the field `data`, and may have `event` and `channel`, all in UTF-8. Its id is the id of
+the event.
+
+Redis does not tell a reader that entries were trimmed, that the stream was created anew, or that it
+was restored from an older copy. So each read also asks for the entry after which it reads: if that
+is not there, or is another one, something may be lost.
 """
 from __future__ import annotations
 
@@ -14,18 +18,25 @@ from sse_core.engine.frames import Draft, Id, format_id, parse_id
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import Row, SharedLog
 
-BLOCK = 250             # milliseconds that Redis waits for entries before it answers with none
-READ_COUNT = 24         # entries read at once: 600 of 1 MB took 219 MB at the start, 401 by 64
-REDIS_TIMEOUT = 2.0     # seconds until Redis counts as away
-FIELDS = (b"channel", b"event", b"data")        # of an entry, in the order of a row
+# Milliseconds that Redis waits for new entries before it answers that there are none.
+BLOCK = 250
+
+# Entries read at once. To load 600 entries of 1 MB took 219 MB of memory with 24, 401 MB with 64.
+READ_COUNT = 24
+
+# Seconds without an answer after which Redis counts as away.
+REDIS_TIMEOUT = 2.0
+
+# The fields of an entry, in the order of a row.
+FIELDS = (b"channel", b"event", b"data")
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class RedisStream(SharedLog):
     """A Redis stream. See SharedLog for who may call what.
 
-    url: redis://HOST:PORT/DB. key: of the stream. history: see SharedLog. Needs the package
-    `redis`; ValueError without it, or for a URL that cannot be.
+    url: redis://HOST:PORT/DB. key: the key of the stream. history: see SharedLog. Raises ValueError
+    without the package `redis`, and for a URL that cannot be used.
     """
     _away, _back = "%s; trying again until it is back", "Redis is back"
     _skips, _refuses = "entries of the Redis stream", "Redis"
@@ -40,32 +51,37 @@ class RedisStream(SharedLog):
             raise ValueError("--redis needs the package redis: "
                              "python -m pip install redis") from None
         try:
-            _ = urlsplit(url).port      # what it raises may quote the password
+            # Parsed here first, because the error of `redis` may quote the password.
+            _ = urlsplit(url).port
         except ValueError:
             raise ValueError("the URL of Redis has no host and port that can be: percent-encode "
                              "what is special in its password") from None
         parse_url: Any = redis.connection.parse_url
         options = parse_url(url)
-        options.update(     # over what the URL says; its own retries would add an event twice
+        # These win over the URL. Retries of `redis` itself would add an event twice.
+        options.update(
             socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT, protocol=2,
             decode_responses=False, encoding="utf-8", retry=Retry(NoBackoff(), 0))
         try:
             self._redis: Any = redis.Redis(connection_pool=redis.ConnectionPool(**options))
-            self._redis.connection_pool.make_connection()       # it connects to nothing yet
+            # This checks the options, and connects to nothing yet.
+            self._redis.connection_pool.make_connection()
         except (TypeError, AttributeError, redis.RedisError) as error:
             raise ValueError(f"the URL of Redis has an option that cannot be: {error}") from None
         self._faults, self._no_key = (redis.RedisError,), redis.ResponseError
         self._key = key
 
-        # Set after a fault, as by a failover: the thread that follows then connects anew.
+        # Set after a fault, such as a failover. The thread that follows then connects anew.
         self._is_stale = False
 
-        # The following thread's: entries that were gone when the stream was empty, and what both
-        # will be when all newest rows were read.
+        # The others belong to the thread that follows. How many entries were gone when the stream
+        # was empty.
         self._gone = 0
+
+        # What `_last` and `_gone` become when all newest rows have been read.
         self._place: tuple[Row | None, int] = None, 0
 
-        # The rows read last, by their ids: the hash of each.
+        # The hash of each row that was read last, by its id.
         self._known: OrderedDict[Id, int] = OrderedDict()
 
     # For the thread that writes
@@ -79,7 +95,8 @@ class RedisStream(SharedLog):
         return [new.decode() for new in pipe.execute()]
 
     def _probe(self, size: int) -> None:
-        pipe = self._redis.pipeline(transaction=False)      # an event is queued, and not executed
+        # Redis refuses the event when it is queued, as it would refuse another. It is not executed.
+        pipe = self._redis.pipeline(transaction=False)
         pipe.execute_command("MULTI")
         pipe.xadd(self._key, {"data": "x" * size})
         pipe.execute_command("DISCARD")
@@ -90,8 +107,9 @@ class RedisStream(SharedLog):
     def _read(self) -> tuple[list[Row] | None, bool]:
         """Wait a moment for entries that follow the last one; see SharedLog.
 
-        The look at the last one comes after the read: a burst that trims could come between. Where
-        the stream was empty, nothing may have gone since, and no more be there than is known again.
+        The last entry is asked for after the read, because a burst could trim it in between. If the
+        stream was empty before, nothing is lost as long as no entry is gone since, and there are no
+        more entries than `_known` remembers.
         """
         if self._is_stale:
             self._is_stale = False
@@ -116,16 +134,18 @@ class RedisStream(SharedLog):
         if before:
             page = _rows(self._redis.xrevrange(
                 self._key, max=format_id(before[:2]), count=READ_COUNT + 1))
-            return page[1:] if page[:1] == [before] else []     # else it is another stream now
+            # If the entry is not there, this is another stream now: the next read will see it.
+            return page[1:] if page[:1] == [before] else []
         rows, info = self._look("xrevrange")
         self._place = rows[0] if rows else None, _gone(info)
         return rows
 
     def _removed(self) -> Id:
-        """Return the newest id that is gone; see SharedLog.
+        """Return the newest id of all entries that were removed; see SharedLog.
 
-        Redis 7 says which entry was deleted, but of what was trimmed only that there was some, and
-        before 7 not even that: then it may have been everything before the oldest entry.
+        Redis 7 says which entry was deleted last, but of trimmed entries only how many there were;
+        before 7, it does not say that either. Then everything before the oldest entry counts as
+        removed.
         """
         _, info = self._look("xrange")
         if not info or "entries-added" in info and not _gone(info):
@@ -140,7 +160,8 @@ class RedisStream(SharedLog):
 
     def _look(self, command: str) -> tuple[list[Row], dict[str, Any]]:
         """Return some rows, and what Redis says of the stream: nothing if there is none."""
-        pipe = self._redis.pipeline()       # one transaction, so that the one belongs to the other
+        # One transaction, so that both are of the same moment.
+        pipe = self._redis.pipeline()
         getattr(pipe, command)(self._key, count=READ_COUNT)
         pipe.xinfo_stream(self._key)
         entries, info = pipe.execute(raise_on_error=False)
@@ -152,7 +173,7 @@ class RedisStream(SharedLog):
         return _rows(entries), info
 
     def _new(self, rows: list[Row]) -> list[Row]:
-        """Return the rows that are new: a stream restored or renamed has old ones, too."""
+        """Return the rows that are new. A stream that was restored or renamed has old ones, too."""
         new = []
         for row in rows:
             if self._known.pop(row[:2], None) != hash(row):
@@ -170,7 +191,8 @@ class RedisStream(SharedLog):
         return f"Redis is away ({type(fault).__name__})"
 
     def close(self) -> None:
-        """Close the connections that are not in use: they are made anew, to who answers now."""
+        """Close the connections that are not in use. New ones go to whatever server answers then.
+        """
         self._redis.connection_pool.disconnect(inuse_connections=False)
 
 
@@ -183,5 +205,5 @@ def _id(text: bytes) -> Id:
 
 
 def _gone(info: dict[str, Any]) -> int:
-    """Return how many entries are gone, as far as Redis says it: since 7.0."""
+    """Return how many entries are gone; 0 before Redis 7, which does not say it."""
     return int(info.get("entries-added", info.get("length", 0)) - info.get("length", 0))

@@ -1,17 +1,18 @@
-"""Turn an SQLite file into the log that processes share: each follows it, and publishes to it.
+"""Use an SQLite file as the log that processes share: each follows it, and publishes to it.
 
-An event is a row of the table `event`, its id is `ms-n`. Ids are given inside the transaction that
-adds the rows: who has read all rows up to an id has missed none. Any program may read rows, and add
-some with ids that grow.
+An event is a row of the table `event`; its id is `ms-n`. Ids are given inside the transaction that
+adds the rows, so a process that has read all rows up to an id has missed none. Other programs may
+read rows, and add rows with ids that grow.
 
-The file says of itself, in the one row of the table `meta`, which is the newest row that was
-removed: a trigger sees to that, whoever removes it. So whoever has a place in the file knows
-whether a row after that place is gone.
+The table `meta` has one row. It holds the id of the newest row that was removed; a trigger keeps it
+up to date, whoever removes rows. So a process that knows its place in the file also knows whether a
+row after that place is gone.
 
-A connection is opened once and kept. SQLite keeps to the file that it has opened, whatever becomes
-of its name, and would take the -wal of one file for that of another that has its name now. So a
-file that is removed or replaced while a server runs is told and not followed; and in `meta` stands
-for which file, by its inode, the -wal was made, so that nobody opens one beside a wrong one.
+Each process opens its connections once and keeps them. SQLite stays with the file that it has
+opened, whatever the name means later. But it finds a -wal by its name alone, and would apply that
+of one file to another that has taken its name. So a file that is removed or replaced under a
+running server is not followed. For the start, `meta` also holds the inode of the file: if that is
+another one, a -wal that lies there was made for another file.
 """
 from __future__ import annotations
 
@@ -28,29 +29,34 @@ from sse_core.engine.frames import MAX_EVENT, Draft, Id
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import MIN_KEPT, READING, Row, SharedLog
 
-if TYPE_CHECKING:       # who has no such file does without
+if TYPE_CHECKING:       # a server without such a file does not import it
     import sqlite3
 
-# What the file says that it is, and in which version. In version 1 there was no `meta`.
+# The application id that marks a file as ours, and the version of its tables. Version 1 had no
+# `meta`.
 APPLICATION, SCHEMA = 0x73736531, 2
 
-# Seconds between two looks for what others write, when they just did and 4 s later; it grows by
-# this factor. A look costs 120 us.
+# Seconds between two looks for what others have written: when they just did, and 4 s later. The
+# pause grows by the factor SLOWER. A look costs 120 us.
 POLL, IDLE_POLL = 0.01, 0.05
 SLOWER = 1.01
 
 READ_COUNT, READ_BYTES = 512, 1 << 20       # rows, and bytes of data, that are read at once
-BUSY_TIME = 2.0         # seconds to wait for another process that writes; it may be stopped
-BUSY_PAUSE = 0.002      # seconds between two tries meanwhile, at most, at random
-TIDY_TIME = 0.5         # seconds to wait for it where no event waits
 
-# Once in COUNT_EVERY seconds rows are counted, which takes 40 ns for each that is kept. While there
-# are too many, TRIM_ROWS of them, and twice as many as were added, are deleted every TRIM_PAUSE
-# seconds. So rows that other programs add go, too; they can be of 1 MiB, so this takes up to 60 ms.
+# Seconds to wait for another process that writes, which may have been stopped in the middle; the
+# same when no event waits for it; and the longest pause between two tries, which is random.
+BUSY_TIME = 2.0
+TIDY_TIME = 0.5
+BUSY_PAUSE = 0.002
+
+# The rows are counted every COUNT_EVERY seconds, which takes 40 ns for each row that is kept. While
+# there are too many, TRIM_ROWS and twice as many as were added are deleted every TRIM_PAUSE
+# seconds. So rows that other programs add are deleted, too. With rows of 1 MiB, a deletion holds
+# the lock for up to 60 ms.
 COUNT_EVERY = 1.0
 TRIM_ROWS, TRIM_PAUSE = 100, 0.01
 
-# Bytes to which the -wal shrinks again after a reader that has kept it from being reused.
+# Bytes to which the -wal shrinks again after a reader that kept SQLite from reusing it.
 WAL_LIMIT = 16 << 20
 
 _WHOLE = "integer check (typeof({0}) = 'integer' and {0} between 0 and 999999999999999)"
@@ -62,7 +68,8 @@ _META = (
     "create trigger removed after delete on event when max(old.ms, old.n) < 1000000000000000 and "
     "(old.ms, old.n) > (select removed_ms, removed_n from meta) "
     "begin update meta set removed_ms = old.ms, removed_n = old.n; end",
-    # Whoever reads a row holds it in memory whole. A row that no event can be is kept without data.
+    # Reading a row takes as much memory as the row has bytes. So one that is too long for an event
+    # is kept without its data.
     "create trigger too_long before insert on event "
     f"when length(cast(new.data as blob)) > {MAX_EVENT} begin "
     "insert into event values (new.ms, new.n, new.channel, new.event, null); "
@@ -88,19 +95,19 @@ _ADVICE = (             # what to do, by a part of what SQLite or the system say
 
 
 class Unusable(Exception):
-    """The file is not for us, or not there any more."""
+    """The file is not ours, or is no longer in its place."""
 
 
 class WrongWal(Unusable):
-    """A -wal lies beside a file for which it was not made, or for which it is just being made."""
+    """The -wal was made for another file, or another process is about to say that it was not."""
 
 
 class FileStream(SharedLog):
     """An SQLite file. See SharedLog for who may call what.
 
-    history: see SharedLog. sync: what is published outlives a power failure, too. Raises
-    ValueError, one line that says what to do, for a file that is not ours or cannot be used; it is
-    left as it was.
+    history: see SharedLog. sync: what is published survives a power failure, too. Raises
+    ValueError for a file that is not ours or cannot be used; the text is one line that says what to
+    do, and the file is left as it was.
     """
     _away = "the history file cannot be used now: %s"
     _back, _skips = "the history file is back", "rows of the history file"
@@ -113,21 +120,30 @@ class FileStream(SharedLog):
         self._path = os.path.realpath(path)
         self._sync = sync
 
-        # Both are opened by the thread that follows, together, and once. `_files` is what the
-        # names of the file, its -wal and its -shm meant then.
+        # The thread that follows opens both, once. `_files` says which files the names of the
+        # database, its -wal and its -shm meant then.
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
         self._files: list[Id | None] = []
 
-        # The writing thread's. Rows below the floor are too many; None: they are to be counted.
+        # These two belong to the thread that writes. Rows below the floor are to be deleted; None:
+        # there are none, as far as is known.
         self._floor: Id | None = None
-        self._fresh = 0                 # rows that were added since some were deleted
 
-        # The following thread's
-        self._news = threading.Event()  # there may be something to read
-        self._is_own = False            # it may be from this process
-        self._seen: Any = None          # the version of the file of which all was read
-        self._place: Id | None = None   # what will be `_last` when the newest rows were read
+        # Rows that were added since some were deleted.
+        self._fresh = 0
+
+        # Set when this process has committed something.
+        self._news = threading.Event()
+
+        # The others belong to the thread that follows. Whether `_news` was set.
+        self._is_own = False
+
+        # The version of the file (`data_version`) of which all rows were read.
+        self._seen: Any = None
+
+        # What `_last` becomes when the newest rows have been read.
+        self._place: Id | None = None
         self._poll = IDLE_POLL
         try:
             with closing(_opened(self._path, sync)) as connection:
@@ -140,9 +156,9 @@ class FileStream(SharedLog):
     # For the thread that follows
 
     def _open(self) -> sqlite3.Connection:
-        """Open the file if that was not done yet, and return the connection that reads.
+        """Return the connection that reads; open both connections if that was not done yet.
 
-        Raises Unusable if the file was removed or replaced since.
+        Raises Unusable if the file was removed or replaced meanwhile.
         """
         if not self._reader:
             self._reader = _opened(self._path, self._sync)
@@ -159,14 +175,15 @@ class FileStream(SharedLog):
         return self._reader
 
     def _read(self) -> tuple[list[Row] | None, bool]:
-        """Look for rows that follow the last one; see SharedLog."""
+        """Read the rows that follow the last one, if there may be any; see SharedLog."""
         connection, last = self._open(), self._last or NOTHING
         self._poll = min(SLOWER * self._poll, IDLE_POLL)
         seen = connection.execute("pragma data_version").fetchone()
         if seen == self._seen:
             return [], True
-        self._poll = self._poll if self._is_own else POLL       # somebody has committed
-        with _transaction(connection, "begin"):     # so that none can go between the two
+        self._poll = self._poll if self._is_own else POLL
+        # In one transaction, so that no row is removed between the two queries.
+        with _transaction(connection, "begin"):
             rows, is_all = _fetch(connection, _AFTER, last, READ_COUNT)
             removed = _newest_removed(connection)
         if removed > last:
@@ -181,7 +198,7 @@ class FileStream(SharedLog):
             return _fetch(connection, _BEFORE, before[:2], READ_COUNT)[0]
         removed = _newest_removed(connection)
         rows, _ = _fetch(connection, _BEFORE, _END, READ_COUNT)
-        # Behind what was removed before, too: that can be newer if a person did it.
+        # If a person has deleted the newest rows, the newest removed id is beyond them.
         place = max(removed, rows[0][:2] if rows else NOTHING)
         self._place = None if place == NOTHING else place
         return rows
@@ -214,12 +231,14 @@ class FileStream(SharedLog):
                 (*new, draft.channel, draft.event, draft.data)
                 for new, draft in zip(ids, drafts)))
         self._fresh += len(drafts)
-        self._check_in_place()      # SQLite would not mind
+        # SQLite has committed to the file that it opened, wherever that is now.
+        self._check_in_place()
         self._news.set()
         return ["%d-%d" % new for new in ids]
 
     def _next_ids(self, connection: sqlite3.Connection, number: int) -> list[Id]:
-        """Return ids above all that ever were, and above the last that this server has read."""
+        """Return ids above all that were ever given, and above the last that this server has read.
+        """
         newest = connection.execute(_NEWEST_ID, (0,)).fetchone()
         last = max(_id(newest or NOTHING), _newest_removed(connection), self._last or NOTHING)
         now, ids = int(time.time() * 1000), []
@@ -229,7 +248,7 @@ class FileStream(SharedLog):
         return ids
 
     def _tidy(self) -> float:
-        """Delete some of the oldest rows, as far as there are more than are kept."""
+        """Delete some of the oldest rows if there are more than are kept; see SharedLog."""
         if not self._writer:
             return COUNT_EVERY
         connection, number = self._writing(), TRIM_ROWS + 2 * self._fresh
@@ -255,13 +274,13 @@ class FileStream(SharedLog):
         return _reason(fault)
 
     def close(self) -> None:
-        """Close the connections; the last one that is closed removes the -wal."""
+        """Close both connections. The last one of all processes removes the -wal."""
         for connection in (self._reader, self._writer):
             if connection:
                 connection.close()
 
     def _check_in_place(self) -> None:
-        """Raise Unusable if a name means another file: it can be moved away, and back."""
+        """Raise Unusable if a name means another file now. One that is moved back is ours again."""
         if self._files != self._names():
             raise Unusable(_MOVED)
 
@@ -272,10 +291,11 @@ class FileStream(SharedLog):
 
 
 def _opened(path: str, sync: bool) -> sqlite3.Connection:
-    """Return a connection to the file, which is made if there is none."""
+    """Return a connection to the file; create the file if there is none."""
     import sqlite3
     _insist(lambda: _check_wal(path), BUSY_TIME)
-    with suppress(FileExistsError):     # what every private channel was sent is in it
+    # Only its owner may read it: it holds the events of every private channel.
+    with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
     connection = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
     try:
@@ -287,7 +307,7 @@ def _opened(path: str, sync: bool) -> sqlite3.Connection:
 
 
 def _check_wal(path: str) -> None:
-    """Raise WrongWal if the -wal there is of another file: SQLite would add it to this one."""
+    """Raise WrongWal if the -wal was made for another file: SQLite would apply it to this one."""
     file, wal = _stat(path), _stat(path + "-wal")
     is_ours = file and file.st_size and _inode_in(path) in (None, b"%d" % file.st_ino)
     if wal and wal.st_size and not is_ours:
@@ -296,7 +316,10 @@ def _check_wal(path: str) -> None:
 
 
 def _inode_in(path: str) -> bytes | None:
-    """Return for which file the file says that its -wal is made, without a look at the -wal."""
+    """Return the inode that `meta` holds, read from the file alone, without its -wal.
+
+    None if there is none: the file is missing, empty, of version 1, or not ours.
+    """
     import sqlite3
     url = f"file:{quote(path)}?mode=ro&immutable=1"
     try:
@@ -304,15 +327,16 @@ def _inode_in(path: str) -> bytes | None:
             connection.text_factory = bytes
             inode: bytes | None = connection.execute("select inode from meta").fetchone()[0]
             return inode
-    except (sqlite3.Error, TypeError):      # it is empty, of version 1 or not ours
+    except (sqlite3.Error, TypeError):
         return None
 
 
 def _set_up(connection: sqlite3.Connection, path: str, sync: bool) -> None:
-    """Make sure that the file is ours and can be written; make the tables that it lacks."""
+    """Make sure that the file is ours and can be written; create the tables that it lacks."""
     connection.text_factory = bytes
     version = _version(connection)
-    if not os.access(path, os.W_OK):        # SQLite would open it all the same
+    # SQLite would open it all the same, to read it.
+    if not os.access(path, os.W_OK):
         raise Unusable("it is readonly")
     if version < SCHEMA:
         with _transaction(connection, "begin immediate"):
@@ -325,7 +349,8 @@ def _set_up(connection: sqlite3.Connection, path: str, sync: bool) -> None:
         with _transaction(connection, "begin immediate"):
             connection.execute("update meta set inode = ?", (inode,))
         _insist(lambda: _checkpoint(connection), BUSY_TIME)
-    connection.execute("pragma data_version").fetchone()    # a copy has no -wal and -shm yet
+    # This creates the -wal and the -shm, which a copy does not have yet.
+    connection.execute("pragma data_version").fetchone()
 
 
 def _version(connection: sqlite3.Connection) -> int:
@@ -340,10 +365,11 @@ def _version(connection: sqlite3.Connection) -> int:
 
 
 def _make_tables(connection: sqlite3.Connection) -> None:
-    """Make what the file lacks; another process may have done it just now.
+    """Create the tables that the file lacks. Another process may have done it just now.
 
-    Version 1 kept 10,000 rows at least and did not say what it had removed. Of a file with so
-    many, all before the oldest row counts as removed: somebody may be told a gap that was none.
+    Version 1 did not record what it removed; it kept at least 10,000 rows. So in a file with as
+    many rows, everything before the oldest one counts as removed. A client may then be told a gap
+    that was none, but no loss is hidden.
     """
     version, removed = _version(connection), NOTHING
     if version == 0:
@@ -365,7 +391,7 @@ def _checkpoint(connection: sqlite3.Connection) -> None:
 @contextmanager
 def _transaction(connection: sqlite3.Connection, begin: str, seconds: float = BUSY_TIME
                  ) -> Iterator[None]:
-    """Commit what is done in the block, or undo it. Another process may hold it up so long."""
+    """Commit what the block does, or undo it. Wait so long for another process that writes."""
     _insist(lambda: connection.execute(begin), seconds)
     try:
         yield
@@ -388,7 +414,7 @@ def _stat(name: str) -> os.stat_result | None:
 
 
 def _insist(take: Callable[[], object], seconds: float) -> None:
-    """Do what another process holds up; while it does, try again for so many seconds."""
+    """Call `take`, again and again for so many seconds while another process holds a lock."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -411,7 +437,10 @@ def _id(ms_and_n: tuple[Any, ...]) -> Id:
 
 def _fetch(connection: sqlite3.Connection, query: str, place: Id, count: int
            ) -> tuple[list[Row], bool]:
-    """Return rows from a place on, READ_BYTES but for the last; and whether these are all."""
+    """Return the rows of a query, at most `count`, and whether these are all.
+
+    They end with the row that exceeds READ_BYTES.
+    """
     rows: list[Row] = []
     size = READ_BYTES
     with closing(connection.execute(query, (*place, count))) as cursor:

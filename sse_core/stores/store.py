@@ -1,14 +1,16 @@
-"""Take events from a log that is shared with other servers, in place of this one's own.
+"""Take events from a log that servers share, in place of this server's own.
 
-What is published goes to the shared log, and what comes back from it is sent: so every server
-sends the same, in one order. All that is known of such a log is SharedLog.
+What is published goes to the shared log, and what comes back from it is sent. So every server sends
+the same events, in one order. SharedLog is all that is known of such a log here.
 
-Two threads work on it. `source` follows: it loads the newest rows and adds those that come.
-`store` writes: it takes what is published from a queue and commits at once all that waits there.
-Neither waits for the other.
+Two threads work on it, and neither waits for the other:
 
-Until it is loaded, the server takes no client: nobody could say which events came before it and
-which after. From then on, a row that was lost before this server read it is told as a gap.
+    source    follows the log: it loads the newest rows, then adds those that come
+    store     takes what is published from a queue, and commits all that waits there at once
+
+Until the newest rows are loaded, the server takes no client: nobody could say which events came
+before such a client, and which after. From then on, if rows are removed before this server has read
+them, all clients are told a gap.
 """
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ from sse_core.errors import Unavailable
 
 MIN_KEPT = 10000        # rows that are kept at least
 
-# Seconds between two tries while it cannot be used: they grow, and are shortened at random.
+# Seconds between two tries while the log cannot be used. The pause doubles from one to the other.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 
 # Places in SharedLog._troubles.
@@ -47,56 +49,66 @@ logger = logging.getLogger("sse_server")
 
 
 class Event(NamedTuple):
-    """An event from a shared log, which gave it its id; encoded."""
+    """An encoded event, with the id that the shared log gave it."""
     id: Id
     payload: bytes
     channel: str | None
 
 
 class Order(NamedTuple):
-    """Events to be committed together, and who is told what came of them: ids, or Unavailable."""
+    """Events to be committed together. The future is given their ids, or Unavailable."""
     drafts: Sequence[Draft]
     future: Future[list[str]]
 
 
 class SharedLog(ABC):
-    """A log that is shared with other servers, and how it is read and written, whatever its kind.
+    """A log that servers share, and how it is followed and written to. Each kind is a subclass.
 
-    history: rows it begins with; ten times as many are kept. Any thread may call `submit`,
-    `publish` and `end`, and look at `trouble`. All else belongs to the thread in which `follow`
-    runs, or where it says so to that of `write`. Each kind has the methods that stand last.
+    history: how many rows are loaded at the start; ten times as many are kept. Any thread may call
+    `submit`, `publish` and `end`, and read `trouble`. All else belongs to the thread that runs
+    `follow`, or to the one that runs `write` where it says so. A subclass has the methods that
+    stand last.
     """
-    # Exceptions that a kind raises while it cannot be used.
+    # What a subclass raises while the log cannot be used.
     _faults: tuple[type[Exception], ...]
 
-    # What is logged, in the words of a kind, and how a refusal begins.
+    # Texts of a subclass: when it cannot be used and when it can again, what is skipped or lost,
+    # and the subject of a refusal.
     _away, _back, _skips, _refuses = "%s", "", "", ""
 
     def __init__(self, history: int) -> None:
-        # Guards the next two. Reentrant: a signal handler may publish while its thread does.
+        # Guards the next two. A signal handler may publish while its thread does, so it is
+        # reentrant.
         self._mutex = threading.RLock()
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()     # None: the end
         self._ended = False
 
-        # Why it cannot be read, and why it cannot be written; each is set by the thread that does.
-        # The lock is for what both decide together: whether that is logged.
+        # Why the log cannot be read, and why it cannot be written to. Each is set by the thread
+        # that does it. The lock lets one warning tell of both.
         self._troubles_lock = threading.Lock()
         self._troubles: list[str | None] = [None, None]
 
         self._history = max(MIN_HISTORY, history)
         self._kept = max(MIN_KEPT, 10 * history)
 
-        # The following thread's. The newest row that was read; None: there was none.
+        # The next four belong to the thread that follows. The newest row that was read, or None.
         self._last: Row | None = None
-        self._poll = 0.0                        # seconds from a read of all to the next one
-        self._pause = 0.0                       # before the next try; 0: no fault was met
-        self._warned = False                    # of a row that is no event
 
-        # The writing thread's. When it probes or tidies up, on the monotonic clock.
+        # Seconds until the next read after one that found all there was.
+        self._poll = 0.0
+
+        # Seconds until the next try after a fault. 0: the last try met none.
+        self._pause = 0.0
+
+        # Whether it was logged that rows are skipped.
+        self._warned = False
+
+        # The others belong to the thread that writes. When it looks after the log again, on
+        # time.monotonic, and the pause until then after a fault.
         self._due_at = 0.0
-        self._write_pause = 0.0                 # as `_pause`
+        self._write_pause = 0.0
 
-        # Bytes that must be taken until all is well again: as many as were refused at once.
+        # How many bytes must be taken until all is well again after a refusal. 0: all is well.
         self._lacking = 0
 
     # For any thread
@@ -107,10 +119,11 @@ class SharedLog(ABC):
         return self._troubles[READING] or self._troubles[WRITING]
 
     def submit(self, drafts: Sequence[Draft]) -> Future[list[str]]:
-        """Have events committed, all or none.
+        """Have events committed, all or none, and return a future of their ids at once.
 
-        Returns at once. The future is given their ids, or Unavailable, by the thread that writes:
-        what is called back there must not wait. One that is cancelled in time is not committed.
+        It raises Unavailable if they could not be committed. Its callbacks run in the thread that
+        writes, so they must not wait. What is cancelled before that thread begins it is not
+        committed.
         """
         future: Future[list[str]] = Future()
         with self._mutex:
@@ -129,13 +142,13 @@ class SharedLog(ABC):
         return self.submit(drafts).result()
 
     def end(self) -> None:
-        """Take no more orders. The thread that writes ends when it has committed all before."""
+        """Take no more events. The thread that writes commits those that wait, and ends."""
         with self._mutex:
             self._ended = True
             self._orders.put(None)
 
     def _note(self, thread: int, trouble: str | None) -> None:
-        """Say why a thread cannot go on, or that it can; log when all is well no more, or again."""
+        """Note why a thread cannot do its work, or that it can, and log it if that is news."""
         with self._troubles_lock:
             before, self._troubles[thread] = self.trouble, trouble
             now = self.trouble
@@ -166,11 +179,14 @@ class SharedLog(ABC):
             while not self._orders.empty():
                 orders.append(self._orders.get())
             for order in orders:
-                if order and not order.future.done():       # after a fault of our own
+                # Only after a fault of our own is there one that was not answered.
+                if order and not order.future.done():
                     order.future.set_exception(self._unavailable("a fault has ended it"))
 
     def _next_orders(self) -> list[Order | None]:
-        """Wait for an order, and return it with all others that wait; none if something is due."""
+        """Wait for an order, and return it and all others that wait. None came if it is time to
+        look after the log.
+        """
         orders: list[Order | None] = []
         try:
             orders.append(self._orders.get(timeout=max(0.0, self._due_at - time.monotonic())))
@@ -180,7 +196,7 @@ class SharedLog(ABC):
             return orders
 
     def _serve(self, orders: Sequence[Order]) -> None:
-        """Commit orders in one piece, and tell each what came of it."""
+        """Commit the events of all orders at once, and answer each order."""
         drafts = [draft for order in orders for draft in order.drafts]
         size = sum(1 + len(draft.data.encode()) for draft in drafts)
         ids, trouble = self._tried(lambda: iter(self._commit(drafts)), size)
@@ -191,7 +207,7 @@ class SharedLog(ABC):
                 order.future.set_result(list(islice(ids, len(order.drafts))))
 
     def _look_after(self) -> None:
-        """After a refusal, see whether as much is taken again; else tidy up."""
+        """After a refusal, try whether as much can be written again; otherwise tidy up."""
         if self._lacking:
             self._tried(lambda: self._probe(self._lacking), self._lacking)
         else:
@@ -199,10 +215,10 @@ class SharedLog(ABC):
             self._due_at = time.monotonic() + (pause or self._write_pause)
 
     def _tried(self, write: Callable[[], T], size: int) -> tuple[T | None, str | None]:
-        """Write so many bytes. Returns what that does, or None and why it cannot be.
+        """Call what writes so many bytes. Return its result, or None and what is wrong.
 
-        After a refusal all is well again when as much was taken as was refused, and not before: on
-        a full disk, there may be room for less.
+        After a refusal, all is well again when as much has been written as was refused, and not
+        before: a full disk may have room for less.
         """
         result, trouble = None, None
         try:
@@ -222,12 +238,12 @@ class SharedLog(ABC):
     # For the thread that follows
 
     def follow(self, shared: Shared, stopping: threading.Event) -> None:
-        """Load the newest rows, then add those that come, in order, until the flag is set."""
+        """Load the newest rows, then add those that come, until the flag is set."""
         while not stopping.is_set():
             self._rest(stopping, self.turn(shared, stopping))
 
     def turn(self, shared: Shared, stopping: threading.Event) -> float:
-        """Read on, whatever happens to the log. Returns the seconds until the next turn."""
+        """Read on once, whatever is wrong with the log. Return the seconds until the next turn."""
         is_all, trouble = True, None
         try:
             is_all = self._read_on(shared, stopping)
@@ -238,7 +254,7 @@ class SharedLog(ABC):
         return (self._pause * random.uniform(0.5, 1.0) or self._poll) if is_all else 0.0
 
     def _read_on(self, shared: Shared, stopping: threading.Event) -> bool:
-        """Add what is new, a batch at most. Returns whether that was all."""
+        """Add one batch of new events. Return whether there are no more."""
         began = shared.clock()
         rows, is_all = self._read() if shared.loaded.is_set() else (None, True)
         if rows is None:
@@ -250,7 +266,7 @@ class SharedLog(ABC):
         return is_all
 
     def _begin(self, shared: Shared, stopping: threading.Event) -> list[Row]:
-        """Load the newest rows, or tell a gap before them. Returns those that are to be added."""
+        """Load the newest rows; or, if rows are lost, tell a gap and return the new rows."""
         newest, missing = self._collect(stopping)
         if stopping.is_set():
             return []
@@ -264,10 +280,10 @@ class SharedLog(ABC):
         return []
 
     def _collect(self, stopping: threading.Event) -> tuple[list[Row], Id]:
-        """Return the newest rows, newest first, as many as the log keeps; and what is missing.
+        """Return the newest rows, newest first, as many as the log keeps, and what is missing.
 
-        That is the newest id that is not among them, or NOTHING. They are read page by page, so
-        that this holds up nobody, and ends when the flag is set.
+        What is missing is the newest id before them, or NOTHING. They are read in pages: nobody
+        waits for this, and a stop is seen between two pages.
         """
         rows: list[Row] = []
         size, page = 0, self._page(None)
@@ -294,23 +310,25 @@ class SharedLog(ABC):
             else:
                 yield Event((ms, n), payload, channel)
 
-    # Of each kind. All but the last two raise one of `_faults` while the log cannot be used.
+    # For a subclass to implement. All but the last two raise one of `_faults` while the log cannot
+    # be used.
 
     @abstractmethod
     def _read(self) -> tuple[list[Row] | None, bool]:
-        """Return rows after the last one, None if some are lost; and whether these are all."""
+        """Return the rows after the last one, or None if some are lost, and whether these are all.
+        """
 
     @abstractmethod
     def _page(self, before: Row | None) -> list[Row]:
-        """Return the next rows before this one, or the newest, newest first; none at the end."""
+        """Return the next older rows before this one, newest first; before None, the newest."""
 
     @abstractmethod
     def _removed(self) -> Id:
-        """Return the newest id of a row that is gone, or NOTHING."""
+        """Return the newest id of all rows that were removed, or NOTHING."""
 
     @abstractmethod
     def _unread(self, rows: list[Row]) -> list[Row]:
-        """Return the rows, newest first, that were not read before; stand behind them."""
+        """Return those of the newest rows that were not read before, and read on after them."""
 
     @abstractmethod
     def _commit(self, drafts: Sequence[Draft]) -> list[str]:
@@ -318,7 +336,7 @@ class SharedLog(ABC):
 
     @abstractmethod
     def _probe(self, size: int) -> None:
-        """See whether events of so many bytes are taken. Called by the thread that writes."""
+        """Try whether so many bytes can be written. Called by the thread that writes."""
 
     @abstractmethod
     def _failed(self, fault: Exception) -> str:
@@ -326,10 +344,10 @@ class SharedLog(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is open. Call it when both threads have ended."""
+        """Close what is open. Call it when both threads have ended."""
 
     def _tidy(self) -> float:
-        """Do what is due now and then, and return when again: in so many seconds.
+        """Clean up, and return the seconds until that is due again.
 
         Called by the thread that writes.
         """
@@ -341,7 +359,7 @@ class SharedLog(ABC):
 
 
 class Shared(Broadcast):
-    """A Broadcast whose events, and their ids, come from a shared log. Options as there."""
+    """A Broadcast whose events, and their ids, come from a shared log. It has the same options."""
 
     def __init__(self, stream: SharedLog, *, history: int, **options: Any) -> None:
         super().__init__(history=history, **options)
@@ -350,24 +368,30 @@ class Shared(Broadcast):
         self._log.complete_at = -math.inf
         self.newest = self._log.last_id
 
-        # The log has the events from before this server: now it takes clients. Set by the thread
-        # that follows.
+        # Set by the thread that follows, when the log has the events from before the start. From
+        # then on the server takes clients.
         self.loaded = threading.Event()
 
-        # Of those who wait: how many events at once, which fit into the share of who does not wait
+        # How many events a publisher that waits commits at once. They fit into the share of the log
+        # of those that do not wait.
         self._piece = max(MIN_HISTORY, history) // 4
-        self._own = self.newest     # the newest id that they published, and the time after that
+
+        # The newest id that publishers that wait have committed, and the time after that.
+        self._own = self.newest
         self._own_at = -math.inf
-        self._arrived = self.newest         # the id that came back last
+
+        # The id that came back last.
+        self._arrived = self.newest
 
     def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
         """Hand over a socket, see Broadcast. Returns False, too, before the log is loaded."""
         return self.loaded.is_set() and super().register(sock, opening, peer)
 
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
-        """Publish to the shared log, all or none; with `wait`, in pieces, each when it takes them.
+        """Publish to the shared log, all or none; see Broadcast. Raises Unavailable, too.
 
-        An event whose answer was lost may then be published twice. Raises what `publish` does.
+        With `wait`, the events are published in pieces, and each piece is tried until the log takes
+        it. If only the answer was lost, a piece is published twice.
         """
         if not wait:
             return [*self.submit_all(drafts).result()]
@@ -385,10 +409,11 @@ class Shared(Broadcast):
         return self.stream.submit(drafts)
 
     def _publish_piece(self, drafts: Sequence[Draft]) -> list[str]:
-        """Publish when the shared log takes it and slow clients, who hold it back, have room."""
+        """Publish as soon as slow clients leave room for it and the shared log takes it."""
         self.refuse_inside()
         while True:
-            with self._mutex:       # what was published before must have come back, to count
+            with self._mutex:
+                # What was published before takes room only when it has come back.
                 while self._arrived < self._own and self._log.complete_at < self._own_at:
                     self._wait()
                     self.check_running()
@@ -415,18 +440,19 @@ class Shared(Broadcast):
         self._arrived = event.id
 
     def preload(self, events: Iterator[Event], missing: Id) -> None:
-        """Fill the empty log with the newest events of the shared one, as far as they fit.
+        """Fill the log with the newest events of the shared one, as far as they fit.
 
-        There are no clients yet. missing: see Log.begin.
+        Only before there are clients. missing: see Log.begin.
         """
         assert self._log.next == 0, "only an empty log is filled"
         while some := list(islice(events, SCAN)):
-            with self._mutex:       # for some, not for all
+            # The mutex is held for some events, and not for all of a long history.
+            with self._mutex:
                 for event in some if self._ids else ():
                     while not self._log.fits(len(event.payload) + ID_LENGTH):
                         self._log.evict()
                     self._log.append(event.payload, event.id, event.channel, self.clock())
-                # They are fanned out, for there is nobody to whom.
+                # They count as sent: there is nobody to send them to.
                 self.fanned_out = self._log.next
         with self._mutex:
             self._log.begin(missing)
@@ -434,15 +460,16 @@ class Shared(Broadcast):
         self.loaded.set()
 
     def complete(self, at: float) -> None:
-        """Say that the log has all that was in the shared one at that time, on `clock`."""
+        """Note that the log has all that was in the shared one at that time, on `clock`."""
         with self._mutex:
             self._log.complete_at = at
             self._moved.notify_all()
 
     def tell_gap(self, resumed: Id | None) -> None:
-        """Tell all clients that the shared log has lost what was before this id.
+        """Tell all clients that events before this id are lost.
 
-        That is after the newest event of this log: a row that was no event is no client's id.
+        The gap begins after the newest event of this log, and not after the newest row: that may be
+        no event, so that no client could resume at it.
         """
         after = self._log.last_id if self._log.last_id > (0, 0) else None
         ids = frames.format_id(after), frames.format_id(resumed)
@@ -458,6 +485,6 @@ def _longer(pause: float) -> float:
 
 
 def _taken_from(rows: list[Row]) -> Iterator[Row]:
-    """Yield rows from the last to the first; each is let go of, so that memory holds it once."""
+    """Remove and yield the rows, the last one first, so that each is held in memory only once."""
     while rows:
         yield rows.pop()
