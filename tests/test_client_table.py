@@ -313,7 +313,7 @@ def gap(stage: Stage) -> str:
 
 def full(stage: Stage) -> str:
     """There is no place for it: it is told so, waits as long as that says, and then gets in."""
-    with patch.object(answers, "COME_BACK", 1), stage.server(max_clients=1) as server, \
+    with patch.object(answers, "COME_BACK", 2), stage.server(max_clients=1) as server, \
             Client(server.port) as other, stage.playing(server.port) as (driver, door):
         wait_until(lambda: server.clients == 1)
         if not driver.wait_for(lambda: driver.events):
@@ -322,7 +322,9 @@ def full(stage: Stage) -> str:
         assert (name, last_id) == ("busy", ""), driver.events
         other.close()
         driver.wait_for(lambda: door.streams() > 1 and server.clients == 1)
-        is_early = door.times[1] - door.times[0] < json.loads(data)["retry"]
+
+        # Some vary the time that they are told, htmx 4 by 30 %.
+        is_early = door.times[1] - door.times[0] < 0.6 * json.loads(data)["retry"]
         outcome = driver.outcome(publish(server, ("last", None)))
         return "comes back early" if is_early and outcome == YES else outcome
 
