@@ -96,21 +96,17 @@ def _events_in(add: Add) -> None:
         help=f"time between two ticks of the clock; 0: no clock (default {TICK:g}; 0 with --stdin, "
              "--redis, --history-file, --publish-token or --jwt-key, which bring events, too)")
     add("--stdin", action="store_true",
-        help="each line of standard input is an event, in place of the clock; after the last one, "
-             "when every client has it, the server stops")
+        help="publish each line of standard input; after the last one, stop when all have it")
     add("--json", action="store_true",
         help='with --stdin: each line is {"data": ..., "event": ..., "channel": ...}')
     add("--wait-clients", type=int, default=0, metavar="N",
         help="with --stdin: begin when so many clients are there")
     add("--redis", metavar="URL",
-        help="redis://HOST:PORT/DB: events come from a Redis stream, and what is published goes to "
-             "it, so that many servers serve the same")
+        help="redis://HOST:PORT/DB: share events with other servers through a Redis stream")
     add("--stream", metavar="KEY", help="key of that stream (default sse)")
     add("--history-file", metavar="FILE",
-        help="an SQLite file that keeps what is published: it is there after a restart, and "
-             "servers on this machine can share it")
-    add("--sync", action="store_true",
-        help="what is in that file survives a power failure, too; slower")
+        help="an SQLite file that keeps events over restarts; servers on this machine can share it")
+    add("--sync", action="store_true", help="that file survives a power failure, too; slower")
 
 
 def _who_may(add: Add) -> None:
@@ -121,27 +117,22 @@ def _who_may(add: Add) -> None:
         default=os.environ.get("SSE_PUBLISH_TOKEN", "").split(),
         help="who may publish by POST; likewise, or from SSE_PUBLISH_TOKEN (default: nobody)")
     add("--token-file", type=tokens_in, action="extend", dest="tokens", metavar="FILE",
-        help="a file with who may watch, a token a line; lines that begin with # are comments; can "
-             "be repeated")
+        help="a file with who may watch, a token a line; # begins a comment; can be repeated")
     add("--publish-token-file", type=tokens_in, action="extend", dest="publish_tokens",
         metavar="FILE", help="the same for who may publish")
     add("--jwt-key", default=os.environ.get("SSE_JWT_KEY"), metavar="KEY",
-        help="secret of 32 bytes, or PEM public key, of signed tokens that grant channels; can "
-             "come from SSE_JWT_KEY instead")
+        help="secret or PEM public key of signed tokens, which grant channels; or SSE_JWT_KEY")
     add("--origin", action="append", dest="origins", default=[], metavar="ORIGIN",
-        help="of pages that may read and publish, as https://example.org; can be repeated "
-             "(default: all)")
+        help="whose pages may read and publish: https://example.org; repeatable (default: all)")
     add("--allowed-host", action="append", dest="allowed_hosts", default=[], metavar="NAME",
         help="refuse requests whose Host is another; can be repeated (default: any)")
 
 
 def _how_long(add: Add) -> None:
     add("--history", type=int, default=1024, metavar="FRAMES",
-        help="events kept for clients that come back, 64 at least; 0: no ids, the wire of the "
-             "original (default %(default)s)")
+        help="events kept for clients that come back, 64 at least; 0: no ids (default %(default)s)")
     add("--patience", type=float, default=5.0, metavar="SECONDS",
-        help="how long --stdin waits for a slow client that makes no progress (default "
-             "%(default)g; 0: not at all)")
+        help="how long --stdin waits for a client that stalls; 0: not at all (default %(default)g)")
     add("--heartbeat", type=float, default=15.0, metavar="SECONDS",
         help="silence after which a client is sent a comment; 0: never (default %(default)g)")
     add("--retry", type=float, default=3.0, metavar="SECONDS",
@@ -151,16 +142,13 @@ def _how_long(add: Add) -> None:
 
 
 def _where(add: Add) -> None:
-    add("--host", default="127.0.0.1",
-        help="address to listen on, or the name of one (default %(default)s)")
+    add("--host", default="127.0.0.1", help="address or name to listen on (default %(default)s)")
     add("--port", type=int, default=6500,
-        help="port to listen on; 0 picks one (default %(default)s)")
-    add("--reuse-port", action="store_true",
-        help="let other servers that say so listen on the same port")
+        help="port to listen on; 0 picks a free one (default %(default)s)")
+    add("--reuse-port", action="store_true", help="other servers may listen on the same port, too")
     add("--cert", metavar="FILE", help="certificate chain for TLS, PEM")
     add("--key", metavar="FILE",
-        help="its key, if that is not in the same file; the password of an encrypted one is asked "
-             "for at a terminal")
+        help="its key, if not in the same file; for an encrypted one, the password is asked for")
 
 
 def tokens_in(path: str) -> list[str]:
@@ -189,8 +177,7 @@ def set_up_logging(options: argparse.Namespace) -> LogWriter:
     """Log to standard error, as far as that takes it, and return what writes there."""
     writer = LogWriter(sys.stderr)
     logging.basicConfig(format="%(message)s", stream=writer)
-    quiet = logging.WARNING if options.quiet else logging.INFO
-    logger.setLevel(logging.DEBUG if options.verbose else quiet)
+    logger.setLevel("DEBUG" if options.verbose else "WARNING" if options.quiet else "INFO")
     return writer
 
 
