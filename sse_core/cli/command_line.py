@@ -58,7 +58,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     A bad one ends the process with one line on standard error and status 2.
     """
-    parser = Parser(prog=PROGRAM, description="A small Server-Sent Events server.")
+    parser = Parser(prog=PROGRAM, usage="%(prog)s [OPTION ...]",
+                    description="A small Server-Sent Events server.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
@@ -70,7 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         # Only the name is shown, because what follows can be a token.
         name = unknown[0].partition("=")[0]
-        near = get_close_matches(name, re.findall("--[a-z-]+", parser.format_usage()), 1)
+        near = get_close_matches(name, re.findall("--[a-z-]+", parser.format_help()), 1)
         parser.error(f"unrecognized argument {name}" + "".join(f": was {each} meant?"
                                                                for each in near))
     options.variables = [name for name in VARIABLES if name in os.environ]
