@@ -122,7 +122,7 @@ def test_a_body_of_known_length_ends_there():
         assert outcome(0, pieces) == (b"", b"helloPOST")
         assert outcome(10, pieces) is None
     assert outcome(0, [b""]) == (b"", b"")
-    assert outcome(MAX_EVENT, [b""]) is None and outcome(MAX_EVENT + 1, [b""]) == 413
+    assert outcome(MAX_EVENT, []) is None and outcome(MAX_EVENT + 1, []) == 413
 
 
 def test_a_chunk_that_does_not_end_where_it_says_is_refused_at_once():

@@ -1,20 +1,22 @@
 """Turn the bytes that follow a head into the body of a POST, in whatever pieces they arrive.
 
-    length known    so many bytes of data
-    chunked         size line, data, line end; again and again, until a size of 0; then trailers
+A body is read as data and lines in turn. What comes next is known from two numbers and a pattern:
 
-Each is a generator that reads from the piece that was fed last, and yields where it needs the next
-one. What they share are the two things there are to read: data of known length, and a line.
+    bytes of data left > 0      that many bytes of data
+    else, a line that is due    size line --> data --> line end --> size line ...
+                                size line of 0 --> trailers --> empty line
+    else                        nothing: the body is whole
 
-Of the chunked coding (RFC 9112 section 7.1) extensions and trailers are ignored, and bounded. It is
-read strictly, as http1.py reads a head, and for the same reason.
+One whose length is known begins with data and no line. Of the chunked coding (RFC 9112 section 7.1)
+extensions and trailers are ignored, and bounded. It is read strictly, as http1.py reads a head, and
+for the same reason: a line is refused at the first byte that does not fit.
 
 No socket, no thread and no clock in here.
 """
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
+from io import BytesIO
 
 from sse_core.engine.frames import MAX_EVENT
 from sse_core.errors import Refusal
@@ -33,70 +35,67 @@ _TRAILER = re.compile(rb"(%b(\Z|:%b))?(\r\n?)?" % (TOKEN, VALUE))
 
 
 class Body:
-    """Decode one body: of `length` bytes, or chunked if that is None."""
+    """Decode one body: of `length` bytes, or chunked if that is None.
+
+    Making one, and `feed`, raise Refusal for what no event can hold, or is not chunked as said.
+    """
 
     def __init__(self, length: int | None) -> None:
         # What has arrived of it, decoded. The caller may look at it at any time.
         self.data = bytearray()
 
-        self._reader = self._read_chunks() if length is None else self._read(length)
-
-        # The piece that was fed last, and how many bytes of it have been read.
-        self._piece, self._at = b"", 0
+        # The line that is due after the data, if any, and what has arrived of it.
+        self._due = _SIZE if length is None else None
+        self._line = b""
 
         # What counts for MAX_IGNORED so far.
         self._ignored = 0
 
+        # This sets `_left`: the bytes of data that are due.
+        self._expect(length or 0)
+
     def feed(self, piece: bytes) -> bytes | None:
-        """Take more of it. Returns the part of `piece` that follows the body; None: more is due.
+        """Take more of it. Returns the part of `piece` that follows the body; None: more is due."""
+        source = BytesIO(piece)
+        while self._left or self._due:
+            part = source.read(self._left) if self._left else source.readline()
+            if not part:
+                return None
+            if self._left:
+                self.data += part
+                self._left -= len(part)
+            else:
+                self._line += part
+                self._take_line()
+        return source.read()
 
-        Raises Refusal, as soon as it is seen, for more than an event can hold, and for what is not
-        chunked as said. The first piece may be empty.
-        """
-        self._piece, self._at = piece, 0
-        for _ in self._reader:
-            return None
-        return piece[self._at:]
-
-    def _read(self, length: int) -> Iterator[None]:
-        """Read so many bytes of data."""
-        end = len(self.data) + length
-        if end > MAX_EVENT:
+    def _expect(self, length: int) -> None:
+        if len(self.data) + length > MAX_EVENT:
             raise Refusal(413, f"The body is longer than {MAX_EVENT} bytes. Send less at once.")
-        while len(self.data) < end:
-            if self._at == len(self._piece):
-                yield
-            part = self._piece[self._at:self._at + end - len(self.data)]
-            self.data += part
-            self._at += len(part)
+        self._left = length
 
-    def _read_line(self, pattern: re.Pattern[bytes]) -> Generator[None, None, re.Match[bytes]]:
-        """Read a line, which must fit the pattern from its first byte on."""
-        line = b""
-        while True:
-            while self._at == len(self._piece):
-                yield
-            end = self._piece.find(b"\n", self._at) + 1 or len(self._piece)
-            line += self._piece[self._at:end]
-            self._at = end
-            match = pattern.fullmatch(line)
-            if not match:
-                raise Refusal(400, "The body is not encoded in chunks, as Transfer-Encoding says.")
-            if self._ignored + len(line) > MAX_IGNORED:
-                raise Refusal(400, f"The chunks have more than {MAX_IGNORED} bytes of extensions "
-                                   f"and trailers, or too many are shorter than {TINY} bytes.")
-            if line.endswith(b"\n"):
-                return match
+    def _take_line(self) -> None:
+        """Look at the line that is due, as far as it is there; act upon it if it is whole."""
+        assert self._due
+        line, match = self._line, self._due.fullmatch(self._line)
+        if not match:
+            raise Refusal(400, "The body is not encoded in chunks, as Transfer-Encoding says.")
+        if self._ignored + len(line) > MAX_IGNORED:
+            raise Refusal(400, f"The chunks have more than {MAX_IGNORED} bytes of extensions and "
+                               f"trailers, or too many are shorter than {TINY} bytes.")
+        if line.endswith(b"\n"):
+            self._line = b""
+            self._end_line(line, match)
 
-    def _read_chunks(self) -> Iterator[None]:
-        size = None
-        while size != 0:
-            line = yield from self._read_line(_SIZE)
-            size = int(line[1], 16)
-            self._ignored += len(line[0]) - line.end(1) - len(b"\r\n") + (0 < size < TINY)
-            yield from self._read(size)
-            if size:
-                yield from self._read_line(_DATA_END)
-        while line[0] != b"\r\n":
-            line = yield from self._read_line(_TRAILER)
-            self._ignored += len(line[0])
+    def _end_line(self, line: bytes, match: re.Match[bytes]) -> None:
+        if self._due is _SIZE:
+            size = int(match[1], 16)
+            self._ignored += len(line) - match.end(1) - len(b"\r\n") + (0 < size < TINY)
+            self._expect(size)
+            self._due = _DATA_END if size else _TRAILER
+        elif self._due is _DATA_END:
+            self._due = _SIZE
+        else:
+            self._ignored += len(line)
+            # The empty line has no name, and is the last one.
+            self._due = _TRAILER if match[1] else None
