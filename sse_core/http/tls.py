@@ -41,12 +41,12 @@ class TLSSocket(ssl.SSLSocket):
     def send(self, data: Any, flags: int = 0) -> int:
         """Send at most RECORD bytes, and return how many of them the socket took."""
         if self._begun:
-            self._call(super().send, self._begun)
+            self._offer(self._begun)
             self._begun = b""
             return 1
         piece = bytes(data[:RECORD])
         try:
-            return self._call(super().send, piece)
+            return self._offer(piece)
         except BlockingIOError:
             self._begun = piece
             if len(piece) == 1:
@@ -67,6 +67,9 @@ class TLSSocket(ssl.SSLSocket):
             with suppress(OSError):
                 self.unwrap()
         super().shutdown(how)
+
+    def _offer(self, data: bytes) -> int:
+        return self._call(super().send, data)
 
     def _call(self, method: Callable[..., T], *arguments: object) -> T:
         try:
