@@ -51,7 +51,7 @@ class RedisStream(SharedLog):
             raise ValueError("--redis needs the package redis: "
                              "python -m pip install redis") from None
         try:
-            # Parsed here first, because the error of `redis` may quote the password.
+            # What this raises may quote the password, so the text is replaced.
             _ = urlsplit(url).port
         except ValueError:
             raise ValueError("the URL of Redis has no host and port that can be: percent-encode "
