@@ -447,6 +447,21 @@ def test_a_gap_for_everybody_carries_the_id_of_an_event_and_not_of_a_row_that_is
             assert [gap["reason"] for gap in gaps(back)] == ["evicted"]
 
 
+def test_a_gap_for_everybody_does_not_name_an_event_of_another_channel(path):
+    with on_file(path) as (server,), Client(server.port) as client:
+        client.open()
+        first = post(server, "first").json()["id"]
+        client.read_until_data("first")
+        halt(server.process)
+        with publishing(path) as stream:
+            stream.publish([Draft(str(number), channel="b") for number in range(20)])
+            trim_to(path, 10)
+            stream.publish([Draft("for everybody")])
+        server.process.send_signal(signal.SIGCONT)
+        client.read_until_data("for everybody")
+        assert gaps(client) == [{"after": first, "resumed": None, "reason": "evicted"}]
+
+
 def test_what_is_trimmed_exactly_up_to_where_a_server_stands_is_no_gap(path):
     with on_file(path) as (server,), Client(server.port) as client:
         client.open()
@@ -732,13 +747,14 @@ def peak_memory(server: Server) -> int:
         return int(re.search(r"VmHWM:\s+(\d+)", status.read())[1]) >> 10
 
 
-@pytest.mark.parametrize("value", ["cast(zeroblob(?) as text)", "hex(zeroblob(? / 2))"])
-def test_a_row_of_many_megabytes_costs_no_memory(path, value):
+@pytest.mark.parametrize("values", [
+    "null, null, cast(zeroblob(?) as text)", "null, null, hex(zeroblob(? / 2))",
+    "zeroblob(?), null, 'data'", "null, hex(zeroblob(? / 2)), 'data'"])
+def test_a_row_of_many_megabytes_costs_no_memory(path, values):
     with on_file(path) as (server,), Client(server.port) as client:
         client.open()
         post(server, "one")
-        query(path, f"insert into event select max(ms) + 1, 0, null, null, {value} from event",
-              100_000_000)
+        query(path, f"insert into event select max(ms) + 1, 0, {values} from event", 100_000_000)
         query(path, "insert into event select max(ms) + 1, 0, null, null, 'two' from event")
         client.read_until_data("two")
         assert texts(client) == ["one", "two"] and peak_memory(server) < 80

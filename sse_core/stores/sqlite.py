@@ -25,7 +25,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Callable
 from urllib.parse import quote
 
-from sse_core.engine.frames import MAX_EVENT, Draft, Id
+from sse_core.engine.frames import MAX_EVENT, MAX_NAME, Draft, Id
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import MIN_KEPT, READING, Row, SharedLog
 
@@ -62,17 +62,19 @@ WAL_LIMIT = 16 << 20
 _WHOLE = "integer check (typeof({0}) = 'integer' and {0} between 0 and 999999999999999)"
 _EVENT = (f"create table event(ms {_WHOLE.format('ms')}, n {_WHOLE.format('n')}, channel text, "
           "event text, data text, primary key (ms, n)) without rowid")
+_LENGTH = "ifnull(length(cast(new.{} as blob)), 0)"
 _META = (
     "create table meta(removed_ms, removed_n, inode, probe)",
     "insert into meta values ({0}, {1}, null, null)",
     "create trigger removed after delete on event when max(old.ms, old.n) < 1000000000000000 and "
     "(old.ms, old.n) > (select removed_ms, removed_n from meta) "
     "begin update meta set removed_ms = old.ms, removed_n = old.n; end",
-    # Reading a row takes as much memory as the row has bytes. So one that is too long for an event
-    # is kept without its data.
+    # Reading a row takes as much memory as the row has bytes. So of one that is too long for an
+    # event only the id is kept.
     "create trigger too_long before insert on event "
-    f"when length(cast(new.data as blob)) > {MAX_EVENT} begin "
-    "insert into event values (new.ms, new.n, new.channel, new.event, null); "
+    f"when {_LENGTH.format('data')} > {MAX_EVENT} "
+    f"or max({_LENGTH.format('channel')}, {_LENGTH.format('event')}) > {MAX_NAME} begin "
+    "insert into event values (new.ms, new.n, null, null, null); "
     "select raise(ignore); end",
     f"pragma user_version = {SCHEMA}")
 _ROWS = ("select ms, n, cast(channel as text), cast(event as text), cast(data as text) "

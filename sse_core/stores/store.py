@@ -273,8 +273,9 @@ class SharedLog(ABC):
         rows = self._unread(newest)
         if shared.loaded.is_set():
             logger.warning("%s are gone that were not read: a gap is told", self._skips)
-            resumed = next(self._events(reversed(rows)), None)
-            shared.tell_gap(resumed and resumed.id)
+            first = next(self._events(reversed(rows)), None)
+            # An event on a channel is not the first one for every client.
+            shared.tell_gap(first.id if first and first.channel is None else None)
             return rows[::-1]
         shared.preload(self._events(_taken_from(rows)), missing)
         return []
@@ -468,8 +469,9 @@ class Shared(Broadcast):
     def tell_gap(self, resumed: Id | None) -> None:
         """Tell all clients that events before this id are lost.
 
-        The gap begins after the newest event of this log, and not after the newest row: that may be
-        no event, so that no client could resume at it.
+        None stands for an id that is not known yet, or not the same for all clients. The gap begins
+        after the newest event of this log, and not after the newest row: that may be no event, so
+        that no client could resume at it.
         """
         after = self._log.last_id if self._log.last_id > (0, 0) else None
         ids = frames.format_id(after), frames.format_id(resumed)
