@@ -113,13 +113,6 @@ def test_a_time_is_in_seconds_minutes_hours_or_days_ago_or_a_unix_time(since, be
     assert parameters.start(request, 1000.0) == (f"{begin}-0", begin)
 
 
-def test_an_id_that_may_come_yet_is_waited_for_until_all_from_then_is_here():
-    log = Log(64, (5, 0))
-    log.complete_at = 7.0
-    assert log.can_locate((5, 0), 99.0) and log.can_locate(None, 99.0)
-    assert not log.can_locate((6, 0), 7.0) and log.can_locate((6, 0), 6.999)
-
-
 def test_the_first_event_of_an_epoch_is_missed_if_it_has_left():
     log = Log(64, (1, 0))
     log.append(b"x", (10, 0), None, 0.0)

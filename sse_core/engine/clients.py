@@ -44,7 +44,7 @@ class Opening(NamedTuple):
     # When the stream ends because its token expires, in seconds since the epoch. It is no part of
     # the subscription: a thousand clients with tokens of their own are still one group.
     ends_at: float = math.inf
-    # When it was asked for, on the monotonic clock: see Log.can_locate.
+    # When it was asked for, on the monotonic clock. Only a store needs to know.
     came_at: float = 0.0
 
 

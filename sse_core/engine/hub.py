@@ -117,12 +117,7 @@ class Broadcast:
         self.refuse_inside()
         if threading.get_ident() in self._not_waiting:
             raise WouldWait("this thread may not wait for the publisher")
-        began = self.clock()
         with self._mutex:
-            # First for what is in the shared log and has not come back from it
-            until = began + max(1.0, self.clients.pace.longest)
-            while self._log.complete_at < began and self.clock() < until and not self.stopping:
-                self._moved.wait(LOOK)
             end = self._log.next
             while not self.stopping and (
                     self.fanned_out < end or not self.clients.have(end, self.clock())):
@@ -150,17 +145,14 @@ class Broadcast:
     def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
         """Hand over a non-blocking socket: its head and every frame after its id are sent to it.
 
-        Returns False, and leaves it to the caller, at `max_clients`, when the server is stopping,
-        or if what the client had before it came has not all come back from a store yet. That, and
-        where the stream begins, is decided in one hold of the mutex, so no frame is missed or sent
-        twice.
+        Returns False, and leaves it to the caller, at `max_clients` or when the server is stopping.
+        Where the stream begins is decided in the hold of the mutex in which the client is added, so
+        no frame is missed or sent twice.
         """
         client = Client(sock, peer, opening)
         client.registered_at = self.clock()
         with self._mutex:
-            is_full = self.stopping or len(self.clients) >= self._max_clients
-            after = frames.parse_id(opening.last_id or "") if self._ids else None
-            if is_full or not self._log.can_locate(after, opening.came_at):
+            if self.stopping or len(self.clients) >= self._max_clients:
                 return False
             client.cursor, client.after = self._log.next, self._log.last_id
             if self._ids:

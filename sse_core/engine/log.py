@@ -52,9 +52,6 @@ class Log:
     """
 
     def __init__(self, history: int, began_with: Id = (0, 0), size: int = MAX_LOG) -> None:
-        # Of a log that is shared with other servers: it has all that there was at this time.
-        self.complete_at = math.inf
-
         self.first = self.next = 0
         self.last_id = began_with               # of the newest event that has one
 
@@ -133,14 +130,6 @@ class Log:
             else:
                 high = middle
         return low
-
-    def can_locate(self, event_id: Id | None, since: float) -> bool:
-        """Say whether it is known what this id is, which a client brought at that time.
-
-        Of a shared log, other servers can have had more: an id that is ahead may come yet, until
-        there is all that there was when the client brought it.
-        """
-        return event_id is None or event_id <= self.last_id or self.complete_at > since
 
     def locate(self, event_id: Id | None, channels: Iterable[str] = ()) -> tuple[int, str | None]:
         """Return the number of the frame that follows an id, and why there may be a gap, if so.

@@ -366,8 +366,10 @@ class Shared(Broadcast):
         super().__init__(history=history, **options)
         self.stream = stream
         self._log = Log(history)
-        self._log.complete_at = -math.inf
         self.newest = self._log.last_id
+
+        # On `clock`: the log has all that the store had at this time.
+        self._complete_at = -math.inf
 
         # Set by the thread that follows, when the log has the events from before the start. From
         # then on the server takes clients.
@@ -385,8 +387,26 @@ class Shared(Broadcast):
         self._arrived = self.newest
 
     def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
-        """Hand over a socket, see Broadcast. Returns False, too, before the log is loaded."""
-        return self.loaded.is_set() and super().register(sock, opening, peer)
+        """Hand over a socket, see Broadcast.
+
+        Returns False, too, before the log is loaded, and when it cannot be said yet what the id is
+        that the client brought. Another server may have given it out, and its event may be on the
+        way here, until the log has all that the store had when the client came.
+        """
+        brought = frames.parse_id(opening.last_id or "") if self._ids else None
+        may_come = (brought and brought > self._log.last_id
+                    and self._complete_at <= opening.came_at)
+        return self.loaded.is_set() and not may_come and super().register(sock, opening, peer)
+
+    def drain(self) -> None:
+        """Wait for what has not come back from the store, for a while, then as Broadcast does."""
+        began = self.clock()
+        until = began + max(1.0, self.clients.pace.longest)
+        self.refuse_inside()
+        with self._mutex:
+            while self._complete_at < began and self.clock() < until and not self.stopping:
+                self._wait()
+        super().drain()
 
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
         """Publish to the shared log, all or none; see Broadcast. Raises Unavailable, too.
@@ -415,7 +435,7 @@ class Shared(Broadcast):
         while True:
             with self._mutex:
                 # What was published before takes room only when it has come back.
-                while self._arrived < self._own and self._log.complete_at < self._own_at:
+                while self._arrived < self._own and self._complete_at < self._own_at:
                     self._wait()
                     self.check_running()
                 self._make_room(1, wait=True)
@@ -463,7 +483,7 @@ class Shared(Broadcast):
     def complete(self, at: float) -> None:
         """Note that the log has all that was in the shared one at that time, on `clock`."""
         with self._mutex:
-            self._log.complete_at = at
+            self._complete_at = at
             self._moved.notify_all()
 
     def tell_gap(self, resumed: Id | None) -> None:
