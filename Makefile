@@ -37,7 +37,7 @@ fuzz: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -k fuzz --fuzz 100 -o faulthandler_timeout=0
 
 mutants: $(VENV)/ready
-	$(VENV)/bin/python tests/mutants.py --confirm $(MUTANTS)
+	$(VENV)/bin/python tools/mutants.py --confirm $(MUTANTS)
 
 check: $(VENV)/checkers
 	$(VENV)/bin/ruff check sse_server.py publisher.py sse_core

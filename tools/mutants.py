@@ -1,9 +1,6 @@
 """Break the product in one place at a time, and see whether a test notices: `make mutants`.
 
-Each mutant is made in a copy of the tree and gets the quick tests that run the broken statement:
-which these are is recorded first, from a copy in which each statement leaves a mark, so threads and
-processes that tests start count, too. One that no test kills shows a promise that no test keeps, or
-is as good as the original: then it is listed in tests/equivalent_mutants.txt, with the reason.
+tools/README.md explains how this works and what to do with a mutant that no test kills.
 """
 import argparse
 import contextlib
@@ -34,7 +31,7 @@ LONGEST = 1200          # seconds for all tests
 NOTHING_RUN = 5         # as pytest says it: a mutant can give tests other names
 PATIENCE = 8            # seconds, in place of those of tests/helpers.py, for what never comes
 SWITCH_INTERVAL = "1e-6"        # seconds, for mutants without a lock
-EQUIVALENT = TOP / "tests" / "equivalent_mutants.txt"
+EQUIVALENT = TOP / "tools" / "equivalent_mutants.txt"
 
 
 class Copy:
@@ -84,7 +81,7 @@ class Copy:
         try:
             with open(files["output"], "wb") as output:
                 status = subprocess.run(
-                    [sys.executable, "tests/mutant_run.py", files["order"]],
+                    [sys.executable, "tools/mutant_run.py", files["order"]],
                     cwd=self._tree, stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True,
                     timeout=timeout,
@@ -226,6 +223,12 @@ def equivalents() -> Dict[str, str]:
     return entries
 
 
+def stale() -> List[str]:
+    """Return the entries of the list of equivalent mutants that match no mutant any more."""
+    keys = {mutant.key() for module in MODULES for mutant in Finder(module).mutants}
+    return [entry for entry in equivalents() if entry not in keys]
+
+
 def choose(options: argparse.Namespace) -> List[Mutant]:
     """Return a sample of the mutants of each module, and all those without a lock."""
     chosen = []
@@ -301,11 +304,14 @@ def main() -> None:
     add("--operator", metavar="NAME", help="only such ones: lock, compare, constant ...")
     add("--only", metavar="ID", help="this one, and show what it changes")
     add("--list", action="store_true", help="say which there would be")
+    add("--stale", action="store_true", help="say which equivalent ones are gone from the code")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time")
     add("--confirm", action="store_true", help="count no test that fails by chance")
     add("--out", metavar="FILE", help="for the results, JSON in lines")
     add("pytest", nargs="*", help="the tests, in place of the quick ones")
     options = parser.parse_args()
+    if options.stale:
+        sys.exit("\n\n".join(stale()) or None)
     mutants = choose(options)
     if not mutants:
         parser.error("there is no such mutant")

@@ -16,6 +16,7 @@ SWAPS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE
 LOCK = re.compile(rb"\S*(_mutex|_lock|_changed|_lifecycle|_locked\(.*\))")
 LEFT_ALONE = re.compile(    # not behaviour, or not a promise: texts for people, types
     r"assert |logger\.debug|__\w+__ = |if TYPE_CHECKING|if __name__|TypeVar\(|(help|metavar)=")
+TRAILING_COMMENT = re.compile(r"\s{2,}# .*")
 Change = Tuple[str, int, int, bytes]    # operator; from byte to byte; what takes their place
 
 
@@ -45,9 +46,14 @@ class Mutant(NamedTuple):
         return next((old.strip(), new.strip()) for old, new in zip(*pair) if old != new)
 
     def key(self) -> str:
-        """Return what it is known by in EQUIVALENT."""
-        return "\n".join([f"{self.module} {self.function} {self.operator}",
-                          *(f"{sign} {line}" for sign, line in zip("-+", self.diff()))])
+        """Return what names this mutant in the list of equivalent ones.
+
+        Nothing in it changes when a file or a class is renamed, or a comment is rewritten.
+        """
+        name = self.function.rpartition(".")[2]
+        return "\n".join([f"{name} {self.operator}".strip(),
+                          *(f"{sign} {TRAILING_COMMENT.sub('', line)}"
+                            for sign, line in zip("-+", self.diff()))])
 
 
 class Finder:

@@ -1,4 +1,4 @@
-"""Run pytest in a copy of the tree, and note what becomes of each test. See tests/mutants.py."""
+"""Run pytest in a copy of the tree, and note what becomes of each test. See tools/mutants.py."""
 import faulthandler
 import json
 import mmap
