@@ -1,5 +1,13 @@
 """Turn a request into a decision: who may watch and publish what, which pages may read answers.
 
+    allowed hosts      any request        else 421: another name was made to lead here
+    a token, signed    GET, HEAD, POST    else 401
+    its channels       GET, HEAD, POST    else 403
+    origins            POST of a page     else 403; and which pages may read an answer
+
+A token is plain, and then it is for everything, or signed, and then it names channels (signed.py).
+A program can decide in place of both who may watch. Who is let in is described by a Grant.
+
 No socket, no thread and no clock in here: `now` is handed in. What is not allowed is a Refusal.
 """
 from __future__ import annotations
@@ -12,33 +20,38 @@ from urllib.parse import urlsplit
 
 from sse_core.errors import Refusal
 from sse_core.http import signed
-from sse_core.http.http1 import Request
+from sse_core.http.http1 import HOST, Request
 
-# A name without a final dot. Each part is separated by a dot that it cannot hold, so this is linear
+# A name without a final dot. Parts end at a dot, which they cannot hold, so this is linear.
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
-# Ports that an Origin and a Host leave out, because the scheme says them
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::[0-9]*)?|([0-9a-f:.]+)", re.IGNORECASE)
+# Hosts that lead a browser to its own machine, and nowhere else.
 _LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]+){3}")
+
+# Ports that an Origin leaves out, because the scheme says them.
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 Authorize = Callable[[Request], "bool | Iterable[str]"]
 
 
 class Grant(NamedTuple):
-    """The channels that may be watched, or published to; `user-42/*` is all that begin so."""
-    channels: tuple[str, ...]
-    until: float | None = None      # seconds since 1970; None: for ever
+    """The channels that may be watched, or published to."""
 
-    def check(self, channel: str | None) -> None:
+    # Names. One that ends in `*`, as `user-42/*`, is for all that begin so.
+    channels: tuple[str, ...]
+
+    # Seconds since 1970. None: for ever.
+    until: float | None = None
+
+    def check(self, *channels: str | None) -> None:
         """Raise Refusal for a channel that is not granted. None is everyone, and needs `*`."""
-        if channel is None and "*" not in self.channels:
-            raise Refusal(403, "You may not publish to everyone. Name a channel: ?channel=NAME.")
-        if channel is not None and not any(
-                channel == each or each.endswith("*") and channel.startswith(each[:-1])
-                for each in self.channels):
-            raise Refusal(403, f"You may not use the channel {channel[:100]!r}.")
+        for channel in channels:
+            if channel is None and "*" not in self.channels:
+                raise Refusal(403, "You may not publish to everyone: add a channel, ?channel=NAME.")
+            if channel is not None and not any(
+                    channel == each or each.endswith("*") and channel.startswith(each[:-1])
+                    for each in self.channels):
+                raise Refusal(403, f"You may not use the channel {channel[:100]!r}.")
 
 
 EVERYTHING = Grant(("*",))
@@ -47,8 +60,7 @@ EVERYTHING = Grant(("*",))
 class Access:
     """The rules for all requests to one server. They never change, so any thread may ask.
 
-    Options as of SSEServer. scheme, host: http or https, and where it listens: pages of its own may
-    always publish.
+    Options as of SSEServer. scheme, host: http or https, and where it listens.
 
     Raises ValueError for what would let in anybody or nobody, TypeError for a str as a list.
     """
@@ -60,13 +72,16 @@ class Access:
         self._tokens = _plain(tokens, "tokens")
         self._publish_tokens = _plain(publish_tokens, "publish_tokens")
         self._authorize = authorize
+        self._signed = None if jwt_key is None else signed.Signed(jwt_key)
+        self._allowed_hosts = set(map(_check_allowed_host, _texts(allowed_hosts, "allowed_hosts")))
+
+        # Pages of these may read and publish. None: all may read.
         self._origins = frozenset(map(_check_origin, _texts(origins, "origins")))
-        self._scheme = scheme
+
+        # Pages of the server itself come from these. Nobody else can make one of them lead here.
         own = (host, *(origin.partition("://")[2] for origin in self._origins))
         self._own_hosts = {_host(each) for each in own} - {""}
-        self._allowed_hosts = {_check_allowed_host(each)
-                               for each in _texts(allowed_hosts, "allowed_hosts")}
-        self._signed = None if jwt_key is None else signed.Signed(jwt_key)
+        self._scheme = scheme
 
     @property
     def takes_time(self) -> bool:
@@ -76,47 +91,44 @@ class Access:
     def check_host(self, request: Request) -> None:
         """Raise Refusal for a Host that is not allowed. Ask it first, of every request."""
         if self._allowed_hosts and _host(request.known.get("host", "")) not in self._allowed_hosts:
-            raise Refusal(421, "This server does not answer for this Host: use a name that was "
-                               "given to it with --allowed-host.")
+            raise Refusal(421, "This Host is not served here: use one that --allowed-host names.")
 
     def admit(self, request: Request, now: float) -> Grant:
         """Return what a request may watch; events without a channel go to whoever is admitted.
 
-        Raises Refusal, also for a channel that is asked for and not granted; what `authorize`
-        raises; TypeError for what it may not return.
+        now: seconds since 1970. Raises Refusal, also for a channel that is asked for and not
+        granted; what `authorize` raises; TypeError for what it may not return.
         """
+        grant = EVERYTHING
         if self._authorize is not None:
-            grant = _granted(self._authorize(request), request)
+            answer = self._authorize(request)
+            if answer is False or answer is None:
+                raise _refused("token", request)
+            if answer is not True:
+                grant = Grant(_texts(answer, "authorize returned no bool"))
         elif self._tokens or self._signed:
             grant = self._grant(request, self._tokens, "subscribe", now)
-        else:
-            grant = EVERYTHING
-        for channel in request.query.get("channel", ()):
-            grant.check(channel)
+        grant.check(*request.query.get("channel", ()))
         return grant
 
     def admit_post(self, request: Request, now: float, *, body_names: bool = False) -> Grant:
         """Return where a POST may publish to. Ask before its body is read. Raises Refusal.
 
-        One that names no channel is for everyone, which needs `*`. body_names: the body names
-        them; then `check` the channel of each of its events, None too.
+        now: seconds since 1970. A POST that names no channel is for everyone, which needs `*`.
+        body_names: the body names them; then `check` the channel of each of its events, None too.
         """
         if not self._may_post_from(request):
-            raise Refusal(403, "Pages of this origin may not publish. "
-                               "The server has to be started with it as an --origin.")
+            raise Refusal(403, "Pages of this origin may not publish, unless --origin names it.")
         if not (self._publish_tokens or self._signed):
-            raise Refusal(403, "Publishing is not enabled. "
-                               "The server has to be started with a --publish-token.")
+            raise Refusal(403, "Publishing is not enabled: no --publish-token was given.")
         grant = self._grant(request, self._publish_tokens, "publish", now)
-        for channel in request.query.get("channel", () if body_names else (None,)):
-            grant.check(channel)
+        grant.check(*request.query.get("channel", () if body_names else (None,)))
         return grant
 
     def admit_list(self, request: Request) -> None:
         """Raise Refusal for who may not see the clients one by one: only publishers may."""
         if not self._publish_tokens:
-            raise Refusal(403, "The list of clients needs a publish token. "
-                               "The server has to be started with a --publish-token.")
+            raise Refusal(403, "The list of clients needs a --publish-token, and none was given.")
         if not request.has_token(self._publish_tokens):
             raise _refused("publish token", request)
 
@@ -124,22 +136,22 @@ class Access:
         """Return what the token of a request grants. Raises Refusal."""
         if request.has_token(tokens):
             return EVERYTHING
-        token = signed.find_token(request) if self._signed else None
-        if self._signed is None or not token:
-            raise _refused("publish token" if claim == "publish" else "token", request)
-        return Grant(*self._signed.grants(token, claim, now))
+        if self._signed and (token := signed.find_token(request)):
+            return Grant(*self._signed.grants(token, claim, now))
+        raise _refused("publish token" if claim == "publish" else "token", request)
 
     def _may_post_from(self, request: Request) -> bool:
-        """Say whether pages of the request's origin may publish; what is no page has none.
+        """Say whether pages of the request's origin may publish. What is no page has none.
 
-        The server's own may, by a host that no stranger can make lead here (DNS rebinding).
+        The server's own may, by a host that no stranger can make lead here: else a page could have
+        its own name lead here (DNS rebinding), and would be taken for one of ours.
         """
         origin, field = request.known.get("origin"), request.known.get("host", "")
         if not self._origins or origin is None or origin in self._origins:
             return True
         host = _host(field)
-        ours = host in self._own_hosts or _LOOPBACK.fullmatch(host) is not None
-        return ours and origin == f"{self._scheme}://{field}"
+        is_ours = host in self._own_hosts or _LOOPBACK.fullmatch(host) is not None
+        return is_ours and origin == f"{self._scheme}://{field}"
 
     def cross_origin(self, request: Request | None) -> list[str]:
         """Return the fields that let a page of another origin read the answer.
@@ -150,8 +162,8 @@ class Access:
             return ["Access-Control-Allow-Origin: *"]
         origin = request.known.get("origin") if request else None
         allowed = [f"Access-Control-Allow-Origin: {origin}"] if origin in self._origins else []
+        # Not for null: any page can make that its origin, with a sandboxed frame.
         if allowed and origin != "null":
-            # Not for null: any page can make that its origin, with a sandboxed frame
             allowed.append("Access-Control-Allow-Credentials: true")
         return [*allowed, "Vary: Origin"]
 
@@ -173,15 +185,11 @@ def _plain(tokens: Sequence[str], what: str) -> list[bytes]:
     return [token.encode() for token in texts]
 
 
-def _granted(answer: bool | Iterable[str] | None, request: Request) -> Grant:
-    """Return what the answer of `authorize` grants. Raises Refusal if nothing."""
-    if answer is False or answer is None:
-        raise _refused("token", request)
-    return EVERYTHING if answer is True else Grant(_texts(answer, "authorize returned no bool"))
-
-
 def _refused(what: str, request: Request) -> Refusal:
-    """Return how a request is refused that has no token, or a wrong one (RFC 6750 section 3.1)."""
+    """Return how a request is refused that has no token, or a wrong one.
+
+    Without a token, the challenge names no error (RFC 6750 section 3.1).
+    """
     in_path = "" if request.path.startswith("/-/") else request.path.strip("/")
     is_given = request.bearer or in_path
     problem = f"This {what} is not known to the server" if is_given else f"A {what} is missing"
@@ -190,48 +198,41 @@ def _refused(what: str, request: Request) -> Refusal:
                         "Authorization: Bearer TOKEN.", [f"WWW-Authenticate: Bearer{error}"])
 
 
-def _host(field: str) -> str:
-    """Return the host in a field Host, in lower case, without port and final dot.
+def _host(text: str) -> str:
+    """Return the host in a field Host, in lower case, without port, brackets and final dot.
 
-    The final dot of a name makes no other host of it (RFC 3986 section 3.2.2). Returns an empty
-    text if the field holds no host.
+    The final dot of a name makes no other host of it (RFC 3986 section 3.2.2). An option may hold
+    an address without brackets. Returns an empty text if there is no host.
     """
-    match = _HOST.fullmatch(field)
-    return match[match.lastindex or 0].lower().removesuffix(".") if match else ""
+    match = HOST.fullmatch(text) or HOST.fullmatch(f"[{text}]")
+    return match[1].lower().strip("[]").removesuffix(".") if match else ""
 
 
 def _check_origin(text: str) -> str:
-    """Return an origin if browsers send it like this.
+    """Return an origin if browsers send it like this (WHATWG HTML, origins).
 
     Any other could never match. Raises ValueError, which says what to write instead.
     """
     try:
-        as_sent = _origin_as_sent(text.strip())
+        url = urlsplit(text.strip())
+        host = _host_as_sent(url.scheme and url.hostname or "")
+        port = "" if url.port in (None, _DEFAULT_PORTS.get(url.scheme)) else f":{url.port}"
+        as_sent = f"{url.scheme}://{host}{port}"
     except ValueError:
         as_sent = ("a single one like https://example.org, with letters outside ASCII as xn--, or "
                    "null; or leave it out, to let pages of every origin read")
     if text not in (as_sent, "null"):
-        # A password before the @ belongs on no screen and in no log
+        # A password before the @ belongs on no screen and in no log.
         raise ValueError(f"no browser sends the origin {text.rpartition('@')[2]!r}: "
                          f"write {as_sent}")
     return text
 
 
-def _origin_as_sent(text: str) -> str:
-    """Return the origin that is meant, as browsers send it (WHATWG HTML, origins).
-
-    Raises ValueError if none can be made out.
-    """
-    url = urlsplit(text)
-    host = _host_as_sent(url.scheme and url.hostname or "")
-    port = "" if url.port in (None, _DEFAULT_PORTS.get(url.scheme)) else f":{url.port}"
-    return f"{url.scheme}://{host}{port}"
-
-
 def _check_allowed_host(text: str) -> str:
     """Return an allowed host as `_host` does. Raises ValueError, which says what to write."""
     try:
-        host = _host_as_sent(_host(text) or urlsplit(text).hostname or "").strip("[]")
+        url = urlsplit(text if "//" in text else f"//{text}")
+        host = _host_as_sent(_host(text) or url.hostname or "").strip("[]")
     except ValueError:
         host = ("one like example.org, with letters outside ASCII as xn--, or leave it out, to "
                 "answer for every one,")
@@ -248,10 +249,10 @@ def _host_as_sent(host: str) -> str:
     """
     host = host.lower().removesuffix(".")
     if ":" in host:
-        # The number loses what browsers leave out, such as the zone of `fe80::1%eth0`
+        # The number loses what browsers leave out, such as the zone of `fe80::1%eth0`.
         return f"[{ipaddress.IPv6Address(int(ipaddress.IPv6Address(host)))}]"
     name = host.encode("idna").decode()
-    # Python's codec knows IDNA 2003, which makes `fass` of `faß`. To browsers that is another name
+    # Python's codec knows IDNA 2003, which makes `fass` of `faß`. To browsers that is another name.
     is_the_same = host.isascii() or name.encode().decode("idna") == host
     if not (is_the_same and _NAME.fullmatch(name)):
         raise ValueError(f"{host!r} is no host")

@@ -1,27 +1,46 @@
 """Turn a signed token into what it grants: JSON Web Tokens (RFC 7519), verified by PyJWT.
 
+    {"exp": 1764003600, "subscribe": ["news", "user-42/*"], "publish": []}
+
+PyJWT verifies the signature and nothing else. The claims are judged here, by a time that is handed
+in: so what a token grants is a function of the token, the key and the time. The key decides on the
+algorithm, and never the token, which could name one for which what everybody knows is the secret.
+
 No socket, no thread and no clock in here. What grants nothing is a Refusal.
 """
 from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 from sse_core.errors import Refusal
 from sse_core.http.http1 import Request
 
-COOKIE = "sse_token"        # with a signed token: an EventSource sends no bearer token
-MAX_TOKEN = 4096            # characters, as of a cookie; PyJWT takes 0.2 ms to refuse so many
-MIN_SECRET = 32             # bytes of a secret for HS256; RFC 7518 section 3.2
-MIN_RSA = 2048              # bits of a key for RS256; RFC 7518 section 3.3
-LAST_TIME = 10 ** 11        # seconds since 1970; more was meant as milliseconds
+# Name of the cookie with a signed token, because an EventSource sends no bearer token.
+COOKIE = "sse_token"
 
-# Seconds that the clock of whoever signs a token may be ahead of ours (RFC 7519 section 4.1.5)
+# Characters, as of a cookie. PyJWT takes 0.2 ms to refuse so many.
+MAX_TOKEN = 4096
+
+# Bytes of a secret for HS256 (RFC 7518 section 3.2).
+MIN_SECRET = 32
+
+# Bits of a key for RS256 (RFC 7518 section 3.3).
+MIN_RSA = 2048
+
+# Seconds since 1970. A larger number was meant as milliseconds.
+LAST_TIME = 10 ** 11
+
+# Seconds that the clock of whoever signs a token may be ahead of ours (RFC 7519 section 4.1.5).
 LEEWAY = 5
 
-_FORM = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)      # RFC 7515 section 7.1
-_PUBLIC = ("MII", "MFkwEwYH", "ssh-", "ecdsa-", "{")    # how keys begin that others may know
+# Three parts in the alphabet of base64url (RFC 7515 section 7.1).
+_FORM = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)
+
+# How keys begin that others may know: they are no secrets.
+_PUBLIC = ("MII", "MFkwEwYH", "ssh-", "ecdsa-", "{")
 
 
 class Signed:
@@ -37,11 +56,17 @@ class Signed:
             self._algorithm, self._key = _load(key)
         except ImportError:
             raise ValueError("signed tokens need packages: pip install 'pyjwt[crypto]'") from None
-        self._decode = jwt.PyJWS().decode       # which looks at no clock
-        self._bad = jwt.PyJWTError, ValueError, RecursionError      # what a token can raise
+        # Verifies a signature, and looks at no clock.
+        self._decode = jwt.PyJWS().decode
+
+        # What a token can raise there.
+        self._bad = jwt.PyJWTError, ValueError, RecursionError
 
     def grants(self, token: str, claim: str, now: float) -> tuple[tuple[str, ...], float]:
-        """Return the channels that a claim of a token grants, and until when. Raises Refusal."""
+        """Return the channels that a claim of a token grants, and until when.
+
+        claim: `subscribe` or `publish`. Both times are in seconds since 1970. Raises Refusal.
+        """
         claims = self._claims(token)
         until = _time(claims, "exp")
         if until <= now:
@@ -50,7 +75,8 @@ class Signed:
             if name in claims and _time(claims, name) > now + LEEWAY:
                 raise _invalid(f"The token is not valid yet: its claim {name} is in the future. "
                                "Compare the clock of whoever signed it with this server's.")
-        if "aud" in claims:     # RFC 7519 section 4.1.3
+        # Who is not named as the audience has to refuse it (RFC 7519 section 4.1.3).
+        if "aud" in claims:
             raise _invalid("The token is for somebody else: it has the claim aud.")
         if claim not in claims:
             raise Refusal(403, f"The token grants nothing here: it has no claim {claim}.")
@@ -62,11 +88,10 @@ class Signed:
     def _claims(self, token: str) -> dict[str, Any]:
         """Return the claims of a token, which the key's own algorithm must have signed."""
         claims = None
-        try:
+        # The text of what is raised may quote the token, so it goes nowhere.
+        with suppress(*self._bad):
             if len(token) <= MAX_TOKEN and _FORM.fullmatch(token):
                 claims = json.loads(self._decode(token, self._key, [self._algorithm]))
-        except self._bad:       # its text may quote the token
-            pass
         if not isinstance(claims, dict):
             raise _invalid("The token is not known, or not signed with the key of this server.")
         return claims
@@ -75,7 +100,7 @@ class Signed:
 def find_token(request: Request) -> str | None:
     """Return the bearer token, else a path with two dots, else the cookie, or None.
 
-    The cookie not for a POST: pages of any site can make a browser send one.
+    The cookie does not count for a POST: pages of any site can make a browser send one.
     """
     if request.bearer is not None:
         return request.bearer
@@ -87,10 +112,12 @@ def find_token(request: Request) -> str | None:
 
 
 def _invalid(text: str) -> Refusal:
-    return Refusal(401, text, ['WWW-Authenticate: Bearer error="invalid_token"'])   # RFC 6750 3.1
+    """Return how a token is refused (RFC 6750 section 3.1)."""
+    return Refusal(401, text, ['WWW-Authenticate: Bearer error="invalid_token"'])
 
 
 def _time(claims: dict[str, Any], name: str) -> float:
+    """Return a claim in seconds since 1970. Raises Refusal if it is none."""
     value = claims.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value < LAST_TIME:
         raise _invalid(f"The token's claim {name} is not a number of seconds since 1970.")
@@ -111,13 +138,12 @@ def _load_pem(pem: bytes) -> tuple[str, Any]:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    try:
+    # A private key raises, too: it does not belong here.
+    with suppress(ValueError, UnsupportedAlgorithm):
         public = load_pem_public_key(pem)
         if isinstance(public, rsa.RSAPublicKey) and public.key_size >= MIN_RSA:
             return "RS256", public
         if isinstance(public, ec.EllipticCurvePublicKey) and public.curve.name == "secp256r1":
             return "ES256", public
-    except (ValueError, UnsupportedAlgorithm):      # a private key, too: it does not belong here
-        pass
     raise ValueError(f"the PEM for signed tokens is no public key of RSA with {MIN_RSA} bits at "
                      "least, nor of the curve P-256")
