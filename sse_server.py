@@ -3,13 +3,20 @@
     python sse_server.py --port 6500        streams the clock; Enter stops it
     curl -N http://127.0.0.1:6500/token     watches it
 
-A socket goes one way. The thread `accept` accepts it and gives it to Connections
-(sse_core/http/connections.py), whose thread reads the request and asks Answers (answers.py)
-what to do: send an answer, or register a client. From then on the publisher (publisher.py) owns
-the socket. An event goes another way: `publish`, the log, the publisher.
+SSEServer puts the parts together, and starts and stops them. Each part has a thread of its own:
 
-SSEServer itself only starts and stops these parts. A stop goes against the direction of a socket:
-first nothing is accepted any more, then no request is read, then clients get what is in the log.
+    accept        accepts a socket and gives it to Connections, all in this file
+    connections   reads requests, answers them, or registers a client (sse_core/http/connections.py)
+    publisher     sends events to the clients, whose sockets it owns (publisher.py)
+    source        reads a store, if there is one (sse_core/stores/store.py)
+    store         writes to it
+
+So a socket goes from accept to connections to publisher. A stop takes the same way: first nothing
+is accepted any more, then no request is read, and last the clients are sent what is in the log and
+the end of their streams.
+
+The command, `main`, adds a thread `source` for its clock or its pipe. What a person at a terminal
+meets is in sse_core/cli/command_line.py.
 """
 from __future__ import annotations
 
@@ -46,25 +53,27 @@ from sse_core.stores.redis import RedisStream
 from sse_core.stores.sqlite import FileStream
 from sse_core.stores.store import Shared
 
-# Connections that the kernel holds ready to be accepted.
+# Connections that the kernel holds ready to be accepted. The system may allow fewer (somaxconn).
 BACKLOG = 1024
 
-# Bytes of kernel memory for what one client has not read yet. The default is up to 4 MiB.
+# Bytes of kernel memory for what one client has not read yet. Linux would let it grow to 4 MiB for
+# a client that has stalled. A whole batch fits in, so one call sends it to a client that reads.
 SEND_BUFFER = 64 << 10
 
-# Seconds until the next try when the process is out of descriptors.
+# Seconds until the next try when the process is out of descriptors. Peers wait in the backlog.
 ACCEPT_PAUSE = 0.1
 
 # Seconds without a failed accept after which the next one is worth a warning.
 RECOVERED = 10.0
 
-SELF_CONNECT_TIME = 1.0     # seconds
-
-# Seconds that a stop gives to requests that have begun, and to the threads of a store.
+# Seconds that a stop waits: for the connection to itself, for requests that have begun, and for a
+# store to commit what was published. The publisher has a second, too (STOP_TIME in hub.py).
+SELF_CONNECT_TIME = 1.0
 REQUESTS_TIME = 1.0
 STORE_TIME = 2.0
 
-# Seconds that a start waits for the newest events of a store.
+# Seconds that a start waits for the newest events of a store. If that is not enough, or the store
+# is away, the server starts all the same, and refuses clients until it has them.
 LOAD_TIME = 1.0
 
 # Seconds between two checks whether the clients of --wait-clients are there.
@@ -74,6 +83,7 @@ WAIT_CHECK = 0.05
 STREAM_TYPE = "text/event-stream; charset=utf-8"
 ORIGINAL_STREAM_TYPE = "text/event-stream"
 
+# What `main` tells its user of a --host: who can reach the server there.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ANY_ADDRESS = ("0.0.0.0", "::")
 
@@ -98,9 +108,16 @@ class Fault(RuntimeError):
 class _Listener(socketserver.ThreadingTCPServer):
     """A listening socket, and the loop that accepts from it.
 
-    connections: is given each accepted socket. stopping: set it, and call `_unblock_accept`, to end
-    the loop. Raises OSError, which names host and port, if it cannot listen.
+    The loop of socketserver asks a selector before each accept, and polls a stop flag twice a
+    second. This one blocks in `accept` and is woken by a connection to itself, as in the original.
+
+    connections: is given each accepted socket. stopping: set it, then call `_unblock_accept`, and
+    the loop ends. reuse_port: see SSEServer.
+
+    Raises OSError, which names host and port, if it cannot listen.
     """
+
+    # As servers do: a port can be used again at once, while old connections on it still time out.
     allow_reuse_address = True
     request_queue_size = BACKLOG
 
@@ -110,7 +127,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self._stopping = stopping
         self._reuse_port = reuse_port
 
-        # On the monotonic clock. Only the accept loop uses it.
+        # When an accept failed last, on time.monotonic. It belongs to the accept loop.
         self._accept_failed_at = -math.inf
 
         try:
@@ -121,33 +138,39 @@ class _Listener(socketserver.ThreadingTCPServer):
             raise OSError(error.errno, what) from error
 
     def server_bind(self) -> None:
-        """Set options and bind. Accepted sockets inherit the options, so they cost no call each."""
+        """Set options and bind. socketserver calls this.
+
+        Accepted sockets inherit the options, so these cost no system call for each client.
+        """
         set_option = self.socket.setsockopt
         set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+        # In the end, this closes connections whose peer vanished without a word.
         set_option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+        # A small event is sent at once, also when the one before was not acknowledged yet.
         set_option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._reuse_port:
             set_option(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         super().server_bind()
 
     def _accept(self) -> None:
-        """Accept until the stop flag is set. There is nothing to poll: stop connects to us.
-
-        The thread `accept` runs this.
-        """
+        """Accept until the stop flag is set. The thread `accept` runs this."""
         while not self._stopping.is_set():
             try:
                 sock, address = self.get_request()
             except OSError as error:
                 self._accept_failed(error)
                 continue
+            # The last one may be our own, by which `stop` unblocked us.
             if self._stopping.is_set() or not self.verify_request(sock, address):
                 sock.close()
             else:
                 self._connections.take(sock, "%s:%d" % address[:2])
 
     def _accept_failed(self, error: OSError) -> None:
-        """Pause when there is no descriptor to accept with. Peers wait in the backlog."""
+        """Pause when there is no descriptor to accept with, and have connections evicted."""
+        # The peer has left before it was accepted, or the socket was shut down by a stop.
         if error.errno == errno.ECONNABORTED or self._stopping.is_set():
             return
         last, self._accept_failed_at = self._accept_failed_at, time.monotonic()
@@ -161,8 +184,9 @@ class _Listener(socketserver.ThreadingTCPServer):
         host, port = self.server_address[:2]
         with suppress(OSError):
             socket.create_connection((str(host), port), SELF_CONNECT_TIME).close()
-        # On Linux, this unblocks it also if there was no descriptor to connect with, if the backlog
-        # is full, or if the system connected us to another server on the same port.
+
+        # That cannot work if there is no descriptor to connect with, if the backlog is full, or if
+        # the system connects us to another server on the same port. On Linux, this does.
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
@@ -177,16 +201,18 @@ class _Listener(socketserver.ThreadingTCPServer):
 def _local_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     """Return family and address of the first of a name's addresses that this machine has.
 
-    IPv4 comes first. That another program listens on it is no reason to take the next one: its
-    clients would be taken for ours. If there is no such address, the result is one for which `bind`
-    says why.
+    IPv4 comes first. That another program listens on an address is no reason to take the next one:
+    clients that connect to the first would take that program for this server. If there is no such
+    address, the result is one for which `bind` says why.
     """
+    # What is tried if the name has no address at all.
     found: list[tuple[socket.AddressFamily, Any]] = [(socket.AF_INET, (host, port))]
     with suppress(OSError):
         found = [(each[0], each[4]) for each in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
     found.sort(key=lambda each: each[0] != socket.AF_INET)
     for family, address in found:
+        # Port 0 is free on every address that this machine has.
         with suppress(OSError), socket.socket(family) as probe:
             probe.bind((address[0], 0, *address[2:]))
             return family, address
@@ -216,7 +242,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 class _Documented(type):
-    """A class whose `help` shows its own methods, and not the many that it inherits."""
+    """A class whose `help` shows its own methods, and not the many that it inherits.
+
+    Most of what SSEServer inherits from socketserver has no use in it.
+    """
 
     def __dir__(cls) -> set[str]:
         documented = (each for each in cls.__mro__ if isinstance(each, _Documented))
@@ -280,17 +309,20 @@ class SSEServer(_Listener, metaclass=_Documented):
         """Begin to listen. The options are explained above."""
         _check_options(locals())
 
-        # Held by the thread that starts or stops the server. Guards the next two.
+        # Held by the thread that starts or stops the server. Guards the next two, which only become
+        # true. Reentrant, because a start that fails stops the server.
         self._lifecycle = threading.RLock()
+
+        # `start` was called, whether or not all threads could be started.
         self._started = False
 
-        # `stop` has begun.
+        # `stop` was called, whether or not it has ended.
         self._stopped = False
 
-        # `stop` has ended, or a fault has ended the server.
+        # Set when `stop` has ended, or when a fault has ended the server.
         self._ended = threading.Event()
 
-        # The process that the server runs in. It is none of those forked from it.
+        # The process that the server runs in. In one that was forked from it, nothing works.
         self._process = os.getpid()
 
         self._on_fault = on_fault or (lambda: None)
@@ -305,7 +337,8 @@ class SSEServer(_Listener, metaclass=_Documented):
         store = (RedisStream(redis, stream or "sse", history) if redis else
                  FileStream(history_file, history, sync) if history_file else None)
 
-        # The hub, and the same if its events come from a store.
+        # The hub takes events and clients from any thread. If there is a store, events come back
+        # from it; then `_shared` is the same object, else None.
         self._shared = Shared(store, **kept) if store else None
         self._broadcast = self._shared or Broadcast(**kept)
 
@@ -318,7 +351,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         connections = Connections(answers, self._broadcast.register, submit_all, context)
         stopping = threading.Event()
         self._acceptor = self._thread("accept", self._accept)
-        # Used as a decorator.
+        # A decorator: the publisher would wait for this thread, so it may not wait for that one.
         not_waiting = self._broadcast.not_waiting()
         self._serving = self._thread("connections", not_waiting(connections.run))
         self._sender = self._thread("publisher", self._publisher.run)
@@ -326,19 +359,25 @@ class SSEServer(_Listener, metaclass=_Documented):
             self._thread("source", partial(store.follow, self._shared, stopping)),
             self._thread("store", store.write)] if store and self._shared else []
 
-        # If it cannot bind, socketserver calls `server_close`, and so all is closed again.
+        # Last, because from here on peers can connect. If it cannot bind, socketserver calls
+        # `server_close`, which is `stop`, and so all is closed again.
         super().__init__(host, port, connections, stopping, reuse_port)
 
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
-        """Return a thread in which a fault is logged and ends the server."""
+        """Return a thread in which a fault is logged and ends the server.
+
+        No thread is missed in silence: publishing raises from then on, `/-/health` answers 503,
+        `serve_forever` returns, and `stop` raises Fault.
+        """
         def run() -> None:
             try:
-                # It was publishing when the server stopped.
+                # Raised by a source that was publishing when the server stopped.
                 with suppress(NotRunning):
                     target()
             except BaseException as fault:
                 self._broadcast.fail(fault)
                 self._ended.set()
+                # A logging handler may raise.
                 try:
                     logger.critical("a fault ended the thread %s, and with it the server", name,
                                     exc_info=fault)
@@ -349,8 +388,9 @@ class SSEServer(_Listener, metaclass=_Documented):
     def start(self) -> SSEServer:
         """Start the threads and return the server. Does nothing if they run.
 
-        Raises NotRunning after `stop`, and in a process that was forked after the server was made:
-        then make a new one.
+        With a store, it waits up to a second for the newest events. Raises NotRunning after `stop`,
+        and in a process that was forked after the server was made: then make a new one.
+        RuntimeError means that the system gives no more threads; then the server is stopped.
         """
         self._refuse_fork()
         with self._lifecycle:
@@ -361,7 +401,6 @@ class SSEServer(_Listener, metaclass=_Documented):
                 try:
                     self._start()
                 except BaseException:
-                    # The system gives no more threads.
                     self.stop()
                     raise
         return self
@@ -369,7 +408,10 @@ class SSEServer(_Listener, metaclass=_Documented):
     def _start(self) -> None:
         # So that streams end in order also if the program forgets to stop it.
         atexit.register(self.stop)
-        for thread in (self._sender, *self._store_threads):
+
+        # The publisher first: whoever fills the log may have to wait until it has sent something.
+        self._sender.start()
+        for thread in self._store_threads:
             thread.start()
         if self._shared:
             self._shared.loaded.wait(LOAD_TIME)
@@ -408,7 +450,10 @@ class SSEServer(_Listener, metaclass=_Documented):
                 raise Fault("a fault has ended the server") from self._broadcast.fault
 
     def _stop(self) -> None:
+        # All clients are gone when this is logged.
         clients = self.clients
+
+        # Each thread is only joined if it was started. A start may have failed, or never come.
         if self._acceptor.is_alive():
             self._unblock_accept()
             self._acceptor.join()
@@ -419,6 +464,8 @@ class SSEServer(_Listener, metaclass=_Documented):
         else:
             self._sender.join()
         super().server_close()
+
+        # What was published before is still committed, if the store takes it in time.
         if self._shared:
             self._shared.stream.end()
         until = time.monotonic() + STORE_TIME
@@ -427,12 +474,16 @@ class SSEServer(_Listener, metaclass=_Documented):
                 thread.join(max(0.0, until - time.monotonic()))
         if self._shared and not any(thread.is_alive() for thread in self._store_threads):
             self._shared.stream.close()
-        # Last, because whatever a logging handler does harms nothing any more.
+
+        # Last, because here a logging handler that raises leaves nothing undone.
         if self._started:
             logger.info("stopped; clients: %d", clients)
 
     def _stop_connections(self) -> None:
-        """Close all connections, and wait for what is at work. An `authorize` may never return."""
+        """Close all connections, and wait a moment for what is at work.
+
+        A program's `authorize` may never return. Its thread is a daemon, and its result is dropped.
+        """
         until = time.monotonic() + REQUESTS_TIME
         self._connections.stop()
         if self._serving.is_alive():
@@ -441,11 +492,13 @@ class SSEServer(_Listener, metaclass=_Documented):
             self._connections.close()
         self._connections.join_jobs(until)
 
-    # What socketserver calls it.
+    # As socketserver calls it.
     shutdown = server_close = stop
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Start, and wait until the server is stopped. It polls nothing. Raises what `stop` does.
+        """Start, and wait until the server is stopped or a fault ends it. Raises what `stop` does.
+
+        poll_interval: ignored, because nothing is polled.
         """
         self.start()
         self._ended.wait()
@@ -472,7 +525,8 @@ class SSEServer(_Listener, metaclass=_Documented):
         twice.
 
         Raises ValueError for what no event can hold, NotRunning if the server does not run, and,
-        without `wait`, Unavailable if the store does not take the event within 4 seconds.
+        without `wait`, Unavailable if the store does not take the event within 4 seconds. In a
+        signal handler that interrupts another call it raises RuntimeError: set a flag there.
         """
         self._refuse_fork()
         if not self._started:
@@ -480,18 +534,21 @@ class SSEServer(_Listener, metaclass=_Documented):
         return self._broadcast.publish(data, event, channel, wait)
 
     def drain(self) -> None:
-        """Wait until clients have every event, but for those that `patience` gives up."""
+        """Wait until clients have every event, but for those that `patience` gives up.
+
+        Raises NotRunning in a forked child, and what `publish` raises in a signal handler.
+        """
         self._refuse_fork()
         self._broadcast.drain()
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
+        """The port it listens on, also if 0 was asked for."""
         return int(self.server_address[1])
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds it."""
+        """Where a client on this machine finds it: `http://127.0.0.1:6500`."""
         return self._url_at(str(self.server_address[0]))
 
     def _url_at(self, host: str) -> str:
@@ -503,12 +560,17 @@ class SSEServer(_Listener, metaclass=_Documented):
         return len(self._broadcast.clients)
 
     def figures(self) -> dict[str, Any]:
-        """Return what `/-/status` shows. `turn_seconds` is the time of all the publisher's `turns`.
+        """Return what `/-/status` shows: what was counted since the start.
+
+        `turn_seconds` is the time that all the publisher's `turns` took.
         """
         return {**self._publisher.figures(), "refused": self._connections.refusals}
 
     def status(self) -> dict[str, Any]:
-        """Return the figures, and a list of at most 1000 clients, with times in seconds."""
+        """Return the figures, and a list of at most 1000 clients, as `/-/status?list` shows it.
+
+        Times are in seconds.
+        """
         return {**self.figures(), "list": self._broadcast.describe_clients()}
 
     def _refuse_fork(self) -> None:
@@ -524,23 +586,33 @@ class SSEServer(_Listener, metaclass=_Documented):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until Enter, SIGINT or SIGTERM, and return the exit status.
 
-    Call it in the main thread.
+    arguments: of the command line; None: those of this process. Call it in the main thread, which
+    gets the signals.
+
+    The status is 0 after an orderly end, 1 after a fault, and 2 if the server could not start; then
+    one line on standard error says why. Bad arguments raise SystemExit with status 2.
     """
     command_line.open_missing_streams()
     options = command_line.parse_arguments(arguments)
     writer = command_line.set_up_logging(options)
     descriptors.raise_limit(options.max_clients)
+
+    # Whatever ends the server writes a byte here: a signal, a fault, the end of the input. The
+    # main thread waits for that and for Enter.
     wakee, waker = socket.socketpair()
     waker.setblocking(False)
     wake = partial(waker.send, b"\0")
+
+    # The options that are the server's own. The others are the command's.
     names = inspect.signature(SSEServer).parameters
     try:
         server = SSEServer(on_fault=wake, **{name: value for name, value in vars(options).items()
                                              if name in names})
     except (OSError, ValueError) as error:
-        # Of an OSError, this is its text without the number.
+        # Without the number of an OSError.
         logger.error("%s: %s", command_line.PROGRAM, error.args[-1])
         return 2
+    # Only now, because signals may interrupt what comes before: the question for a password.
     command_line.catch_signals(waker)
     if not options.stdin:
         command_line.ask_about_input()
@@ -548,6 +620,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     has_status = sys.stderr.isatty() and not options.quiet
     status = command_line.status_lines(server.figures) if has_status else None
     source = server._thread("source", lambda: _run_source(server, options, wake))
+
     # A fault was logged when it happened.
     with suppress(Fault), server:
         source.start()
@@ -567,6 +640,8 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
     url = server._url_at(_host_to_visit(str(server.server_address[0]), options.allowed_hosts))
     token, fragment = ("TOKEN", "#TOKEN") if asks else ("token", "")
     yield f"Watch: curl -N {url}/{token}, or open {url}/{fragment} in a browser"
+
+    # Who starts a server without a token may not know that a web page can read it, too.
     who = ("anybody with a token" if asks else
            "everybody on this machine" if options.host in LOOPBACK else
            "everybody who can reach this address")
@@ -580,7 +655,9 @@ def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str
 
 
 def _host_to_visit(listening_on: str, allowed_hosts: Sequence[str]) -> str:
-    """Return a host by which this server can be visited, from other machines if it is open to them.
+    """Return a host by which this server can be visited.
+
+    If it is open to other machines, they find it there, too.
     """
     if allowed_hosts and listening_on not in allowed_hosts:
         return allowed_hosts[0].strip("[]")
@@ -596,7 +673,10 @@ def _host_to_visit(listening_on: str, allowed_hosts: Sequence[str]) -> str:
 
 
 def _run_source(server: SSEServer, options: argparse.Namespace, wake: Callable[[], object]) -> None:
-    """Publish what the source gives. After the last line, when everyone has it, call `wake`."""
+    """Publish the lines of a pipe, or the ticks of the clock, until the server stops.
+
+    After the last line, when every client has it, call `wake`. The thread `source` runs this.
+    """
     if options.stdin:
         while server.clients < options.wait_clients and not server._stopping.wait(WAIT_CHECK):
             pass
