@@ -1,10 +1,20 @@
 """Turn flags into options, and Enter and signals into the end of the process.
 
-This is what a person at a terminal meets. It knows no server: what it shows, and what it waits for,
-is handed in.
+This is what a person at a terminal meets, and a service manager. It knows no server: what it shows,
+and what it waits for, is handed in. All of it runs in the main thread.
 
-Whether an option makes sense is decided in one place, the constructor of SSEServer, because
-programs give options, too. Only what no program can give is checked here.
+To add an option: add a flag to one of the four groups below, and an argument of the same name to
+SSEServer. Whether its value makes sense is decided there, because programs give options, too. Here
+are only the checks of what no program can give: --interval, the pipe, the environment.
+
+Enter and signals are delicate, because a process can be in the foreground of a terminal or not, and
+that can change:
+
+    foreground      Enter and Ctrl-C stop the server. The start says so.
+    background      With `&`, or after Ctrl-Z and `bg`, Enter belongs to the shell.
+    no terminal     As a service. Standard input can be at its end, which means nothing. SIGHUP asks
+                    to load the configuration again, and is ignored.
+    nohup           The terminal may close: SIGHUP is ignored.
 """
 from __future__ import annotations
 
@@ -30,16 +40,16 @@ from sse_core.cli.log_writer import LogWriter
 
 PROGRAM = Path(sys.argv[0]).name or "sse_server.py"
 
-# Seconds between two status lines.
+# Seconds between two status lines, and between two checks whether Enter counts now.
 STATUS_EVERY = 1.0
 
 # Seconds between two ticks of the clock, as in the original.
 TICK = 1.0
 
-# Environment variables that hold tokens or a key.
+# Environment variables that hold tokens or a key. In a command line, everybody could see these.
 VARIABLES = ("SSE_TOKEN", "SSE_PUBLISH_TOKEN", "SSE_JWT_KEY")
 
-# Adds a flag to one group of --help.
+# The method `add_argument` of one group of --help.
 Add = Callable[..., object]
 
 logger = logging.getLogger("sse_server")
@@ -56,7 +66,8 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, or that of this process if it is None.
 
-    A bad one ends the process with one line on standard error and status 2.
+    The result has the options of SSEServer under their names there, and those of the command. A bad
+    command line ends the process with one line on standard error and status 2.
     """
     parser = Parser(prog=PROGRAM, usage="%(prog)s [OPTION ...]",
                     description="A small Server-Sent Events server.")
@@ -67,16 +78,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for title, add_flags in (("events in", _events_in), ("who may", _who_may),
                              ("how long and how many", _how_long), ("where", _where)):
         add_flags(parser.add_argument_group(title).add_argument)
+    # Not `parse_args`, which would show all that it does not know.
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        # Only the name is shown, because what follows can be a token.
+        # Only the name, because what follows can be a token.
         name = unknown[0].partition("=")[0]
         near = get_close_matches(name, re.findall("--[a-z-]+", parser.format_help()), 1)
         parser.error(f"unrecognized argument {name}" + "".join(f": was {each} meant?"
                                                                for each in near))
     options.variables = [name for name in VARIABLES if name in os.environ]
     for name in options.variables:
-        # Whoever set it wanted a server that is closed.
+        # Whoever set it wanted a server that is closed. Without a token it would be open.
         if not os.environ[name].strip():
             parser.error(f"{name} is set, and empty: give it a value, or unset it")
     if (options.json or options.wait_clients) and not options.stdin:
@@ -88,11 +100,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.interval = 0.0 if comes_from_elsewhere else TICK
     if not 0 <= options.interval < 1e6:
         parser.error("interval must be a number of seconds from 0 on")
+    # Where no terminal is, an encrypted key is an error and not a question.
     options.key_password = ask_password if has_foreground(sys.stdin) else None
     return options
 
 
 def _events_in(add: Add) -> None:
+    """Add the flags that say where events come from, and where they are kept."""
     add("--interval", type=float, metavar="SECONDS",
         help=f"time between two ticks of the clock; 0: no clock (default {TICK:g}; 0 with --stdin, "
              "--redis, --history-file, --publish-token or --jwt-key, which bring events, too)")
@@ -111,6 +125,7 @@ def _events_in(add: Add) -> None:
 
 
 def _who_may(add: Add) -> None:
+    """Add the flags that say who may watch and publish. Their values are never shown."""
     add("--token", action="append", dest="tokens", metavar="TOKEN",
         default=os.environ.get("SSE_TOKEN", "").split(),
         help="who may watch; can be repeated, and come from SSE_TOKEN, too (default: everybody)")
@@ -130,6 +145,7 @@ def _who_may(add: Add) -> None:
 
 
 def _how_long(add: Add) -> None:
+    """Add the flags that set bounds in time and number."""
     add("--history", type=int, default=1024, metavar="FRAMES",
         help="events kept for clients that come back, 64 at least; 0: no ids (default %(default)s)")
     add("--patience", type=float, default=5.0, metavar="SECONDS",
@@ -143,6 +159,7 @@ def _how_long(add: Add) -> None:
 
 
 def _where(add: Add) -> None:
+    """Add the flags that say where clients find the server."""
     add("--host", default="127.0.0.1", help="address or name to listen on (default %(default)s)")
     add("--port", type=int, default=6500,
         help="port to listen on; 0 picks a free one (default %(default)s)")
@@ -155,7 +172,8 @@ def _where(add: Add) -> None:
 def tokens_in(path: str) -> list[str]:
     """Return the tokens in a file, one a line. Blank lines and those that begin with # hold none.
 
-    Raises ArgumentTypeError if there is no token, because the server would be open to everybody.
+    A byte order mark is skipped. Raises ArgumentTypeError, which argparse shows, also if there is
+    no token, because the server would be open to everybody then.
     """
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
@@ -168,14 +186,20 @@ def tokens_in(path: str) -> list[str]:
 
 
 def open_missing_streams() -> None:
-    """Open standard streams that are closed, on nothing, so that no socket gets their numbers."""
+    """Open standard streams that are closed, as with `2>&-`, on /dev/null.
+
+    Then no socket or file gets their numbers, and nobody needs to ask whether they are there.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
 
 
 def set_up_logging(options: argparse.Namespace) -> LogWriter:
-    """Log to standard error, as far as that takes it, and return what writes there."""
+    """Log to standard error, and return what writes there. Nothing waits until it is read.
+
+    In a program that uses SSEServer, nothing is set up: it decides itself what it logs, and where.
+    """
     writer = LogWriter(sys.stderr)
     logging.basicConfig(format="%(message)s", stream=writer)
     logger.setLevel("DEBUG" if options.verbose else "WARNING" if options.quiet else "INFO")
@@ -183,17 +207,21 @@ def set_up_logging(options: argparse.Namespace) -> LogWriter:
 
 
 def say(*lines: str) -> None:
-    """Print lines on standard output. Nothing is said if it is full, or if nobody reads it."""
+    """Print lines on standard output. If it is full, or if nobody reads it, they are lost."""
     # Not by `print`: what that could not write, Python would try again at exit.
     with suppress(OSError):
         os.write(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
 
 
 def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a line for the bottom of a terminal, again and again, from the server's figures."""
+    """Yield a line for the bottom of a terminal, again and again.
+
+    figures: see SSEServer.figures. The rate is that of the time since the last line.
+    """
     deliveries, before = 0, time.monotonic()
     while True:
         now, shown = time.monotonic(), figures()
+        # Two lines can come at one moment of a coarse clock.
         rate = (shown["deliveries"] - deliveries) / max(0.001, now - before)
         deliveries, before = shown["deliveries"], now
         line = (f"clients: {shown['clients']}, events: {shown['events']}, "
@@ -205,8 +233,11 @@ def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
 def catch_signals(waker: socket.socket) -> None:
     """Turn SIGINT and SIGTERM into a byte to this socket, and SIGHUP if a terminal sends it.
 
-    Without a terminal, as a service, SIGHUP is ignored: there it means that configuration has
-    changed, and a new certificate is noticed anyway. Call this in the main thread.
+    A handler can interrupt anything, so it does nothing itself: Python writes the byte. SIGHUP is
+    ignored without a terminal, where it asks a service to load its configuration again. A changed
+    certificate is noticed without it.
+
+    The shell ignores SIGINT for what a script runs in the background. It is caught all the same.
     """
     signal.set_wakeup_fd(waker.fileno())
     # A read just after the terminal was given to another job fails then, and does not stop us.
@@ -226,10 +257,12 @@ def catch_signals(waker: socket.socket) -> None:
 
 @cache
 def ask_password() -> str:
-    """Return what is typed at the terminal. It is asked once.
+    """Return the password that is typed at the terminal.
 
-    Raises ValueError if nothing is typed.
+    It is asked for once, and kept for the time when the certificate is loaded again. Raises
+    ValueError if nothing is typed.
     """
+    # Imported late, because it loads termios for a question that is rare.
     import getpass
     try:
         return getpass.getpass("Password of the key of the certificate: ")
@@ -238,7 +271,10 @@ def ask_password() -> str:
 
 
 def has_foreground(stream: TextIO) -> bool:
-    """Say whether a stream is a terminal, and not one that has given itself to another job."""
+    """Return whether a stream is a terminal that has this process in its foreground.
+
+    It has not while another job of the shell runs there.
+    """
     # This fails if it controls no session. Then there are no jobs.
     with suppress(OSError):
         return stream.isatty() and os.tcgetpgrp(stream.fileno()) == os.getpgrp()
@@ -246,7 +282,10 @@ def has_foreground(stream: TextIO) -> bool:
 
 
 def ask_about_input() -> None:
-    """Ask whether --stdin was meant, if what could be events is piped in without it."""
+    """Ask whether --stdin was meant, if a pipe or a file is given without it.
+
+    The server runs on, because a service manager can give it such an input, too.
+    """
     mode = os.fstat(sys.stdin.fileno()).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
         logger.warning("standard input is not read: was --stdin meant?")
@@ -256,16 +295,20 @@ def wait_for_stop(wakee: socket.socket, watch_input: bool, status: Iterator[str]
                   writer: LogWriter) -> None:
     """Return on Enter, or when `wakee` can be read. Until then, renew the status line.
 
-    Enter counts from a terminal in whose foreground this process is, as long as it is: so a job
-    that was begun with `&` goes on. The end of standard input is no Enter: services have none.
+    watch_input: Enter counts, as long as this process is in the foreground of a terminal. status:
+    what to show, if anything, at the bottom of a terminal. writer: what shows it there.
+
+    The end of standard input is no Enter, because services have no input.
     """
-    # A terminal at its end says so at once, again and again. Then the next look leaves it out.
+    # Whether the next look leaves standard input out. A terminal at its end (Ctrl-D) says so at
+    # once, again and again.
     rests = False
     while True:
         watched: list[Any] = [wakee]
         if watch_input and not rests and has_foreground(sys.stdin):
             watched.append(sys.stdin)
         ready = select.select(watched, [], [], STATUS_EVERY)[0]
+        # The line is taken away before the end. Another job keeps the terminal for itself.
         if status and has_foreground(sys.stderr):
             writer.show_status("" if ready else next(status))
         typed = b""

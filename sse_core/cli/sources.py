@@ -1,7 +1,11 @@
 """Turn what happens outside into events: the clock, and the lines of a pipe.
 
 A source is a function that is given what publishes, and a stop flag. It runs in the thread
-`source`, and returns when it has no more events or when the flag is set.
+`source`, and returns when it has no more events or when the flag is set. To add one, write such a
+function here, and have `_run_source` in sse_server.py call it.
+
+    bytes --> LineSplitter --> lines --> parse --> events --> publish_all
+              any pieces                 text or JSON         waits for slow clients
 """
 from __future__ import annotations
 
@@ -31,7 +35,10 @@ logger = logging.getLogger("sse_server")
 
 
 def clock(publish: Callable[..., object], stopping: threading.Event, interval: float) -> None:
-    """Publish the local time every `interval` seconds, four times in ten as `custom`."""
+    """Publish the local time every `interval` seconds, four times in ten as `custom`.
+
+    Names and format are those of the original. A tick that comes late does not delay the next one.
+    """
     due = time.monotonic()
     while True:
         # After a suspend, go on from now. Do not catch up.
@@ -49,11 +56,15 @@ def lines(publish_all: Callable[..., object], stopping: threading.Event, descrip
     """Publish each line that comes from a file descriptor, until its end. Return how many.
 
     All lines that are there are published at once. Slow clients that keep the pace hold them back,
-    see `Broadcast.publish_all`. For lines that are left out, see LineSplitter.
+    and so the program that writes to the pipe; see `Broadcast.publish_all`.
+
+    descriptor: of the pipe, whose reads may block. parse: see Parse. Lines for which it raises
+    ValueError are left out, and counted in a warning at the end; see LineSplitter.
     """
     published = 0
     splitter = LineSplitter(parse)
     while not stopping.is_set():
+        # A pipe can be silent for ever. So the stop flag is looked at now and then.
         if not select.select([descriptor], [], [], STOP_CHECK)[0]:
             continue
         try:
@@ -75,9 +86,9 @@ def lines(publish_all: Callable[..., object], stopping: threading.Event, descrip
 class LineSplitter:
     """Turn bytes in any pieces into events, holding at most one line of MAX_LINE bytes.
 
-    A byte order mark at the start is no content. A line that is no event, or longer than 1 MiB, is
-    left out, and bytes that are not UTF-8 become U+FFFD. For each of these, one warning names the
-    first line.
+    Lines end in LF or CRLF. A byte order mark at the start is no content. A line that is no event,
+    or longer than 1 MiB, is left out, and bytes that are not UTF-8 become U+FFFD. For each of
+    these, one warning names the first line: who pipes a million bad lines is told once.
     """
 
     def __init__(self, parse: Parse) -> None:
@@ -112,6 +123,7 @@ class LineSplitter:
         return self.feed(b"\n") if bytes(self._held) not in (b"", BOM_UTF8) else []
 
     def _event(self, line: bytes) -> Draft | None:
+        """Return the event of a whole line; None if it is skipped or left out."""
         self._number += 1
         if self._number == 1:
             line = line.removeprefix(BOM_UTF8)
@@ -120,6 +132,7 @@ class LineSplitter:
             if len(line) > MAX_EVENT:
                 raise ValueError(f"it is longer than {MAX_EVENT} bytes")
             text = line.decode(errors="replace")
+            # The character itself may stand in a line, too.
             if "\ufffd" in text and text.encode() != line:
                 self._warn("bytes that are not UTF-8 are published as U+FFFD")
             return self._parse(text)

@@ -1,4 +1,9 @@
-"""Turn a call in any thread into a wake-up of the thread that waits in a selector."""
+"""Turn a call in any thread into a wake-up of the thread that waits in a selector.
+
+A thread that waits for sockets sees nothing else. So it watches a pipe, too, and whoever has work
+for it writes a byte there. How many bytes there are means nothing: the thread reads them all, and
+looks what there is to do.
+"""
 from __future__ import annotations
 
 import os
@@ -12,11 +17,12 @@ class WakeUp:
     """
 
     def __init__(self) -> None:
-        # None before `open` and after `close`.
+        # None before `open` and after `close`. Other threads take a reference of their own before
+        # they use it, so it stays open as long as they do.
         self._pipe: _Pipe | None = None
 
     def open(self) -> int:
-        """Return the descriptor that becomes readable."""
+        """Return the descriptor that becomes readable. Nothing is open before that."""
         self._pipe = _Pipe()
         return self._pipe.reader
 

@@ -21,6 +21,7 @@ LOOK_INTERVAL = 1.0
 # Bytes of data in a TLS record, at most (RFC 8446 section 5.1).
 RECORD = 16 << 10
 
+# Of an encrypted key: itself, or what is called to get it.
 Password = Union[str, Callable[[], str]]
 T = TypeVar("T")
 
@@ -39,8 +40,12 @@ class TLSSocket(ssl.SSLSocket):
     _begun = b""
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send at most RECORD bytes, and return how many of them the socket took."""
+        """Send at most RECORD bytes, and return how many of them the socket took.
+
+        Raises BlockingIOError if it took none, and OSError if the connection is gone.
+        """
         if self._begun:
+            # What the caller offers now begins with the last byte of that record.
             self._offer(self._begun)
             self._begun = b""
             return 1
@@ -49,12 +54,13 @@ class TLSSocket(ssl.SSLSocket):
             return self._offer(piece)
         except BlockingIOError:
             self._begun = piece
+            # Of a single byte, nothing can be reported as sent.
             if len(piece) == 1:
                 raise
             return len(piece) - 1
 
     def recv(self, size: int = 1024, flags: int = 0) -> bytes:
-        """Receive as a plain socket does."""
+        """Receive as a plain socket does. b"" is the end, with or without close_notify."""
         return self._call(super().recv, size, flags)
 
     def shutdown(self, how: int) -> None:
@@ -72,6 +78,7 @@ class TLSSocket(ssl.SSLSocket):
         return self._call(super().send, data)
 
     def _call(self, method: Callable[..., T], *arguments: object) -> T:
+        """Call a method of the base class, and raise what a plain socket would."""
         try:
             return method(*arguments)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -81,8 +88,12 @@ class TLSSocket(ssl.SSLSocket):
 class Certificate:
     """A certificate and its key in files, which are loaded again when they have changed.
 
-    cert, key, password: see SSEServer. Raises ValueError if they cannot be used. If that happens
-    later, there is one warning, and the old certificate stays.
+    They are checked at a handshake, once a second at most, so that no thread and no signal is
+    needed. Tools that renew certificates write one file after the other: in between, the two do not
+    fit together, there is one warning, and the old certificate stays. Clients that are connected
+    keep the one they were shown.
+
+    cert, key, password: see SSEServer. Raises ValueError if they cannot be used at the start.
     """
 
     def __init__(self, cert: str, key: str | None, password: Password | None) -> None:
@@ -90,8 +101,9 @@ class Certificate:
         self._key = key
         self._password = password
 
-        # What the files looked like before they were loaded, and when to look again, on
-        # time.monotonic. Both belong to the thread that does handshakes.
+        # What the files looked like, and when to look again, on time.monotonic. Looked at before
+        # they are loaded: a change in between is noticed the next time. All that changes belongs to
+        # the thread that does handshakes.
         self._seen = self._look()
         self._look_at = time.monotonic() + LOOK_INTERVAL
 
@@ -116,14 +128,19 @@ class Certificate:
             logger.warning("%s; the old certificate is served on", error)
 
     def _look(self) -> list[tuple[int, int]]:
-        """Return what changes when a file is written or replaced. Nothing, if one is missing."""
+        """Return what changes when a file is written or replaced. Nothing, if one is missing.
+
+        Of a symbolic link, that is what it points to.
+        """
         with suppress(OSError):
             states = [os.stat(path) for path in (self._cert, self._key or self._cert)]
             return [(each.st_ino, each.st_ctime_ns) for each in states]
         return []
 
     def _load(self) -> ssl.SSLContext:
+        """Return a context with what is in the files now. Raises ValueError, which names them."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # What came before is forbidden by RFC 8996.
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.sslsocket_class = TLSSocket
         try:
