@@ -148,6 +148,20 @@ def test_rows_are_bounded_in_size_too(tab, server):
     assert tab.evaluate("rows.list.length + rows.gone") == 40
 
 
+def test_names_and_ids_are_bounded_in_size_too(tab):
+    name = "n" * 1_000_000
+
+    def answer(request):
+        request.reply(200, f"event: {name}\nid: {name}\ndata: x\n\n".encode() * 20, **STREAM)
+        request.hold()
+    with SSEServer(port=0) as ours, foreign(answer) as server:
+        tab.open(f"{ours.url}/?url={server.url}/")
+        tab.wait_for("stream.events === 20 && !view.isDue")
+        assert tab.evaluate("rows.characters <= CHARACTERS_KEPT && rows.list.length === 15")
+        tab.evaluate("everySecond(), select(view.rows[0])")
+        assert tab.evaluate("document.body.innerText.length") < 30_000
+
+
 def test_an_event_without_an_end_is_not_kept(tab):
     def answer(request):
         request.reply(200, b"data: a\n\ndata: " + b"x" * 17_000_000, **STREAM)
@@ -997,6 +1011,12 @@ def test_a_recording_is_opened_by_dropping_it_on_the_page(tab, server):
                      "'case 12.jsonl was not opened: line 2 is no recorded event'")
         assert tab.lines() == ["Data: live"] and tab.text("status") == "Connected"
         tab.evaluate("say('')")
+    tab.evaluate("Object.defineProperty(File.prototype, 'size', "
+                 "{value: 4 * CHARACTERS_KEPT + 1, configurable: true}), 0")
+    tab.evaluate(DROP % json.dumps(good + "\n"))
+    tab.wait_for("find('said').textContent === "
+                 "'case 12.jsonl was not opened: it is too large'")
+    tab.evaluate("delete File.prototype.size")
     tab.evaluate(DROP % json.dumps(good + "\n"))
     wait_until(lambda: tab.lines() == ["Data: old"])
 
