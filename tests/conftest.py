@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import Bench                                    # noqa: E402
 from documentation import Shell                            # noqa: E402
 from helpers import PUBLISH_TOKEN, need, wait_until        # noqa: E402
 from sse_server import SSEServer                 # noqa: E402
@@ -55,9 +56,30 @@ def open_server():
 
 
 @pytest.fixture
+def path(tmp_path):
+    """Return the path of a history file that is not there yet."""
+    return tmp_path / "events.db"
+
+
+@pytest.fixture
 def shell(tmp_path):
     """Run commands of the documentation, in a folder of their own."""
     need("curl", "curl")
     shell = Shell(tmp_path)
     yield shell
     shell.stop()
+
+
+@pytest.fixture
+def bench():
+    """Make benches: publishers that the test turns by hand."""
+    benches = []
+
+    def make(**options) -> Bench:
+        benches.append(Bench(**{"history": 0, "heartbeat": 0.0, **options}))
+        return benches[-1]
+    yield make
+    for each in benches:
+        each.stop()
+        for peer in each.peers:
+            peer.sock.close()

@@ -47,6 +47,31 @@ def unfinished(server) -> int:
     return sum(map(len, (connections._newcomers, connections._busy, connections._idle)))
 
 
+def in_a_thread(function, *arguments, **options) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments, kwargs=options)
+    thread.start()
+    return thread
+
+
+def run_together(*targets) -> None:
+    """Run each target in a thread, and raise what any of them raised."""
+    errors = []
+
+    def guard(target):
+        try:
+            target()
+        except BaseException as error:
+            errors.append(error)
+    threads = [threading.Thread(target=guard, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
 def request_threads() -> int:
     """Return how many threads the servers of this process have for what may block."""
     return sum(thread.name.startswith("request-") for thread in threading.enumerate())

@@ -9,10 +9,10 @@ from email.utils import parsedate_to_datetime
 import pytest
 
 import sse_server
+from heads import mutated
 from helpers import GET, PUBLISH_TOKEN, Client, ask, connect, get, reset, unfinished, wait_until
 from sse_core.http import connections, http1
 from sse_server import SSEServer
-from test_http1 import mutated
 
 
 def test_a_silent_connection_does_not_hold_up_the_next(server):

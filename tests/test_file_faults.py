@@ -13,12 +13,12 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 import requests
 
-from helpers import PATIENCE, TOP, Client, halt, wait_until
+from helpers import PATIENCE, TOP, Client, wait_until
+from history_file import (gaps, key, on_file, post, publishing, query, resume, rows, texts, turn,
+                          turned)
 from sse_core.errors import Unavailable
 from sse_core.stores.sqlite import FileStream
 from sse_core.stores.store import Draft
-from test_file_stream import (  # noqa: F401
-    gaps, key, on_file, path, post, publishing, query, resume, rows, texts, turn, turned)
 
 NOBODY = 65534
 

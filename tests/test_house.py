@@ -56,6 +56,13 @@ def test_imports_point_down_the_house_and_never_up(path):
             assert imported in (layer, *LAYERS[layer]), f"{name} is not below {layer}"
 
 
+def test_no_test_module_imports_another():
+    """What two of them share has a file of its own in tests/."""
+    for path in (TOP / "tests").rglob("test_*.py"):
+        from_tests = [name for name in imports_of(path) if name.startswith("test_")]
+        assert not from_tests, f"{path.name} imports {from_tests}"
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_a_pure_module_imports_no_socket_thread_or_clock(name):
     imported = {each.partition(".")[0] for each in imports_of(TOP / "sse_core" / f"{name}.py")}

@@ -5,24 +5,10 @@ from urllib.parse import parse_qs
 
 import pytest
 
+from heads import H, REFUSED, TAKEN, get, host, mutated, post
 from sse_core.http import http1, parameters
 from sse_core.http.http1 import parse
 from sse_core.errors import Refusal
-
-H = b"Host: x\r\n"
-
-
-def get(target: bytes = b"/", fields: bytes = H, method: bytes = b"GET",
-        version: bytes = b"HTTP/1.1") -> bytes:
-    return b"%b %b %b\r\n%b\r\n" % (method, target, version, fields)
-
-
-def host(value: bytes) -> bytes:
-    return get(fields=b"Host: %b\r\n" % value)
-
-
-def post(fields: bytes, version: bytes = b"HTTP/1.1") -> bytes:
-    return get(fields=H + fields, method=b"POST", version=version)
 
 
 def outcome(pieces) -> object:
@@ -50,116 +36,6 @@ def both_ways(raw: bytes) -> object:
     return whole
 
 
-REFUSED = [
-    ("nothing that is HTTP", b"hello\r\n\r\n", 400),
-    ("HTTP/0.9", b"GET /\r\n\r\n", 400),
-    ("two spaces", b"GET  / HTTP/1.1\r\n" + H + b"\r\n", 400),
-    ("tab for a space", b"GET\t/ HTTP/1.1\r\n" + H + b"\r\n", 400),
-    ("space at the end", b"GET / HTTP/1.1 \r\n" + H + b"\r\n", 400),
-    ("no target", b"GET HTTP/1.1\r\n" + H + b"\r\n", 400),
-    ("space before the method", b" GET / HTTP/1.1\r\n" + H + b"\r\n", 400),
-    ("lower-case protocol", get(version=b"http/1.1"), 400),
-    ("odd version", get(version=b"HTTP/1.10"), 400),
-    ("HTTP/2", get(version=b"HTTP/2.0"), 505),
-    ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
-    ("HTTP/0.9 spelled out", get(version=b"HTTP/0.9"), 505),
-    ("two empty lines before it", b"\r\n\r\n" + get(), 400),
-    ("bare LF", b"GET / HTTP/1.1\nHost: x\n\n", 400),
-    ("bare LF in a field", get(fields=H + b"A: b\nC: d\r\n"), 400),
-    ("bare CR in a field", get(fields=H + b"A: b\rC: d\r\n"), 400),
-    ("CR CR LF", get(fields=H + b"A: b\r\r\n"), 400),
-    ("NUL in the target", get(b"/\0"), 400),
-    ("NUL in a field", get(fields=H + b"A: \0\r\n"), 400),
-    ("escape in a field", get(fields=H + b"A: \x1b[2J\r\n"), 400),
-    ("DEL in a field", get(fields=H + b"A: \x7f\r\n"), 400),
-    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00", 400),
-    ("space before the colon", get(fields=b"Host : x\r\n"), 400),
-    ("folded line", get(fields=H + b"A: b\r\n c\r\n"), 400),
-    ("folded first line", get(fields=b" Host: x\r\n"), 400),
-    ("no colon", get(fields=H + b"nonsense\r\n"), 400),
-    ("empty name", get(fields=H + b": x\r\n"), 400),
-    ("name with a space", get(fields=H + b"a b: x\r\n"), 400),
-    ("name not ASCII", get(fields=H + b"\xc3\xa9: x\r\n"), 400),
-    ("no Host", get(fields=b""), 400),
-    ("two Hosts", get(fields=H + H), 400),
-    ("two Authorizations",
-     get(fields=H + b"Authorization: Bearer a\r\nauthorization: Bearer b\r\n"), 400),
-    ("two Origins", get(fields=H + b"Origin: null\r\nX: y\r\noRIGIN: null\r\n"), 400),
-    ("two Expects", post(b"Content-Length: 1\r\n" + b"Expect: 100-continue\r\n" * 2), 400),
-    ("two codings", post(b"Transfer-Encoding: chunked\r\n" * 2), 400),
-    ("Host in a path's clothes", host(b"x/y"), 400),
-    ("Host with a user", host(b"u@x"), 400),
-    ("Host with a space", host(b"x y"), 400),
-    ("Host list", host(b"x, y"), 400),
-    ("Host not ASCII", host(b"\xe9"), 400),
-    ("Host with half a percent", host(b"a%2"), 400),
-    ("Host is a URL", host(b"http://x"), 400),
-    ("Host is a port", host(b":80"), 400),
-    ("Host with two ports", host(b"x:1:2"), 400),
-    ("Host with a port by name", host(b"x:http"), 400),
-    ("bare IPv6", host(b"::1"), 400),
-    ("open bracket", host(b"[::1"), 400),
-    ("no address in brackets", host(b"[x]"), 400),
-    ("number in brackets", host(b"[1]"), 400),
-    ("zone in brackets", host(b"[fe80::1%25eth0]"), 400),
-    ("Host not a host in HTTP/1.0", get(fields=b"Host: /\r\n", version=b"HTTP/1.0"), 400),
-    ("unknown Expect", get(fields=H + b"Expect: tea\r\n"), 417),
-    ("empty Expect", get(fields=H + b"Expect:\r\n"), 417),
-    ("two expectations", post(b"Content-Length: 1\r\nExpect: 100-continue, tea\r\n"), 417),
-    ("unknown coding", post(b"Transfer-Encoding: gzip\r\n"), 501),
-    ("coding before chunked", post(b"Transfer-Encoding: gzip, chunked\r\n"), 501),
-    ("coding after chunked", post(b"Transfer-Encoding: chunked, identity\r\n"), 501),
-    ("chunked twice", post(b"Transfer-Encoding: chunked, chunked\r\n"), 501),
-    ("coding with a parameter", post(b"Transfer-Encoding: chunked;a=b\r\n"), 501),
-    ("quoted coding", post(b"Transfer-Encoding: \"chunked\"\r\n"), 501),
-    ("coding with an odd space", post(b"Transfer-Encoding: chunked\xa0\r\n"), 501),
-    ("empty coding", post(b"Transfer-Encoding:\r\n"), 501),
-    ("coding in HTTP/1.0", post(b"Transfer-Encoding: chunked\r\n", version=b"HTTP/1.0"), 400),
-    ("two Last-Event-IDs", get(fields=H + b"Last-Event-ID: 1\r\nLast-Event-ID: 1\r\n"), 400),
-    ("two lengths", post(b"Content-Length: 5\r\nContent-Length: 6\r\n"), 400),
-    ("the same length twice", post(b"Content-Length: 5\r\nContent-Length: 5\r\n"), 400),
-    ("list of lengths", post(b"Content-Length: 5, 5\r\n"), 400),
-    ("signed length", post(b"Content-Length: +5\r\n"), 400),
-    ("negative length", post(b"Content-Length: -5\r\n"), 400),
-    ("hexadecimal length", post(b"Content-Length: 0x5\r\n"), 400),
-    ("length with an underscore", post(b"Content-Length: 1_0\r\n"), 400),
-    ("length in other digits", post("Content-Length: ٣\r\n".encode()), 400),
-    ("superscript length", post(b"Content-Length: \xb2\r\n"), 400),
-    ("empty length", post(b"Content-Length:\r\n"), 400),
-    ("endless length", post(b"Content-Length: " + b"9" * 5000 + b"\r\n"), 400),
-    ("length and coding", post(b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"), 400),
-    ("body on GET", get(fields=H + b"Content-Length: 5\r\n"), 400),
-    ("coding on GET", get(fields=H + b"Transfer-Encoding: chunked\r\n"), 400),
-    ("body on HEAD", get(method=b"HEAD", fields=H + b"Content-Length: 5\r\n"), 400),
-    ("no slash", get(b"token"), 400),
-    ("star on GET", get(b"*"), 400),
-    ("fragment", get(b"/#a"), 400),
-    ("broken percent", get(b"/%zz"), 400),
-    ("cut percent", get(b"/%4"), 400),
-    ("broken percent in the query", get(b"/?a=%"), 400),
-    ("path not UTF-8", get(b"/%ff"), 400),
-    ("overlong UTF-8", get(b"/%c0%ae"), 400),
-    ("query not UTF-8", get(b"/?a=%ff"), 400),
-    ("raw bytes in the target", get("/é".encode()), 400),
-    ("too many parameters", get(b"/?" + b"&".join([b"a=b"] * 101)), 400),
-    ("other scheme", get(b"ftp://x/"), 400),
-    ("PUT", get(method=b"PUT"), 405),
-    ("DELETE", get(method=b"DELETE"), 405),
-    ("CONNECT", get(b"x:443", method=b"CONNECT"), 405),
-    ("lower-case method", get(method=b"get"), 501),
-    ("unknown method", get(method=b"BREW"), 501),
-    ("long target", get(b"/" + b"a" * http1.MAX_LINE), 414),
-    ("a line of 8001 bytes", get(b"/" + b"a" * (8001 - len(b"GET / HTTP/1.1"))), 414),
-    ("long line without end", b"A" * 20000, 414),
-    ("long head", get(fields=H + b"A: " + b"b" * http1.MAX_HEAD + b"\r\n"), 431),
-    ("many fields, one malformed", get(fields=H + b"A: b\r\n" * http1.MAX_FIELDS + b"C\r\n"), 431),
-    ("malformed field of many bytes", get(fields=H + b"a" * 15000 + b"\r\n"), 400),
-    ("HTTP/2 and a malformed field", get(version=b"HTTP/2.0", fields=b"nonsense\r\n"), 505),
-    ("PUT and a malformed field", get(method=b"PUT", fields=H + b"nonsense\r\n"), 400),
-    ("many fields", get(fields=H + b"A: b\r\n" * http1.MAX_FIELDS), 431),
-]
-
-
 @pytest.mark.parametrize("raw, status", [case[1:] for case in REFUSED],
                          ids=[case[0] for case in REFUSED])
 def test_what_is_malformed_is_refused_with_its_status_however_it_is_cut(raw, status):
@@ -177,68 +53,6 @@ def test_refusals_say_what_is_wrong(raw, said):
     with pytest.raises(Refusal) as refused:
         parse(raw)
     assert said in refused.value.text
-
-
-TAKEN = [
-    (get(), {"path": "/", "query": {}, "method": "GET", "version": (1, 1)}),
-    (b"\r\n" + get(), {"path": "/"}),
-    (get(version=b"HTTP/1.0", fields=b""), {"version": (1, 0), "chunked": False, "fields": {}}),
-    (get(version=b"HTTP/1.9"), {"version": (1, 9), "chunked": True}),
-    (get(b"/a%20b/%C3%A9"), {"path": "/a b/é"}),
-    (get(b"/%2e%2e/%2F"), {"path": "/..//"}),
-    (get(b"//token"), {"path": "//token"}),
-    (get(b"/%00"), {"path": "/\0"}),
-    (get(b"/?channel=a&channel=b+c&x"), {"query": {"channel": ["a", "b c"], "x": [""]}}),
-    (get(b"/?a=1&a=2"), {"query": {"a": ["1", "2"]}}),
-    (get(b"http://x/token?a=b"), {"path": "/token", "query": {"a": ["b"]}}),
-    (get(b"HTTPS://x:443"), {"path": "/"}),
-    (get(b"http://x?a=b"), {"path": "/", "query": {"a": ["b"]}}),
-    (get(b"*", method=b"OPTIONS"), {"path": "*"}),
-    (get(fields=b"HOST:x\r\nA:  b c \t\r\n"), {"fields": {"host": "x", "a": "b c"}}),
-    (get(fields=H + b"A:\r\n"), {"fields": {"host": "x", "a": ""}}),
-    (get(fields=H + b"A: \xe9\r\n"), {"fields": {"host": "x", "a": "é"}}),
-    (get(fields=H + b"Accept: text/html\r\nAccept: */*\r\n"),
-     {"fields": {"host": "x", "accept": "text/html, */*"}}),
-    (get(fields=H + b"Cookie: a=b\r\nAccept: x\r\ncookie: c=d, e; f=g\r\n"),
-     {"fields": {"host": "x", "accept": "x", "cookie": "a=b; c=d, e; f=g"}}),
-    (get(fields=H + b"Content-Length: 0\r\n"), {"method": "GET"}),
-    (post(b"Content-Length: 007\r\n"), {"body_length": 7, "keeps_alive": True}),
-    (post(b""), {"keeps_alive": True}),
-    (post(b"Transfer-Encoding: \t Chunked \r\n"), {"body_length": None}),
-    (post(b"Content-Length: 1\r\nExpect: 100-Continue\r\n"), {"body_length": 1}),
-    (post(b"Connection: Close\r\n"), {"keeps_alive": False}),
-    (post(b"Connection: keep-alive ,\tCLOSE\r\n"), {"keeps_alive": False}),
-    (post(b"Connection: x\r\nConnection: close\r\n"), {"keeps_alive": False}),
-    (post(b"Connection: close-not, enclose\r\n"), {"keeps_alive": True}),
-    (post(b"Connection: keep-alive\r\n", version=b"HTTP/1.0"), {"keeps_alive": False}),
-    (get(fields=H + b"Authorization: bearer \t t0k3n \r\n"), {"bearer": "t0k3n"}),
-    (get(fields=H + b"Authorization: Bearer one\xa0\r\n"), {"bearer": "one\xa0"}),
-    (get(fields=H + b"Authorization: Basic t0k3n\r\n"), {"bearer": None}),
-    (get(fields=H + b"Authorization: Bearert0k3n\r\n"), {"bearer": None}),
-    (host(b""), {"fields": {"host": ""}}),
-    (host(b"a.example:"), {"fields": {"host": "a.example:"}}),
-    (host(b"127.0.0.1:6500"), {"fields": {"host": "127.0.0.1:6500"}}),
-    (host(b"a_b-c.d~%C3%a9!$&'()*+;=:0"), {"method": "GET"}),
-    (host(b"[::1]:6500"), {"method": "GET"}),
-    (host(b"[1:2:3:4:5:6:7::]"), {"method": "GET"}),
-    (host(b"[::ffff:1.2.3.4]"), {"method": "GET"}),
-    (get(b"/?lastEventId=1-0"), {"last_id": "1-0"}),
-    (get(b"/?lastEventId=1-0", fields=H + b"Last-Event-ID: 2-0\r\n"), {"last_id": "2-0"}),
-    (get(fields=H + b"Last-Event-ID:\r\n"), {"last_id": None}),
-    (get(b"/?lastEventId=" + b"1" * 64), {"last_id": "1" * 64}),
-    (get(b"/?lastEventId=" + b"1" * 65), {"last_id": "(too long)"}),
-    (get(fields=H + b"Last-Event-ID: " + "é".encode() * 64 + b"\r\n"), {"last_id": "é" * 64}),
-    (get(fields=H + b"Last-Event-ID: " + b"1" * 65 + b"\r\n"), {"last_id": "(too long)"}),
-    (get(b"/?lastEventId=1-0", fields=H + b"Last-Event-ID: " + b"1" * 65 + b"\r\n"),
-     {"last_id": "(too long)"}),
-    (get(fields=b"host:x\r\nX-Host: y\r\nhostx: z\r\nX: Host: y\r\n"),
-     {"fields": {"host": "x", "x-host": "y", "hostx": "z", "x": "Host: y"}}),
-    (get(b"/" + b"a" * 7980), {"path": "/" + "a" * 7980}),
-    (get(fields=H + b"A: b\r\n" * 99), {"method": "GET"}),
-]
-
-
-TAKEN.append((get(b"/" + b"a" * (8000 - len(b"GET / HTTP/1.1"))), {"version": (1, 1)}))
 
 
 @pytest.mark.parametrize("raw, wanted", TAKEN, ids=lambda value: repr(value)[:40])
@@ -313,17 +127,6 @@ def test_heads_made_to_be_slow_are_not(fields):
         assert request.keeps_alive and request.asked_fields is None
         parameters.check_encoding(request)
     assert time.process_time() - began < 0.1
-
-
-def mutated(draw: random.Random) -> bytes:
-    """A head from the tables, some of its bytes changed, cut, or swapped for those that matter."""
-    raw = bytearray(draw.choice([case[1] for case in REFUSED] + [case[0] for case in TAKEN])[:1500])
-    for _ in range(draw.randrange(4)):
-        at = draw.randrange(len(raw) + 1)
-        raw[at:at + draw.randrange(3)] = draw.choice(
-            [b"", b"\r", b"\n", b"\r\n", b"\0", b" ", b":", b"%", b"\xff", b"\r\n\r\n",
-             bytes([draw.randrange(256)])])
-    return bytes(raw)
 
 
 def test_fuzz_whatever_comes_is_a_request_a_refusal_or_unfinished_however_it_is_cut(request):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from helpers import KEPT, PATIENCE
+from helpers import KEPT, PATIENCE, run_together
 from sse_core.engine.hub import Broadcast
 from sse_core.engine.clients import Opening, Subscription
 from sse_core.stores.sqlite import FileStream
@@ -18,7 +18,6 @@ from sse_core.engine.frames import Draft, parse_id
 from sse_core.http.pool import Pool
 from sse_core.stores.store import Shared
 from sse_server import SSEServer
-from test_threads import run
 
 MOMENT = 0.05
 OPENING = Opening(b"HEAD", Subscription(frozenset(), True))
@@ -131,7 +130,7 @@ def test_many_that_publish_and_register_are_all_counted(sock):
     def register():
         for _ in range(50):
             taken.append(broadcast.register(sock, OPENING))
-    run(*[publish] * 4, *[register] * 4)
+    run_together(*[publish] * 4, *[register] * 4)
     assert len(set(ids)) == broadcast.figures()["events"] == 800
     assert taken.count(True) == len(broadcast.close()) == 100
 
@@ -176,8 +175,9 @@ def test_who_has_published_and_waits_says_so_alone():
 
 @pytest.mark.parametrize("second", ["submit", "cancel", "stop", "take"])
 def test_nobody_changes_the_line_of_a_pool_while_another_does(second):
-    pool, opened = Pool(1), threading.Event()
-    first = pool.submit(lambda: opened.wait(PATIENCE))
+    pool, begun, opened = Pool(1), threading.Event(), threading.Event()
+    first = pool.submit(lambda: begun.set() or opened.wait(PATIENCE))
+    assert begun.wait(PATIENCE)
     waiting = pool.submit(lambda: None)
     calls = {"submit": lambda: pool.submit(lambda: None), "cancel": waiting.cancel,
              "stop": lambda: pool.stop(0.0), "take": lambda: waiting.result(PATIENCE)}

@@ -12,160 +12,22 @@ import sys
 import threading
 import time
 import tracemalloc
-from functools import partial
 
 import pytest
 
 import publisher
-from helpers import KEPT, PATIENCE, wait_until
+from bench import HEAD, opening, piped
+from helpers import KEPT, PATIENCE, in_a_thread, wait_until
 from publisher import Publisher
 from sse_core.engine import frames, stalls
 from sse_core.engine.hub import Broadcast
 from sse_core.errors import NotRunning, Unavailable
 from sse_core.engine.clients import AT_ONCE
 from sse_core.engine.log import NOTHING, SCAN, Batch
-from sse_core.engine.clients import Opening, Subscription
 from sse_core.engine.frames import Draft
-from sse_core.stores.store import Event, Shared
+from sse_core.stores.store import Event
 from sse_core.engine.stalls import STALL
 from sse_core.http.tls import TLSSocket
-from wire import Decoder
-
-HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
-
-
-def in_a_thread(function, *arguments, **options) -> threading.Thread:
-    thread = threading.Thread(target=function, args=arguments, kwargs=options)
-    thread.start()
-    return thread
-
-
-class Narrow:
-    """A real socket that takes as many bytes as the test allows: a send is cut where it wants."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.room = 0
-        self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
-        self.getsockopt = sock.getsockopt
-        self.shutdown = sock.shutdown
-
-    def send(self, data) -> int:
-        if not self.room:
-            raise BlockingIOError
-        sent = self.sock.send(data[:self.room])
-        self.room -= sent
-        return sent
-
-
-def opening(chunked: bool = True, channels=(), last_id: str = None, since: float = None,
-            ends_at: float = math.inf, came_at: float = 0.0) -> Opening:
-    return Opening(HEAD, Subscription(frozenset(channels), chunked), last_id, since, ends_at,
-                   came_at)
-
-
-class Peer:
-    """A registered client and the test's end of its socket pair."""
-
-    def __init__(self, broadcast: Broadcast, narrow: bool = False, peer: str = "",
-                 wrap=lambda sock: sock, **options) -> None:
-        ours, self.sock = socket.socketpair()
-        ours.setblocking(False)
-        self.sock.setblocking(False)
-        self.server_end = Narrow(ours) if narrow else wrap(ours)
-        self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "",
-                              original=not broadcast._ids)
-        self.raw = bytearray()
-        assert broadcast.register(self.server_end, opening(**options), peer)
-
-    def take(self) -> Decoder:
-        """Receive all that is there now."""
-        try:
-            while True:
-                data = self.sock.recv(1 << 17)
-                if not data:
-                    return self.stream
-                self.raw += data
-                self.stream.feed(data)
-        except BlockingIOError:
-            return self.stream
-
-    def data(self) -> list:
-        return [event.data for event in self.take().events]
-
-
-class Bench:
-    """A publisher turned by hand."""
-
-    def __init__(self, heartbeat: float, **options) -> None:
-        self.now = 1000.0
-        self.peers = []
-        self.thread = None
-        self.watched = None                     # a thread of which it is told when it looks
-        self.looked = threading.Event()         # at the clock, as who waits does at each turn
-        make = partial(Shared, None) if options.pop("shared", False) else Broadcast
-        self.broadcast = make(clock=self.clock, wall=lambda: self.now,
-                              **{**KEPT, **options, "heartbeat": heartbeat})
-        self.publisher = Publisher(self.broadcast)
-        self.publish = self.broadcast.publish
-
-    def clock(self) -> float:
-        if threading.current_thread() is self.watched:
-            self.looked.set()
-        return self.now
-
-    def peer(self, **options) -> Peer:
-        self.peers.append(Peer(self.broadcast, **options))
-        return self.peers[-1]
-
-    def turn(self, times: int = 1) -> None:
-        for _ in range(times):
-            self.publisher.turn(0)
-
-    def turn_until_it_waits(self) -> None:
-        """Turn until the thread that is watched has done all it may before time goes on.
-
-        It has if it looked twice after a turn, and neither published nor ended.
-        """
-        idle = 0
-        while idle < 2 and self.watched.is_alive():
-            before = self.broadcast.figures()["events"]
-            self.looked.clear()
-            self.turn()
-            idle += self.looked.wait(0.02)
-            if self.broadcast.figures()["events"] != before or self.broadcast.has_work():
-                idle = 0
-
-    def start(self) -> None:
-        """Let a thread turn the publisher from now on."""
-        self.thread = in_a_thread(self.publisher.run)
-
-    def stop(self) -> None:
-        self.broadcast.stop()
-        if self.thread:
-            self.thread.join()
-        else:
-            self.publisher.close()
-
-    def pass_time(self, seconds: float, step: float = 0.5) -> None:
-        end = self.now + seconds
-        while self.now < end:
-            self.now = min(end, self.now + step)
-            self.turn()
-
-
-@pytest.fixture
-def bench():
-    benches = []
-
-    def make(**options) -> Bench:
-        benches.append(Bench(**{"history": 0, "heartbeat": 0.0, **options}))
-        return benches[-1]
-    yield make
-    for each in benches:
-        each.stop()
-        for peer in each.peers:
-            peer.sock.close()
 
 
 def test_head_and_first_frames_leave_in_one_send(bench):
@@ -839,30 +701,6 @@ def test_a_patient_publish_gives_up_a_client_that_does_not_read_after_one_pause(
     deaf.server_end.room = 1 << 20
     b.turn(3)
     assert deaf.take().events[0].name == "gap"
-
-
-def piped(b, texts: list, read, step: float = 0.25, seconds: float = 1000.0) -> float:
-    """Publish texts with `wait`, and drain, beside readers that `read` once a step.
-
-    Returns how many seconds that took, on the clock of the bench.
-    """
-    began = b.now
-    done = threading.Event()
-
-    def pipe():
-        for text in texts:
-            b.publish(text, wait=True)
-        b.broadcast.drain()
-        done.set()
-    b.watched = in_a_thread(pipe)
-    while not done.is_set() and b.now - began < seconds:
-        read()
-        b.turn_until_it_waits()
-        b.now += step
-    b.broadcast.stop()
-    b.watched.join()
-    assert done.is_set()
-    return b.now - began
 
 
 @pytest.mark.parametrize("pace", [17_000, 50_000, 1_000_000])

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import requests
 
-from helpers import KEPT, PATIENCE, TOP, Client, Server, ask, connect, get, halt, wait_until
+from helpers import (KEPT, PATIENCE, TOP, Client, Server, ask, connect, get, halt, in_a_thread,
+                     wait_until)
 from redis_server import store      # noqa: F401
 from redis_server import POST, Forwarder, Redis, add_many, check_told, data, following, post, resume
 from sse_core.stores import store as shared_module
@@ -23,7 +23,6 @@ from sse_core.errors import NotRunning
 from sse_core.stores.redis import RedisStream
 from sse_core.stores.store import Draft, Event, Shared
 from sse_server import SSEServer
-from test_publisher import in_a_thread
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from helpers import GET, Client, connect, reset, unfinished, wait_until
+from helpers import GET, Client, connect, reset, run_together, unfinished, wait_until
 from sse_server import SSEServer
 
 
@@ -17,25 +17,6 @@ def switching(request):
     sys.setswitchinterval(before)
 
 
-def run(*targets) -> None:
-    """Run each target in a thread, and raise what any of them raised."""
-    errors = []
-
-    def guard(target):
-        try:
-            target()
-        except BaseException as error:
-            errors.append(error)
-    threads = [threading.Thread(target=guard, args=(target,)) for target in targets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    if errors:
-        raise errors[0]
-
-
 def test_eight_threads_publish_and_all_clients_see_one_order(switching, server):
     clients = [Client(server.port).open() for _ in range(5)]
     wait_until(lambda: server.clients == 5)
@@ -43,7 +24,8 @@ def test_eight_threads_publish_and_all_clients_see_one_order(switching, server):
     def publish(name):
         for number in range(100):
             server.publish(f"{name} {number}")
-    run(*(lambda name=name: publish(name) for name in range(8)),
+    run_together(
+        *(lambda name=name: publish(name) for name in range(8)),
         *(lambda client=client: client.read_events(800) for client in clients))
     first = [event.data for event in clients[0].stream.events]
     for client in clients:
@@ -82,7 +64,7 @@ def test_clients_come_and_go_at_random_while_events_flow(switching):
             publisher.start()
             reader = threading.Thread(target=lambda: steady.read_until(lambda _: stopping.is_set()))
             reader.start()
-            run(*visitors)
+            run_together(*visitors)
             wait_until(lambda: server.clients == 1)
             stopping.set()
             publisher.join(), reader.join()
