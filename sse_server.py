@@ -36,6 +36,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
@@ -205,18 +206,15 @@ def _local_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     clients that connect to the first would take that program for this server. If there is no such
     address, the result is one for which `bind` says why.
     """
-    # What is tried if the name has no address at all.
-    found: list[tuple[socket.AddressFamily, Any]] = [(socket.AF_INET, (host, port))]
     with suppress(OSError):
-        found = [(each[0], each[4]) for each in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
-    found.sort(key=lambda each: each[0] != socket.AF_INET)
-    for family, address in found:
-        # Port 0 is free on every address that this machine has.
-        with suppress(OSError), socket.socket(family) as probe:
-            probe.bind((address[0], 0, *address[2:]))
-            return family, address
-    return found[0]
+        # The numbers of the families are in this order.
+        found = sorted(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), key=itemgetter(0))
+        for family, *_, address in found:
+            # Port 0 is free on every address that this machine has.
+            with suppress(OSError), socket.socket(family) as probe:
+                probe.bind((address[0], 0, *address[2:]))
+                return family, address
+    return socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -58,8 +58,11 @@ class LogWriter:
         # reader that is only slow would be told after each line that some are missing.
         if self._queue.qsize() >= (MAX_LINES // 2 if self._left_out else MAX_LINES):
             self._left_out += 1
-        else:
-            self._queue.put(f"{self._left_out_line()}{self._clear}{line}")
+            return
+        if self._left_out:
+            self._queue.put(f"{self._clear}lines left out, because nobody read: {self._left_out}\n")
+            self._left_out = 0
+        self._queue.put(self._clear + line)
 
     def flush(self) -> None:
         """Do nothing, because the thread writes each line as soon as it can."""
@@ -69,16 +72,11 @@ class LogWriter:
         if self._queue.empty():
             self._queue.put(self._clear + line)
 
-    def _left_out_line(self) -> str:
-        """Return a line that tells what was left out, or nothing, and count anew."""
-        number, self._left_out = self._left_out, 0
-        told = f"{self._clear}lines left out, because nobody read what was logged: {number}\n"
-        return told if number else ""
-
     def _close(self) -> None:
         """Wait a moment for the last lines. Python calls this at exit, when nobody logs any more.
         """
-        self._queue.put(self._left_out_line())
+        # Tells what was left out, if anybody reads that.
+        self.write("")
         self._queue.put(None)
         self._thread.join(LAST_LINES_TIME)
 
