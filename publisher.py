@@ -81,10 +81,10 @@ class Publisher:
     def run(self) -> None:
         """Do rounds until nothing is left to be sent after `Broadcast.stop`, or time is up."""
         try:
-            with self._broadcast.not_waiting():
-                while not self._broadcast.done():
-                    longest = LOOK if self._broadcast.stopping else math.inf
-                    self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
+            self._broadcast.forbid_waiting()
+            while not self._broadcast.done():
+                longest = LOOK if self._broadcast.stopping else math.inf
+                self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
         except BaseException:       # a stream may be in the middle of a frame: none is ended
             self._groups = Groups()
             raise

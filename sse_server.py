@@ -349,9 +349,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         connections = Connections(answers, self._broadcast.register, submit_all, context)
         stopping = threading.Event()
         self._acceptor = self._thread("accept", self._accept)
-        # A decorator: the publisher would wait for this thread, so it may not wait for that one.
-        not_waiting = self._broadcast.not_waiting()
-        self._serving = self._thread("connections", not_waiting(connections.run))
+        self._serving = self._thread("connections", self._serve)
         self._sender = self._thread("publisher", self._publisher.run)
         self._store_threads = [
             self._thread("source", partial(store.follow, self._shared, stopping)),
@@ -382,6 +380,10 @@ class SSEServer(_Listener, metaclass=_Documented):
                 finally:
                     self._on_fault()
         return threading.Thread(target=run, name=name, daemon=True)
+
+    def _serve(self) -> None:
+        self._broadcast.forbid_waiting()
+        self._connections.run()
 
     def start(self) -> SSEServer:
         """Start the threads and return the server. Does nothing if they run.

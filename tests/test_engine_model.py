@@ -103,12 +103,14 @@ class Driver:
             self.publish(small=True)
 
     def tell_gap(self) -> None:
-        after, resumed = self.story.last, (self.story.last[0], self.story.last[1] + 5)
+        after = self.story.last if self.story.last > (0, 0) else None
+        resumed = self.story.last[0], self.story.last[1] + 5
         data = json.dumps({"after": spelled(after), "resumed": spelled(resumed),
                            "reason": "evicted"})
         self.make_way(len(data) + 30)
         self.broadcast.tell_gap(resumed)
-        payload = f"event: gap\ndata: {data}\nid: {spelled(after)}\n\n"
+        id = f"id: {spelled(after)}\n" * bool(after)
+        payload = f"event: gap\ndata: {data}\n{id}\n"
         self.story.append(None, None, "gap", data, len(payload), 0)
 
     def preload(self) -> None:

@@ -1146,13 +1146,6 @@ def test_a_logging_handler_may_publish(bench):
     assert handler.lines and handler.lines + handler.refused >= 300
 
 
-def test_a_thread_that_is_given_the_number_of_a_publisher_that_ended_may_drain(bench):
-    b = bench()
-    b.broadcast.stop()
-    b.publisher.run()
-    b.broadcast.drain()
-
-
 @pytest.mark.parametrize("call", ["drain", "refuse_inside"])
 def test_who_interrupts_his_own_publish_waits_for_nothing(bench, call):
     b = bench()

@@ -9,8 +9,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Callable
 
@@ -67,8 +66,8 @@ class Broadcast:
         # Makes the publisher look, which waits in it.
         self.wakeup = WakeUp()
 
-        # The threads that are in `not_waiting`. Each adds and removes itself.
-        self._not_waiting: set[int] = set()
+        # `may_wait` of each thread: False after `forbid_waiting`.
+        self._thread = threading.local()
 
     # Events
 
@@ -84,8 +83,8 @@ class Broadcast:
         is waited for, and the publisher only when most of the log has not been fanned out.
         Raises NotRunning after `stop`. When that comes between two events, the others are appended
         all the same, without a wait for anybody; but with `wait` it is raised there, too. Raises
-        RuntimeError in a signal handler that interrupts a `publish` of its thread; WouldWait in
-        `not_waiting`, as a logging handler may be.
+        RuntimeError in a signal handler that interrupts a `publish` of its thread; WouldWait after
+        `forbid_waiting`, as in a logging handler that one of the server's own threads calls.
         """
         self.refuse_inside()
         return [self._publish(draft.payload, draft.channel, None, wait,
@@ -115,8 +114,6 @@ class Broadcast:
     def drain(self) -> None:
         """Wait until clients have all that was published, but for those that are given up."""
         self.refuse_inside()
-        if threading.get_ident() in self._not_waiting:
-            raise WouldWait("this thread may not wait for the publisher")
         with self._mutex:
             end = self._log.next
             while not self.stopping and (
@@ -124,21 +121,15 @@ class Broadcast:
                 if self.fanned_out >= end:      # else it waits for the publisher
                     now = self.clock()
                     self.clients.pace.hold(self.clients.floor(end, now), now)
-                self._moved.wait(LOOK)
+                self._wait()
             self.clients.pace.release(self.clock())
 
-    @contextmanager
-    def not_waiting(self) -> Iterator[None]:
-        """Raise WouldWait in this thread where others wait for the publisher.
+    def forbid_waiting(self) -> None:
+        """Have WouldWait raised in the calling thread, from now on, where others wait.
 
         For the publisher itself, and for the thread that serves all connections.
         """
-        thread = threading.get_ident()
-        self._not_waiting.add(thread)
-        try:
-            yield
-        finally:        # the system gives the number to another thread
-            self._not_waiting.discard(thread)
+        self._thread.may_wait = False
 
     # Clients
 
@@ -215,8 +206,8 @@ class Broadcast:
 
     def _wait(self) -> None:
         """Wait until something has changed. Raises WouldWait."""
-        if threading.get_ident() in self._not_waiting:
-            raise WouldWait("the log is full, and this thread may not wait for the publisher")
+        if not getattr(self._thread, "may_wait", True):
+            raise WouldWait("this thread may not wait for the publisher")
         self._moved.wait(LOOK)
 
     def _make_room(self, length: int, wait: bool = False, is_begun: bool = False) -> None:

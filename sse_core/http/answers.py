@@ -159,7 +159,7 @@ class Answers:
     def post(self, request: Request, body: bytes, grant: Grant) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer.
 
-        Raises Refusal; WouldWait, see Hub.not_waiting.
+        Raises Refusal; WouldWait, see Hub.forbid_waiting.
         """
         drafts = self.drafts(request, body, grant)
         with refusing():
