@@ -178,7 +178,7 @@ class Publisher:
         client.cursor, client.after = batch.frames[0].number, self._broadcast.newest
         self._watch(client)
         self.counters.bytes += sent
-        self.counters.deliveries += client.begin(batch, sent)
+        self.counters.deliveries += client.advance(batch, client.cursor, sent)
 
     def _watch(self, client: Client) -> None:
         """Have a client read on from its own cursor, whenever its socket takes more."""
@@ -202,17 +202,20 @@ class Publisher:
     def _advance(self, client: Client) -> None:
         """Send a client that is not current what it is due: its rest, a gap, one batch."""
         rest = client.rest
-        told, batch, end, start = self._broadcast.due(client)
-        parts = [part for part in (rest, told, batch.data) if part]
-        sent = self._send(client, parts[0] if len(parts) == 1 else b"".join(parts))
+        batch, end, tells_gap = self._broadcast.due(client)
+        both = b"".join((rest, batch.data)) if rest and batch.data else rest or batch.data
+        sent = self._send(client, both)
         if sent < 0:
             return
         if sent < len(rest):
             client.rest = memoryview(rest)[sent:]
         else:
-            begun, gaps = client.move(told, batch, start, end, sent - len(rest))
+            begun = client.advance(batch, end, sent - len(rest))
+            if begun and tells_gap:
+                client.gap = None
+                self.counters.gaps += 1
+                begun -= 1
             self.counters.deliveries += begun
-            self.counters.gaps += gaps
         self._settle(client)
 
     def _settle(self, client: Client) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sse_core.engine import frames
 from sse_core.engine.frames import Id
-from sse_core.engine.log import Batch, Bytes, Frame, Log
+from sse_core.engine.log import NOTHING, Batch, Bytes, Frame, Log
 from sse_core.engine.pace import Pace
 
 AT_ONCE = 256           # clients greeted, and others served, before there is a look for new events
@@ -48,10 +48,23 @@ class Opening(NamedTuple):
     came_at: float = 0.0
 
 
+class Gap(NamedTuple):
+    """What a client has to be told before it is sent anything else."""
+
+    # The id up to which it has everything, or what it brought in place of one.
+    after: str | None
+
+    # `evicted`, `unknown` or `lagging`.
+    reason: str
+
+    # The client's own id, if it has one.
+    own: Id | None
+
+
 class Client:
     """One connected socket and its cursor."""
     __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
-                 "last_id", "begin_at", "ends_at", "sent_at", "received")
+                 "ends_at", "sent_at", "received")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
@@ -60,37 +73,24 @@ class Client:
         self.registered_at = 0.0            # on the monotonic clock
         self.cursor = 0                     # the next frame due; while it is current, not kept up
         self.rest: Bytes = opening.head     # due before that frame: a head, or what is left of one
-        self.after: Id | None = None        # it has had everything up to this id
-        self.gap: tuple[str | None, str] | None = None  # to be told first: an id, a reason
-        self.last_id = opening.last_id      # that it brought
-        self.begin_at = opening.since       # the time that it brought
+        self.after = NOTHING                # it has had everything up to this id
+        self.gap: Gap | None = None         # to be told first
         self.ends_at = opening.ends_at
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
         self.received = 0                   # bytes that it has sent after its request
 
-    def begin(self, batch: Batch, sent: int) -> int:
-        """Move over the frames that `sent` bytes of a batch begin, and return how many that is."""
+    def advance(self, batch: Batch, end: int, sent: int) -> int:
+        """Move over the frames that `sent` bytes of a batch begin, and return how many that is.
+
+        end: the cursor after all of them, and after those behind them that it does not want.
+        """
         begun, self.rest = batch.cut(sent)
         if begun:
             last = batch.frames[begun - 1]
             self.cursor, self.after = last.number + 1, last.newest
+        if sent == len(batch.data):
+            self.cursor = end
         return begun
-
-    def move(self, told: bytes, batch: Batch, start: int, end: int, sent: int) -> tuple[int, int]:
-        """Move on, by `sent` bytes of what followed the rest; return frames begun and gaps told."""
-        self.rest = b""
-        if told and not sent:       # the gap is told anew, as it is then
-            return 0, 0
-        self.cursor = start
-        if told:
-            self.gap = None
-        if sent < len(told):
-            self.rest = told[sent:]
-            return 0, 1
-        begun = self.begin(batch, sent - len(told))
-        if sent == len(told) + len(batch.data):
-            self.cursor = end       # beyond frames that it does not want, too
-        return begun, int(bool(told))
 
 
 class Clients:

@@ -9,14 +9,14 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Callable
 
 from sse_core.engine import frames
-from sse_core.engine.clients import AT_ONCE, Client, Clients, Opening, Subscription
+from sse_core.engine.clients import AT_ONCE, Client, Clients, Gap, Opening, Subscription
 from sse_core.engine.frames import Draft, Id
-from sse_core.engine.log import Batch, Frame, Log
+from sse_core.engine.log import NOTHING, Batch, Frame, Log
 from sse_core.engine.wakeup import WakeUp
 from sse_core.errors import NotRunning, WouldWait
 
@@ -145,9 +145,9 @@ class Broadcast:
         with self._mutex:
             if self.stopping or len(self.clients) >= self._max_clients:
                 return False
-            client.cursor, client.after = self._log.next, self._log.last_id
+            client.cursor = self._log.next
             if self._ids:
-                self._begin_stream(client)
+                self._begin_stream(client, opening)
             self.clients.add(client)
             wake, self._woken = not self._woken, True
         if wake:
@@ -233,26 +233,32 @@ class Broadcast:
         if wait:
             self.clients.pace.release(self.clock())
 
-    def _begin_stream(self, client: Client) -> None:
+    def _begin_stream(self, client: Client, opening: Opening) -> None:
         """Put a client behind the id it brought, or tell it the newest one if it has none."""
-        begin = (frames.retry_line(self._retry) if client.last_id is not None else
-                 frames.welcome(self._log.last_id, self._retry, self.heartbeat))
-        client.rest = bytes(client.rest) + client.asked.framed(begin)
-        if client.last_id is not None:
-            self._place(client)
-
-    def _place(self, client: Client) -> None:
-        """Set the cursor behind the client's last id; if that cannot be, it begins with a gap."""
-        client.after = frames.parse_id(client.last_id or "")
-        channels = client.asked.channels
-        if client.begin_at is None:
-            client.cursor, reason = self._log.locate(client.after, channels)
+        if opening.last_id is None:
+            client.after = self._log.last_id
+            begin = [frames.welcome(self._log.last_id, self._retry, self.heartbeat)]
         else:
-            client.cursor, reason = self._log.locate_time(client.begin_at, channels)
-            latest = self._log.latest(channels) if client.begin_at == math.inf else ()
-            client.rest = b"".join([client.rest, *(client.asked.framed(each) for each in latest)])
-        client.gap = (client.last_id, reason) if reason else None
+            begin = [frames.retry_line(self._retry), *self._place(client, opening)]
+        client.rest = b"".join([client.rest, *map(client.asked.framed, begin)])
+
+    def _place(self, client: Client, opening: Opening) -> Iterable[bytes]:
+        """Set the cursor behind the client's last id; if that cannot be, it begins with a gap.
+
+        Returns the frames that it is sent before those at its cursor.
+        """
+        channels = client.asked.channels
+        own, latest = None, []
+        if opening.since is None:
+            own = frames.parse_id(opening.last_id or "")
+            client.cursor, reason = self._log.locate(own, channels)
+        else:
+            client.cursor, reason = self._log.locate_time(opening.since, channels)
+            latest = self._log.latest(channels) if opening.since == math.inf else []
+        client.after = own or NOTHING
+        client.gap = Gap(opening.last_id, reason, own) if reason else None
         self._floor = min(self._floor, client.cursor)
+        return latest
 
     def _join_from(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:
         """Return a batch of what is fanned out from a cursor on, and the cursor after it."""
@@ -282,35 +288,34 @@ class Broadcast:
             self._batch_at.cache_clear()
             self._moved.notify_all()
 
-    def due(self, client: Client) -> tuple[bytes, Batch, int, int]:
-        """Return what follows a client's rest: a gap, a batch, the cursors after and before."""
-        log, lagging = self._log, self.clients.lagging
+    def due(self, client: Client) -> tuple[Batch, int, bool]:
+        """Return the batch that follows a client's rest, and the cursor after it.
+
+        Also whether the first frame of the batch tells the client its gap.
+        """
+        lagging = self.clients.lagging
         with self._mutex:
             if client in lagging:       # all others that lag are served before it is again
                 lagging[client] = lagging.pop(client)
             if len(client.rest) >= frames.BATCH:
-                return b"", Batch((), True), client.cursor, client.cursor
-            start, gap = max(client.cursor, log.first), client.gap
-            if start > client.cursor and not gap and log.lost(client.cursor, client.asked.channels):
-                gap = frames.format_id(client.after) if self._ids else None, "lagging"
+                return Batch((), True), client.cursor, False
+            start = max(client.cursor, self._log.first)
+            if start > client.cursor and not client.gap and self._log.lost(
+                    client.cursor, client.asked.channels):
+                own = client.after if self._ids and client.after > NOTHING else None
+                client.gap = Gap(frames.format_id(own), "lagging", own)
             batch, end = self._batch_at(start, client.asked)
-            client.gap = gap
             # `resumed` names the client's next event, so the gap waits until that has been found.
-            is_due = gap and (batch.frames or end >= self.fanned_out)
-            return self._told(client, start) if is_due else b"", batch, end, start
+            if not client.gap or not batch.frames and end < self.fanned_out:
+                return batch, end, False
+            told = self._gap_frame(client, client.gap, start)
+            return Batch([told, *batch.frames], client.asked.chunked), end, True
 
-    def _told(self, client: Client, start: int) -> bytes:
-        """Return the gap that a client is told before it goes on at `start`.
-
-        Requires holding the mutex.
-        """
-        assert client.gap
-        after, reason = client.gap
-        resumed = self._log.first_id(start, client.asked.wants)
-        # A client that begins at a time has no id of its own yet.
-        own = frames.parse_id(after) if after and client.begin_at is None else None
-        payload = frames.gap_payload(after, frames.format_id(resumed), reason, own)
-        return client.asked.framed(frames.chunk(self._line_ends(payload)))
+    def _gap_frame(self, client: Client, gap: Gap, start: int) -> Frame:
+        """Return what a client is told before it goes on at `start`: a frame of its own."""
+        resumed = frames.format_id(self._log.first_id(start, client.asked.wants))
+        payload = self._line_ends(frames.gap_payload(gap.after, resumed, gap.reason, gap.own))
+        return Frame(start - 1, None, client.after, None, 0.0, frames.chunk(payload))
 
     def done(self) -> bool:
         """Say whether the publisher may end: nothing is to be sent any more, or time is up."""
