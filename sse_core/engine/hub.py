@@ -100,15 +100,13 @@ class Broadcast:
         payload = self._line_ends(payload)
         length = len(payload) + ID_LENGTH
         with self._mutex:
+            self._make_room(length, wait, is_begun)
             if not is_begun:
                 self.check_running()
-            self._make_room(length, wait, is_begun)
             new = (given or self._log.next_id(int(self.wall() * 1000))) if self._ids else None
             self._log.append(payload, new, channel, self.clock())
             self._published += 1
-            wake, self._woken = not self._woken, True
-        if wake:
-            self.wakeup.wake()
+        self._wake()
         return frames.format_id(new)
 
     def drain(self) -> None:
@@ -149,9 +147,7 @@ class Broadcast:
             if self._ids:
                 self._begin_stream(client, opening)
             self.clients.add(client)
-            wake, self._woken = not self._woken, True
-        if wake:
-            self.wakeup.wake()
+        self._wake()
         return True
 
     def figures(self) -> dict[str, Any]:
@@ -199,6 +195,16 @@ class Broadcast:
                 self._stop_by = self.clock() + seconds
         self.wakeup.wake()
 
+    def _wake(self) -> None:
+        """Have the publisher look for work that was added. Needs no mutex.
+
+        Work that was added before its last look was seen there. After that the flag is False, until
+        somebody wakes it.
+        """
+        if not self._woken:
+            self._woken = True
+            self.wakeup.wake()
+
     def _line_ends(self, payload: bytes) -> bytes:
         return payload if self._ids else frames.with_original_line_ends(payload)
 
@@ -215,23 +221,27 @@ class Broadcast:
 
         wait: evict only what nobody who is waited for is due, and leave the others their share.
         """
-        log = self._log
-        while not log.fits(length, WAITERS_SHARE if wait else 1.0):
-            if wait and log.first >= self._floor:
-                self._floor = self.clients.floor(self.fanned_out, self.clock())
-            if is_begun and self.stopping:
-                log.evict()
-            elif log.first >= self._floor if wait else (
-                    (log.next - self.fanned_out) * 4 > (log.next - log.first) * 3):
-                if wait and self._floor < self.fanned_out:      # else it waits for the publisher
-                    self.clients.pace.hold(self._floor, self.clock())
-                self._wait()
-                if not is_begun:
-                    self.check_running()
+        while not self._log.fits(length, WAITERS_SHARE if wait else 1.0):
+            if not is_begun:
+                self.check_running()
+            if self.stopping or self._may_evict(wait):
+                self._log.evict()
             else:
-                log.evict()
+                self._wait()
         if wait:
             self.clients.pace.release(self.clock())
+
+    def _may_evict(self, wait: bool) -> bool:
+        """Say whether nobody needs the oldest frame for whom a publisher would wait."""
+        log = self._log
+        if not wait:
+            return (log.next - self.fanned_out) * 4 <= (log.next - log.first) * 3
+        if log.first >= self._floor:
+            self._floor = self.clients.floor(self.fanned_out, self.clock())
+        is_needed = log.first >= self._floor
+        if is_needed and self._floor < self.fanned_out:     # else it waits for the publisher
+            self.clients.pace.hold(self._floor, self.clock())
+        return not is_needed
 
     def _begin_stream(self, client: Client, opening: Opening) -> None:
         """Put a client behind the id it brought, or tell it the newest one if it has none."""
