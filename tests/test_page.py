@@ -16,7 +16,7 @@ from browser import browser
 from helpers import GET, TOP, connect, free_port, need, serving, wait_until
 from interop.in_browser import WEBKIT, command
 from page_cases import CASES
-from page_servers import ANY_ORIGIN, POLICY, PREFLIGHT, STREAM, foreign, strip_prefix
+from page_servers import POLICY, PREFLIGHT, STREAM, foreign, strip_prefix
 from sse_server import SSEServer
 
 CONNECTED = "document.getElementById('status').textContent === 'Connected'"
