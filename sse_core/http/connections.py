@@ -382,9 +382,8 @@ class Connections:
     # Called by the code of a connection
 
     def begin_request(self, connection: Connection) -> None:
-        """Count a connection as the one whose request has begun last."""
-        self._idle.pop(connection, None)
-        self._busy.pop(connection, None)
+        """Count a connection that was idle as the one whose request has begun last."""
+        del self._idle[connection]
         self._busy[connection] = None
 
     def end_request(self, connection: Connection) -> None:
@@ -616,9 +615,7 @@ class Connection:
 
     def _refuse(self, refusal: Refusal, request: Request | None) -> Code[None]:
         self._others.refused(refusal, self.peer)
-        # It may not wait to be told why.
-        with suppress(OSError, TimeUp):
-            yield from self._send_answer(self._answers.refuse(refusal, request))
+        yield from self._send_answer(self._answers.refuse(refusal, request))
 
     def _linger(self) -> Code[None]:
         """End what we send, and give a peer that may still be sending the time to read it.
