@@ -341,10 +341,9 @@ class SSEServer(_Listener, metaclass=_Documented):
         self._broadcast = self._shared or Broadcast(**kept)
 
         self._publisher = Publisher(self._broadcast)
-        answers = Answers(access, page=PAGE.read_bytes() if PAGE else None, retry=retry,
+        answers = Answers(access, self._broadcast, page=PAGE.read_bytes() if PAGE else None,
                           stream_type=STREAM_TYPE if history else ORIGINAL_STREAM_TYPE,
-                          publish_all=self._broadcast.publish_all, figures=self.figures,
-                          status=self.status, trouble=self._broadcast.trouble)
+                          figures=self.figures, status=self.status)
         submit_all = self._shared.submit_all if self._shared else None
         connections = Connections(answers, self._broadcast.register, submit_all, context)
         stopping = threading.Event()

@@ -3,6 +3,7 @@ import base64
 import hashlib
 import hmac
 import json
+import math
 import sys
 import time
 from types import SimpleNamespace
@@ -264,7 +265,7 @@ def test_tokens_are_taken_from_where_they_belong(keys, options, path, fields, wa
 
 def test_a_plain_token_is_for_everything_and_has_no_end(keys):
     rules = access(**PLAIN, **JWT)
-    assert rules.admit(request("/one?channel=any"), NOW) == EVERYTHING == Grant(("*",), None)
+    assert rules.admit(request("/one?channel=any"), NOW) == EVERYTHING == Grant(("*",), math.inf)
     assert rules.admit_post(request("/two", method="POST"), NOW) == EVERYTHING
     assert outcome(rules.admit_list, request("/", "Authorization: Bearer two")) is None
     for nobody, status in ((rules, 401), (access(), 403)):

@@ -57,7 +57,7 @@ class Broadcast:
         self._ids = history > 0
 
         # Seconds, both. Set here and never changed.
-        self._retry = retry
+        self.retry = retry
         self.heartbeat = heartbeat
 
         self._max_clients = max_clients
@@ -247,9 +247,9 @@ class Broadcast:
         """Put a client behind the id it brought, or tell it the newest one if it has none."""
         if opening.last_id is None:
             client.after = self._log.last_id
-            begin = [frames.welcome(self._log.last_id, self._retry, self.heartbeat)]
+            begin = [frames.welcome(self._log.last_id, self.retry, self.heartbeat)]
         else:
-            begin = [frames.retry_line(self._retry), *self._place(client, opening)]
+            begin = [frames.retry_line(self.retry), *self._place(client, opening)]
         client.rest = b"".join([client.rest, *map(client.asked.framed, begin)])
 
     def _place(self, client: Client, opening: Opening) -> Iterable[bytes]:

@@ -13,6 +13,7 @@ No socket, no thread and no clock in here: `now` is handed in. What is not allow
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Callable, NamedTuple
@@ -40,8 +41,8 @@ class Grant(NamedTuple):
     # Names. One that ends in `*`, as `user-42/*`, is for all that begin so.
     channels: tuple[str, ...]
 
-    # Seconds since 1970. None: for ever.
-    until: float | None = None
+    # Seconds since 1970. inf: for ever.
+    until: float = math.inf
 
     def check(self, *channels: str | None) -> None:
         """Raise Refusal for a channel that is not granted. None is everyone, and needs `*`."""

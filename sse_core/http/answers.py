@@ -1,52 +1,71 @@
 """Turn a request into an answer: page, preflight, reports, POST, refusal, or a stream's opening.
 
+    GET /-/health                  everybody, and by any Host      200, or 503 and why
+    OPTIONS, /favicon.ico          everybody                       204; 404
+    GET / of a browser             everybody                       the page
+    GET /-/status?list             who may publish                 the clients one by one
+    GET /-/metrics, /-/status      who may watch                   what is counted
+    GET /TOKEN of a browser        who may watch                   the page
+    GET                            who may watch                   a stream: an Opening
+    POST                           who may publish                 ids
+
+That is the order in which `respond` decides, and so what costs least comes first. A HEAD request
+gets the head of what GET would get.
+
 No socket and no thread in here: bytes go back to the caller, and so does what is to be registered.
 """
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from email.utils import formatdate
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Any, Callable
 
 from sse_core.engine import frames
 from sse_core.engine.clients import Opening, Subscription
 from sse_core.engine.frames import Draft
+from sse_core.engine.hub import Broadcast
 from sse_core.errors import NotRunning, Refusal, Unavailable, WouldWait
 from sse_core.http import http1, parameters
 from sse_core.http.access import Access, Grant
 from sse_core.http.http1 import Request
 
 HTML = "text/html; charset=utf-8"
+TEXT = "text/plain; charset=utf-8"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+JSON = "application/json"
+NO_STORE = "Cache-Control: no-store"
+
 # The page watches any stream, loads nothing, and stands in no frame. Its address may hold a token,
-# of which no server that it watches is told
+# of which no server that it watches is told.
 PAGE_FIELDS = (
     "Cache-Control: no-cache", "Vary: Accept", "X-Content-Type-Options: nosniff",
     "Referrer-Policy: no-referrer",
     "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src *; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'")
-TEXT = "text/plain; charset=utf-8"
-METRICS = "text/plain; version=0.0.4; charset=utf-8"
-JSON = "application/json"
-COME_BACK = 10              # times the usual pause, for a client that finds the server full
 
-FAMILIES = (                # of metrics: name, kind, what it is, and its key among the figures
-    ("sse_clients", "gauge", "Clients that are connected.", "clients"),
-    ("sse_lagging_clients", "gauge", "Clients whose socket would not take all.", "lagging"),
-    ("sse_events_total", "counter", "Events published.", "events"),
-    ("sse_deliveries_total", "counter", "Events sent, over all clients.", "deliveries"),
-    ("sse_sent_bytes_total", "counter", "Bytes sent to clients.", "bytes"),
-    ("sse_gaps_total", "counter", "Gaps that clients were told.", "gaps"),
-    ("sse_drops_total", "counter", "Clients gone, by reason.", "drops"),
-    ("sse_refused_total", "counter", "Requests refused, by status.", "refused"),
+# Times the usual pause, for a client that finds the server full.
+COME_BACK = 10
+
+# Metrics: name, kind, what it is, and its samples. Of each sample: what follows the name on its
+# line, and its key among the figures. A figure that is told by a label is one number for each.
+FAMILIES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    ("sse_clients", "gauge", "Clients that are connected.", {"": "clients"}),
+    ("sse_lagging_clients", "gauge", "Clients whose socket would not take all.", {"": "lagging"}),
+    ("sse_events_total", "counter", "Events published.", {"": "events"}),
+    ("sse_deliveries_total", "counter", "Events sent, over all clients.", {"": "deliveries"}),
+    ("sse_sent_bytes_total", "counter", "Bytes sent to clients.", {"": "bytes"}),
+    ("sse_gaps_total", "counter", "Gaps that clients were told.", {"": "gaps"}),
+    ("sse_drops_total", "counter", "Clients gone, by reason.", {'{reason="LABEL"}': "drops"}),
+    ("sse_refused_total", "counter", "Requests refused, by status.",
+     {'{status="LABEL"}': "refused"}),
     ("sse_turn_seconds", "summary", "Time of the publisher's turns, without waiting.",
-     "turn_seconds"))
-LABELS = {"drops": "reason", "refused": "status"}
+     {"_sum": "turn_seconds", "_count": "turns"}))
 
 Figures = Mapping[str, Any]
 
@@ -54,25 +73,22 @@ Figures = Mapping[str, Any]
 class Answers:
     """Answer the requests to one server. Any thread may call any method.
 
-    access: who may do what. page: what a browser is shown at `/` and `/TOKEN`, or None.
-    retry: seconds of a client's usual pause before it reconnects. stream_type: the Content-Type of
-    a stream.
-    publish_all: see Hub. figures: returns what /-/status shows. status: the same with the
-    list of clients. trouble: returns why no event is taken now, or None.
+    access        Who may do what.
+    hub           Publishes, and says why no event is taken now.
+    page          What a browser is shown at `/` and `/TOKEN`, or None.
+    stream_type   The Content-Type of a stream.
+    figures       Returns what /-/status shows.
+    status        Returns the same with the list of clients.
     """
 
-    def __init__(self, access: Access, *, page: bytes | None, retry: float, stream_type: str,
-                 publish_all: Callable[[Sequence[Draft]], Sequence[str | None]],
-                 figures: Callable[[], Figures], status: Callable[[], Figures],
-                 trouble: Callable[[], str | None]) -> None:
+    def __init__(self, access: Access, hub: Broadcast, *, page: bytes | None, stream_type: str,
+                 figures: Callable[[], Figures], status: Callable[[], Figures]) -> None:
         self._access = access
+        self._hub = hub
         self._page = page
-        self._retry = retry
         self._stream_type = stream_type
-        self._publish_all = publish_all
         self._figures = figures
         self._status = status
-        self._trouble = trouble
 
     def is_slow(self, request: Request) -> bool:
         """Say whether `respond` may take its time: then it is not for the accept loop."""
@@ -97,21 +113,19 @@ class Answers:
 
     def _answer_to_all(self, request: Request) -> bytes | None:
         """Return the answer to a request for which nobody is asked who may watch, or None."""
+        # Before the Host is looked at: load balancers send any, or none.
         if request.path == "/-/health" and request.method != "OPTIONS":
-            # Before the Host is looked at: load balancers send any, or none
             return self._health(request)
         self._access.check_host(request)
         if request.method == "OPTIONS":
             return _whole(request, b"", TEXT, self._preflight(request), status=204)
         if request.path == "/favicon.ico":
             raise Refusal(404, "This server has no icon.")
-        page = self._page_for(request) if request.path == "/" else None
-        if page:
-            return page
         if request.path == "/-/status" and "list" in request.query:
             self._access.admit_list(request)
-            return _whole(request, _json(self._status()), JSON, ["Cache-Control: no-store"])
-        return None
+            # No page may read it.
+            return _whole(request, _json(self._status()), JSON, [NO_STORE])
+        return self._page_for(request) if request.path == "/" else None
 
     def _page_for(self, request: Request) -> bytes | None:
         """Return the page if a browser's address line asks, None if a program does.
@@ -123,11 +137,9 @@ class Answers:
 
     def _open(self, request: Request, grant: Grant) -> bytes | Opening:
         """Return a stream's opening; of a HEAD request, its head."""
-        ends_at = math.inf if grant.until is None else grant.until
         asked = Subscription(parameters.channels(request), request.chunked)
         start = parameters.start(request, time.time())
-        opening = Opening(self._stream_head(request), asked, *start, ends_at,
-                          time.monotonic())
+        opening = Opening(self._stream_head(request), asked, *start, grant.until, time.monotonic())
         return opening.head if request.method == "HEAD" else opening
 
     def _stream_head(self, request: Request) -> bytes:
@@ -136,7 +148,8 @@ class Answers:
         closing = ["Connection: close"] if request.chunked and request.method == "HEAD" else []
         lines = ["HTTP/1.1 200 OK", f"Content-Type: {self._stream_type}", framing,
                  *self._access.cross_origin(request), *closing,
-                 "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no", _date(), "", ""]
+                 "Cache-Control: no-cache, no-transform", "X-Accel-Buffering: no",
+                 _date(int(time.time())), "", ""]
         return "\r\n".join(lines).encode()
 
     def _busy(self, request: Request) -> bytes:
@@ -145,7 +158,7 @@ class Answers:
         On any status but 200, an EventSource would give up for good.
         """
         asked = Subscription(frozenset(), request.chunked)
-        busy = asked.framed(frames.busy(COME_BACK * max(1.0, self._retry)))
+        busy = asked.framed(frames.busy(COME_BACK * max(1.0, self._hub.retry)))
         return self._stream_head(request) + busy + (frames.END if request.chunked else b"")
 
     def admit_post(self, request: Request) -> Grant:
@@ -163,14 +176,13 @@ class Answers:
         """
         drafts = self.drafts(request, body, grant)
         with refusing():
-            ids = self._publish_all(drafts)
+            ids = self._hub.publish_all(drafts)
         return self.posted(request, ids)
 
     def drafts(self, request: Request, body: bytes, grant: Grant) -> list[Draft]:
         """Return the events of a POST that is admitted. Raises Refusal."""
         drafts = parameters.drafts(request, body)
-        for draft in drafts:
-            grant.check(draft.channel)
+        grant.check(*(draft.channel for draft in drafts))
         return drafts
 
     def posted(self, request: Request, ids: Sequence[str | None]) -> bytes:
@@ -182,23 +194,24 @@ class Answers:
     def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
         """Return the answer that says what was wrong; the request is None if it is unreadable.
 
-        To a client that wants a stream, what is our own fault or shortage is told as `busy`.
+        To an EventSource, or a client like it, what is our own fault or shortage is told as `busy`.
         """
-        if request and refusal.status in (500, 503) and _wants_stream(request):
+        if (request and refusal.status in (500, 503) and request.method == "GET"
+                and request.accepts("text/event-stream") and not request.path.startswith("/-/")):
             return self._busy(request)
         fields = [*refusal.fields, *self._access.cross_origin(request)]
         return _whole(request, f"{refusal.text}\n".encode(), TEXT, fields, status=refusal.status)
 
     def _health(self, request: Request) -> bytes:
         """Return 200 `ok`. Raises Refusal with the reason if events are not taken."""
-        trouble = self._trouble()
+        trouble = self._hub.trouble()
         if trouble:
             raise Refusal(503, f"{trouble}.")
-        return _whole(request, b"ok\n", TEXT, ["Cache-Control: no-store"])
+        return _whole(request, b"ok\n", TEXT, [NO_STORE])
 
     def _report(self, request: Request) -> bytes:
         """Return the metrics, or the status."""
-        fields = ["Cache-Control: no-store", *self._access.cross_origin(request)]
+        fields = [NO_STORE, *self._access.cross_origin(request)]
         if request.path == "/-/metrics":
             return _whole(request, metrics(self._figures()).encode(), METRICS, fields)
         if request.path == "/-/status":
@@ -221,9 +234,15 @@ class Answers:
 def _whole(request: Request | None, body: bytes, content_type: str, fields: Sequence[str], *,
            status: int = 200, keep_alive: bool = False) -> bytes:
     """Return an answer with a body; to a HEAD request, its head."""
-    is_head = request is not None and request.method == "HEAD"
-    head = http1.head(status, content_type, len(body), [*fields, _date()], keep_alive)
-    return head if is_head else head + body
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    # There is no Content-Length with a 204 (RFC 9110 section 8.6).
+    if status != 204:
+        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+    # The idle time of connections.py.
+    lines += ["Connection: keep-alive", "Keep-Alive: timeout=75"] if keep_alive else [
+        "Connection: close"]
+    head = "\r\n".join([*lines, *fields, _date(int(time.time())), "", ""]).encode()
+    return head if request and request.method == "HEAD" else head + body
 
 
 @contextmanager
@@ -240,18 +259,9 @@ def refusing() -> Iterator[None]:
         raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
 
 
-def _wants_stream(request: Request) -> bool:
-    """Say whether a request is an EventSource's, or that of a client like it."""
-    return (request.method == "GET" and request.accepts("text/event-stream")
-            and not request.path.startswith("/-/"))
-
-
-def _date() -> str:
-    return _date_at(int(time.time()))
-
-
 @lru_cache(maxsize=1)
-def _date_at(second: int) -> str:
+def _date(second: int) -> str:
+    """Return the field Date for a second since 1970. It is made once in each second."""
     return f"Date: {formatdate(second, usegmt=True)}"
 
 
@@ -262,16 +272,10 @@ def _json(value: Figures) -> bytes:
 def metrics(figures: Figures) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4."""
     lines: list[str] = []
-    for name, kind, text, key in FAMILIES:
+    for name, kind, text, samples in FAMILIES:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{suffix} {value}" for suffix, value in _samples(figures, key).items()]
+        for suffix, key in samples.items():
+            numbers = figures[key] if "LABEL" in suffix else {"": figures[key]}
+            lines += [f"{name}{suffix.replace('LABEL', label)} {number}"
+                      for label, number in numbers.items()]
     return "\n".join(lines) + "\n"
-
-
-def _samples(figures: Figures, key: str) -> dict[str, Any]:
-    """Return what one figure gives: what follows the name on its line, and the value."""
-    if key in LABELS:
-        return {f'{{{LABELS[key]}="{each}"}}': number for each, number in figures[key].items()}
-    if key == "turn_seconds":
-        return {"_sum": figures[key], "_count": figures["turns"]}
-    return {"": figures[key]}

@@ -1,7 +1,4 @@
-"""Turn bytes into a request or a refusal, and an answer into bytes: what is spoken of HTTP/1.1.
-
-    bytes --parse--> Request --> (answers.py) --> text, fields --head--> bytes
-               \\--> Refusal  -------------------------^
+"""Turn bytes into a request, or a refusal: what is understood of HTTP/1.1.
 
 `parse` is strict, because requests are smuggled through what two parsers read differently (RFC 9112
 section 11.2). What it takes, every other parser reads in the same way: no bare LF or CR, no folded
@@ -20,7 +17,6 @@ import hmac
 import re
 from binascii import a2b_qp
 from collections.abc import Iterable
-from http import HTTPStatus
 from typing import NamedTuple
 
 from sse_core.errors import Refusal
@@ -177,20 +173,20 @@ def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     # One empty line before the request is ignored (RFC 9112 section 2.2).
     start = 2 if buffer.startswith(b"\r\n") else 0
 
-    # Where the request line ends, and where the head; -1 if that is not there yet.
+    # Where the request line ends, and where the head; -1 if that is not there yet. Behind `limit`,
+    # nothing belongs to the head, or it is too long.
     line_end = buffer.find(b"\r\n", start, start + MAX_LINE + 2)
     limit = start + (MAX_LINE + 2 if line_end < 0 else MAX_HEAD)
     end = buffer.find(b"\r\n\r\n", max(line_end, seen - 3), limit) if line_end >= 0 else -1
+    head = _HEAD.match(buffer, start, end + 2) if end >= 0 else None
     if end >= 0:
-        head = _HEAD.match(buffer, start, end + 2)
-        if head and head.end() == end + 2:
-            return _parse_head(head), end + 4
         limit = end + 4
-    # It is not a head, or not yet a whole one.
-    if _BAD_BYTE.search(buffer, max(start, seen - 1), limit):
+    # What matched whole has no bad byte, and is not looked through again.
+    is_head = head is not None and head.end() == end + 2
+    if not is_head and _BAD_BYTE.search(buffer, max(start, seen - 1), limit):
         raise Refusal(400, "The head has a control character, or a line that does not end in CRLF.")
     if end >= 0:
-        raise _not_a_head(head)
+        return _parse_head(head, end + 2), end + 4
     if len(buffer) < limit:
         return None
     if line_end < 0:
@@ -198,22 +194,23 @@ def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     raise Refusal(431, f"The request head is longer than {MAX_HEAD} bytes.")
 
 
-def _not_a_head(begun: re.Match[bytes] | None) -> Refusal:
-    """Return what is wrong with a head of which this much matched: its first line, or a field."""
-    if begun is None:
-        return Refusal(400, "The request line is not `METHOD TARGET HTTP/1.1`.")
-    _parse_request_line(begun)
-    if begun[5].count(b"\n") > MAX_FIELDS:
-        return Refusal(431, f"The request has more than {MAX_FIELDS} header fields.")
-    return Refusal(400, "A header field is not `Name: value` (no space before the colon, "
-                        "no folded lines).")
+def _parse_head(head: re.Match[bytes] | None, end: int) -> Request:
+    """Return the request of a head, of which this much matched, and which ends at `end`.
 
-
-def _parse_head(head: re.Match[bytes]) -> Request:
-    """Return the request. Raises Refusal for what is well-formed and still not to be served."""
-    method, authority, path, query, version = _parse_request_line(head)
-    lines = head[5].decode("latin-1")
-    request = Request(method, path, query, version, _take_apart(_KNOWN, lines), lines)
+    Raises Refusal for what is malformed, and for what is well-formed and still not to be served.
+    """
+    if head is None:
+        raise Refusal(400, "The request line is not `METHOD TARGET HTTP/1.1`.")
+    method, lines = head[1].decode(), head[5].decode("latin-1")
+    if head[3] != b"1":
+        raise Refusal(505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
+    authority, path, query = _parse_target(head[2].decode("latin-1"), method)
+    if head.end() < end:
+        if lines.count("\n") > MAX_FIELDS:
+            raise Refusal(431, f"The request has more than {MAX_FIELDS} header fields.")
+        raise Refusal(400, "A header field is not `Name: value` (no space before the colon, "
+                           "no folded lines).")
+    request = Request(method, path, query, (1, int(head[4])), _take_apart(_KNOWN, lines), lines)
     _check(request)
     _check_framing(request)
     if authority:
@@ -221,15 +218,6 @@ def _parse_head(head: re.Match[bytes]) -> Request:
         request.known["host"] = authority
         _check_host(request)
     return request
-
-
-def _parse_request_line(head: re.Match[bytes]
-                        ) -> tuple[str, str, str, dict[str, list[str]], tuple[int, int]]:
-    method, target, major, minor, _ = head.groups()
-    if major != b"1":
-        raise Refusal(505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
-    parts = _parse_target(target.decode("latin-1"), method.decode())
-    return (method.decode(), *parts, (1, int(minor)))
 
 
 def _parse_target(target: str, method: str) -> tuple[str, str, dict[str, list[str]]]:
@@ -315,15 +303,3 @@ def _check_framing(request: Request) -> None:
         raise Refusal(400, "HTTP/1.0 has no Transfer-Encoding.")
     if coding is not None and coding.lower() != "chunked":
         raise Refusal(501, "The only Transfer-Encoding that this server supports is chunked.")
-
-
-def head(status: int, content_type: str, length: int, fields: Iterable[str],
-         keep_alive: bool) -> bytes:
-    """Return the head of an answer: status line, length, what becomes of the connection."""
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
-    # There is no Content-Length with a 204 (RFC 9110 section 8.6).
-    if status != 204:
-        lines += [f"Content-Type: {content_type}", f"Content-Length: {length}"]
-    lines += ["Connection: keep-alive", "Keep-Alive: timeout=75"] if keep_alive else [
-        "Connection: close"]
-    return "\r\n".join([*lines, *fields, "", ""]).encode()

@@ -38,9 +38,6 @@ MAX_ASKED = 32
 # Characters of their names in all.
 MAX_NAMES = 1024
 
-# Parameters that are compared with the known ones, and their characters: one takes some 20 us.
-MAX_COMPARED, MAX_COMPARED_NAME = 3, 20
-
 # Charsets that are UTF-8. What is ASCII is UTF-8, too.
 UTF_8 = {"utf-8", "utf8", "us-ascii"}
 _CHARSET = re.compile(r';[ \t]*charset="?([^";, \t]*)')
@@ -131,9 +128,9 @@ def channels(request: Request) -> frozenset[str]:
     Raises Refusal for too many, for what no channel is called, and for a parameter that is nearly a
     known one.
     """
-    unknown = [name for name in request.query
-               if name not in WATCHING and len(name) < MAX_COMPARED_NAME]
-    for name in unknown[:MAX_COMPARED]:
+    unknown = [name for name in request.query if name not in WATCHING and len(name) < 20]
+    # A comparison takes some 20 us, so there are few, and only of short names.
+    for name in unknown[:3]:
         for meant in get_close_matches(name, WATCHING, 1):
             raise Refusal(400, f"The parameter {name!r} is not known. Did you mean {meant!r}?")
     channels = request.query.get("channel", [])
