@@ -311,6 +311,19 @@ def test_a_file_that_is_removed_or_replaced_is_told_and_not_followed(nested, how
         assert made in (False, ["before"])
 
 
+@pytest.mark.parametrize("damage", [
+    lambda path: os.truncate(path, 0),
+    lambda path: path.write_bytes(b"damage" * 1000)], ids=["emptied", "overwritten"])
+def test_a_file_that_is_damaged_takes_no_events_because_they_would_reach_nobody(path, damage):
+    with on_file(path) as (server,), Client(server.port) as client:
+        client.open()
+        post(server, "before").raise_for_status()
+        read_to(client, "before")
+        damage(path)
+        assert "not a database" in refused(server)
+        assert post(server, "after").status_code == 503
+
+
 def test_a_file_that_is_moved_away_and_back_is_the_same(nested):
     with watched(nested, 2) as (servers, clients):
         post(servers[0], "before")

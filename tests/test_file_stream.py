@@ -379,7 +379,8 @@ def test_a_burst_that_was_trimmed_before_an_empty_file_was_looked_at_is_a_gap(pa
         trim_to(path, 10)
         server.process.send_signal(signal.SIGCONT)
         client.read_until(lambda stream: stream.last_id == "1-100")
-        assert gaps(client)[0]["after"] is None and client.stream.events[0].name == "gap"
+        gap = client.stream.events[0]
+        assert gap.name == "gap" and gap.id == gaps(client)[0]["after"] == "0-0"
         assert len(client.stream.events) == 11
 
 

@@ -220,7 +220,8 @@ class FileStream(SharedLog):
 
     def _writing(self) -> sqlite3.Connection:
         """Return the connection that writes. Raises Unusable if the file cannot be used."""
-        if not self._writer:
+        # What is written to a file that cannot be read reaches no client, and may be lost.
+        if not self._writer or self._troubles[READING]:
             raise Unusable(self._troubles[READING] or "it is being opened")
         self._check_in_place()
         return self._writer

@@ -493,9 +493,9 @@ class Shared(Broadcast):
         after the newest event of this log, and not after the newest row: that may be no event, so
         that no client could resume at it.
         """
-        after = self._log.last_id if self._log.last_id > (0, 0) else None
+        after = self._log.last_id if self._ids else None
         ids = frames.format_id(after), frames.format_id(resumed)
-        payload = self._line_ends(frames.gap_payload(*ids, "evicted", after if self._ids else None))
+        payload = self._line_ends(frames.gap_payload(*ids, "evicted", after))
         with self._mutex:
             self._make_room(len(payload))
             self._log.append(payload, None, None, self.clock())
