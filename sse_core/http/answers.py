@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -29,7 +28,7 @@ from sse_core.engine import frames
 from sse_core.engine.clients import Opening, Subscription
 from sse_core.engine.frames import Draft
 from sse_core.engine.hub import Broadcast
-from sse_core.errors import NotRunning, Refusal, Unavailable, WouldWait
+from sse_core.errors import NotRunning, Refusal, Unavailable
 from sse_core.http import http1, parameters
 from sse_core.http.access import Access, Grant
 from sse_core.http.http1 import Request
@@ -174,10 +173,7 @@ class Answers:
 
         Raises Refusal; WouldWait, see Hub.forbid_waiting.
         """
-        drafts = self.drafts(request, body, grant)
-        with refusing():
-            ids = self._hub.publish_all(drafts)
-        return self.posted(request, ids)
+        return self.posted(request, self._hub.publish_all(self.drafts(request, body, grant)))
 
     def drafts(self, request: Request, body: bytes, grant: Grant) -> list[Draft]:
         """Return the events of a POST that is admitted. Raises Refusal."""
@@ -245,18 +241,16 @@ def _whole(request: Request | None, body: bytes, content_type: str, fields: Sequ
     return head if request and request.method == "HEAD" else head + body
 
 
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Raise Refusal in place of what publishing raises; but WouldWait goes on."""
-    try:
-        yield
-    except WouldWait:
-        raise
-    except Unavailable as error:
-        raise Refusal(503, f"{error}. Try again later; it may have been published.",
-                      ["Retry-After: 5"]) from None
-    except NotRunning:
-        raise Refusal(503, "The server is stopping.", ["Retry-After: 1"]) from None
+def refusal_of(error: Exception) -> Refusal:
+    """Return how a request is refused, given what was raised while it was served."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, NotRunning):
+        return Refusal(503, "The server is stopping.", ["Retry-After: 1"])
+    if isinstance(error, Unavailable):
+        return Refusal(503, f"{error}. Try again later; it may have been published.",
+                       ["Retry-After: 5"])
+    return Refusal(500, "The server could not answer this request; its log says why.")
 
 
 @lru_cache(maxsize=1)

@@ -54,9 +54,9 @@ from typing import Any, Callable, TypeVar, Union
 from sse_core.engine.clients import Opening
 from sse_core.engine.frames import Draft
 from sse_core.engine.wakeup import WakeUp
-from sse_core.errors import Refusal, WouldWait
+from sse_core.errors import NotRunning, Refusal, Unavailable, WouldWait
 from sse_core.http import http1, parameters
-from sse_core.http.answers import Answers, refusing
+from sse_core.http.answers import Answers, refusal_of
 from sse_core.http.body import Body
 from sse_core.http.http1 import Request
 from sse_core.http.pool import Pool
@@ -474,15 +474,14 @@ class Connection:
         try:
             request = yield from self._read_head()
             return request is not None and (yield from self._answer(request))
-        except Refusal as refusal:
-            yield from self._refuse(refusal, request)
         except (OSError, TimeUp):
             raise
-        except Exception:
-            # A fault, ours or of `authorize`: it costs this connection alone.
-            logger.exception("%s: the request could not be answered", self.peer)
-            yield from self._refuse(Refusal(500, "The server could not answer this request; its "
-                                                 "log says why."), request)
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal.status == 500:
+                # A fault, ours or of `authorize`: it costs this connection alone.
+                logger.exception("%s: the request could not be answered", self.peer)
+            yield from self._refuse(refusal, request)
         finally:
             self._held = self._others.hold(0, self._held)
         return False
@@ -515,24 +514,25 @@ class Connection:
             return (yield from self._work(self._others.publishing, publish))
         if self._others.submit:
             # The thread of a store publishes it.
-            with refusing():
-                job = self._others.submit(self._answers.drafts(request, body, grant))
+            job = self._others.submit(self._answers.drafts(request, body, grant))
             yield from self._wait(job)
-            with refusing():
-                return self._answers.posted(request, job.result())
+            return self._answers.posted(request, job.result())
         try:
             return publish()
         except WouldWait:
             return (yield from self._work(self._others.publishing, publish))
 
     def _work(self, pool: Pool, call: Callable[[], T]) -> Code[T]:
-        """Have a thread do what may block. Raises Refusal; RuntimeError if the call fails."""
+        """Have a thread do what may block.
+
+        Raises Refusal, NotRunning or Unavailable; RuntimeError if the call fails.
+        """
         job = pool.submit(call)
         yield from self._wait(job)
         error = job.exception()
         if error is None:
             return job.result()
-        if isinstance(error, Refusal):
+        if isinstance(error, (Refusal, NotRunning, Unavailable)):
             raise error
         # An OSError, too: it is not the peer that has left.
         raise RuntimeError("the request could not be worked on") from error
