@@ -38,14 +38,17 @@ class Shell:
     """Run a command of a page as it stands but for its ports, which are free ones here."""
 
     def __init__(self, folder) -> None:
-        self.ports = {"6500": str(free_port()), "6501": str(free_port()), "6502": str(free_port()),
-                      "6379": str(free_port())}
+        self.ports = {port: str(free_port())
+                      for port in ("6500", "6501", "6502", "6379", "8000", "8080")}
         self.folder = folder
         self.processes = []
 
+    def moved(self, text: str) -> str:
+        """Return a text with the ports of this shell in place of those of the documentation."""
+        return re.sub(rf"\b({'|'.join(self.ports)})\b", lambda port: self.ports[port[0]], text)
+
     def start(self, command: str, **options) -> subprocess.Popen:
-        for old, new in self.ports.items():
-            command = command.replace(old, new)
+        command = self.moved(command)
         command = command.replace("redis-cli ", f"redis-cli -p {self.ports['6379']} ")
         command = command.replace("python sse_server.py",
                                   f"{shlex.quote(sys.executable)} {TOP}/sse_server.py")

@@ -1,0 +1,233 @@
+"""Each recipe of docs/recipes.md does what it says: real apps, workers, proxies and browsers."""
+import getpass
+import grp
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from browser import browser
+from documentation import commands
+from helpers import PATIENCE, TOP, Client, ask, get, listens, need, wait_until
+
+STREAM = "Accept: text/event-stream"
+
+
+@pytest.fixture
+def recipes(shell, monkeypatch):
+    """The shell, with the examples in its folder. They use the ports of the shell."""
+    (shell.folder / "examples").mkdir()
+    for path in (TOP / "examples").iterdir():
+        if path.is_file():
+            (shell.folder / "examples" / path.name).write_text(shell.moved(path.read_text()))
+    monkeypatch.setenv("PYTHONPATH", str(TOP))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(shell.folder))
+    return shell
+
+
+def change(recipes, name: str, old: str, new: str) -> None:
+    """Replace a text in one of the examples, which must be there."""
+    path = recipes.folder / "examples" / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def start(recipes, command: str, *ports: str) -> subprocess.Popen:
+    """Run a command of the page until something listens on its ports."""
+    process = recipes.start(command)
+    wait_until(lambda: process.poll() is not None
+               or all(listens(int(recipes.ports[port])) for port in ports))
+    assert process.poll() is None, command
+    return process
+
+
+# A web application with several workers
+
+class User:
+    """Somebody who is logged in to an app. port: of the app, or of the proxy before it."""
+
+    def __init__(self, recipes, name: str, port: str, stream_port: str, path: str) -> None:
+        self.name = name
+        self._url = f"http://127.0.0.1:{recipes.ports[port]}"
+        self._stream_port, self._path = int(recipes.ports[stream_port]), path
+        self._proxied = port == stream_port
+        answer = requests.get(f"{self._url}/login?user={name}", allow_redirects=False,
+                              timeout=PATIENCE)
+        assert answer.status_code in (302, 303), answer.text
+        self._cookies = answer.cookies
+        self.cookie = "Cookie: " + "; ".join(f"{each.name}={each.value}" for each in self._cookies)
+
+    def send(self, to: str, text: str) -> None:
+        """Let the app notify a user. Each call is a connection of its own, to any worker."""
+        token = {"X-CSRFToken": self._cookies["csrftoken"]} if "csrftoken" in self._cookies else {}
+        answer = requests.post(f"{self._url}/send", params={"to": to, "text": text},
+                               cookies=self._cookies, headers=token, timeout=PATIENCE)
+        assert answer.status_code == 204, answer.text
+
+    def watch(self, last_id: str = "") -> Client:
+        resume = [f"Last-Event-ID: {last_id}"] if last_id else []
+        return Client(self._stream_port, get(f"{self._path}?channel=user/{self.name}&since=24h",
+                                             STREAM, self.cookie, *resume),
+                      proxied=self._proxied, last_id=last_id).open()
+
+    def status(self, channel: str, *fields: str) -> bytes:
+        """Return the status line of a stream that is asked for with these fields."""
+        request = get(f"{self._path}?channel={channel}", STREAM, "Connection: close", *fields)
+        return ask(self._stream_port, request).split(b"\r\n")[0]
+
+
+def texts(client: Client) -> list:
+    return [event.data for event in client.stream.events]
+
+
+def check_that_each_user_has_a_channel_of_their_own(ann: User, bob: User) -> None:
+    streams = [ann.watch() for _ in range(6)]
+    with bob.watch() as of_bob:
+        sent = [f"bob: {number}" for number in range(10)]
+        for number in range(10):
+            bob.send("ann", str(number))
+        ann.send("bob", "hello")
+        of_bob.read_until_data("ann: hello")
+        assert texts(of_bob) == ["ann: hello"]
+    for stream in streams:
+        stream.read_until_data(sent[-1])
+        assert texts(stream) == sent
+        stream.close()
+    for status, fields in (b" 403 ", [ann.cookie]), (b" 401 ", []), (b" 401 ", ["Cookie: a=b"]):
+        assert status in ann.status("user/bob", *fields)
+
+
+def workers(process: subprocess.Popen) -> list:
+    """Return the processes that a server of applications has forked, without its helpers."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children
+            if "resource_tracker" not in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+_flask, _fastapi = commands("flask_in_workers:app", "fastapi_in_workers:app")
+IN_WORKERS = {"flask": _flask, "fastapi": _fastapi}
+
+_flask, _fastapi = commands("flask_beside:app", "fastapi_beside:app")
+BESIDE = {"flask": _flask, "fastapi": _fastapi}
+
+_nginx, _caddy = commands("nginx -p", "caddy run")
+PROXIES = {"nginx": _nginx, "caddy": _caddy}
+
+
+def need_modules(name: str, command: str) -> None:
+    """Skip a test whose framework, or whose server for applications, is not installed."""
+    for module in (name, "gunicorn" if "gunicorn" in command else "uvicorn", "jwt"):
+        pytest.importorskip(module)
+
+
+@pytest.fixture(params=IN_WORKERS)
+def in_workers(request, recipes):
+    """An app that carries the server in each of two workers: the process."""
+    need_modules(request.param, IN_WORKERS[request.param])
+    process = start(recipes, IN_WORKERS[request.param], "8000", "6500")
+    wait_until(lambda: len(workers(process)) == 2)
+    return process
+
+
+def start_beside(recipes, name: str, proxy: str) -> None:
+    """Start a server, an app beside it, and a proxy in front of both."""
+    need_modules(name, BESIDE[name])
+    need(proxy, proxy)
+    serve, = commands("python sse_server.py --port 6501 --history-file events.db")
+    # Started by root, nginx would work as another user, who may not write into the folder
+    user, group = getpass.getuser(), grp.getgrgid(os.getgid()).gr_name
+    change(recipes, "nginx-login.conf", "/tmp/sse-nginx", f"{recipes.folder}/nginx")
+    change(recipes, "nginx-login.conf", "daemon off;", f"daemon off;\nuser {user} {group};")
+    # Caddy's port for administrators may be taken
+    change(recipes, "Caddyfile-login", "grace_period", "admin off\n\tgrace_period")
+    # Soon back after a restart
+    recipes.serve(f"{serve} --retry 0.3")
+    start(recipes, BESIDE[name], "8000")
+    start(recipes, PROXIES[proxy], "8080")
+
+
+@pytest.mark.interop
+def test_users_of_an_app_that_carries_the_server_see_only_their_own(recipes, in_workers):
+    ann, bob = (User(recipes, name, "8000", "6500", "/") for name in ("ann", "bob"))
+    check_that_each_user_has_a_channel_of_their_own(ann, bob)
+
+
+@pytest.mark.interop
+def test_users_miss_nothing_when_a_worker_is_killed(recipes, in_workers):
+    ann = User(recipes, "ann", "8000", "6500", "/")
+    ann.send("ann", "before")
+    with ann.watch() as stream:
+        last_id = stream.read_events(1)[0].id
+    killed = workers(in_workers)[0]
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: not os.path.exists(f"/proc/{killed}"))
+    wait_until(lambda: len(workers(in_workers)) == 2)
+    ann.send("ann", "after")
+    for _ in range(6):
+        with ann.watch(last_id) as stream:
+            assert [event.data for event in stream.read_events(1)] == ["ann: after"]
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("proxy", PROXIES)
+@pytest.mark.parametrize("name", BESIDE)
+def test_users_of_an_app_beside_the_server_see_only_their_own(recipes, name, proxy):
+    start_beside(recipes, name, proxy)
+    ann, bob = (User(recipes, each, "8080", "8080", "/events") for each in ("ann", "bob"))
+    check_that_each_user_has_a_channel_of_their_own(ann, bob)
+    # Only the proxy may ask for tokens
+    answer = ask(int(recipes.ports["8080"]), get("/events-token", ann.cookie, "Connection: close"))
+    assert b" 404 " in answer.split(b"\r\n")[0] and b"X-Events-Token" not in answer
+
+
+@pytest.mark.interop
+def test_the_page_shows_notifications_of_an_app_that_carries_the_server(recipes, in_workers):
+    with browser(recipes.folder / "profile") as page:
+        log_in(page, recipes.ports["8000"])
+        check_page(page)
+
+
+def log_in(page, port: str) -> None:
+    """Let the browser log in; the app leads it on to its page."""
+    page.call("Page.navigate", url=f"http://127.0.0.1:{port}/login?user=ann")
+    page.wait_for("document.title === 'Notifications of ann' && document.readyState === 'complete'")
+
+
+def check_page(page, *seen: str) -> None:
+    page.wait_for("document.getElementById('state').textContent === 'Connected'")
+    page.evaluate("form.to.value = 'ann', form.text.value = '<b>hi', form.requestSubmit()")
+    wait_until(lambda: items(page) == ["ann: <b>hi", *seen])
+
+
+def items(page) -> list:
+    return page.evaluate("[...document.querySelectorAll('li')].map(item => item.textContent)")
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_the_page_goes_on_over_expiry_and_restarts_until_the_user_logs_out(recipes, proxy):
+    change(recipes, "flask_beside.py", "STREAM_TIME = 300", "STREAM_TIME = 1.5")
+    start_beside(recipes, "flask", proxy)
+    server, app = recipes.processes[:2]
+    with browser(recipes.folder / "profile") as page:
+        log_in(page, recipes.ports["8080"])
+        check_page(page)
+        page.evaluate("ends = 0, source.addEventListener('error', () => ends++), true")
+        page.wait_for("ends > 0")
+        check_page(page, "ann: <b>hi")
+        for process in (server, app):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            seen = page.evaluate("ends")
+            page.wait_for(f"ends > {seen} + 1 && source.readyState === 0")
+            recipes.start(process.args[2])
+            check_page(page, *items(page))
+        page.evaluate("fetch('/logout')")
+        page.wait_for("source.readyState === 2")
+        assert "not logged in" in page.evaluate("document.getElementById('state').textContent")
