@@ -35,7 +35,8 @@ class WakeUp:
                 os.write(pipe.writer, b"\0")
 
     def clear(self) -> None:
-        """Read what `wake` has written."""
+        """Read what `wake` has written, once the selector says that there is something."""
+        # What is more than that wakes it again at once.
         if self._pipe:
             os.read(self._pipe.reader, 4096)
 
@@ -53,9 +54,11 @@ class _Pipe:
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
+
+        # Whoever wakes must not wait when the pipe is full.
         os.set_blocking(self.writer, False)
 
+    # Without reference counting this comes later, which does no harm.
     def __del__(self) -> None:
         os.close(self.writer)
         os.close(self.reader)

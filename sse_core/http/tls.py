@@ -49,6 +49,8 @@ class TLSSocket(ssl.SSLSocket):
             self._offer(self._begun)
             self._begun = b""
             return 1
+        # One record, of which OpenSSL takes all or nothing. A copy, because it may be offered again
+        # when the caller's buffer is gone.
         piece = bytes(data[:RECORD])
         try:
             return self._offer(piece)
@@ -97,6 +99,7 @@ class Certificate:
     """
 
     def __init__(self, cert: str, key: str | None, password: Password | None) -> None:
+        # Paths. Without the second, the key is in the first.
         self._cert = cert
         self._key = key
         self._password = password
@@ -107,6 +110,7 @@ class Certificate:
         self._seen = self._look()
         self._look_at = time.monotonic() + LOOK_INTERVAL
 
+        # Never changed once it is in use. A changed certificate gets a context of its own.
         self._context = self._load()
 
     def context(self) -> ssl.SSLContext:
@@ -120,7 +124,7 @@ class Certificate:
         return self._context
 
     def _renew(self) -> None:
-        """Load the files into a context of their own, so that half a change spoils nothing."""
+        """Load the files anew. If that cannot be, everything stays as it was."""
         try:
             self._context = self._load()
             logger.info("%s has changed: its certificate is served from now on", self._cert)
@@ -142,6 +146,8 @@ class Certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         # What came before is forbidden by RFC 8996.
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+        # What its `wrap_socket` makes.
         context.sslsocket_class = TLSSocket
         try:
             context.load_cert_chain(self._cert, self._key, self._password or _no_password)
@@ -154,8 +160,10 @@ class Certificate:
         """Say in words why the files cannot be used. OpenSSL says `PEM lib`, whatever it is."""
         if not isinstance(error, ssl.SSLError):
             return error.strerror or str(error)
+        # Two files that were mixed up, or the first half of a renewal.
         if error.reason == "KEY_VALUES_MISMATCH":
             return "the key is that of another certificate"
+        # The key may stand in the file of the certificate.
         if not self._key and b"PRIVATE KEY-----" not in Path(self._cert).read_bytes():
             return "it holds no private key, and --key is missing"
         return "not PEM, or the password of the key is wrong"
