@@ -200,17 +200,17 @@ class Publisher:
         self._advance(client)
 
     def _advance(self, client: Client) -> None:
-        """Send a client that is not current what it is due: its rest, a gap, one batch."""
-        rest = client.rest
+        """Send a client that is not current what it is due: its unsent, a gap, one batch."""
+        unsent = client.unsent
         batch, end, tells_gap = self._broadcast.due(client)
-        both = b"".join((rest, batch.data)) if rest and batch.data else rest or batch.data
+        both = b"".join((unsent, batch.data)) if unsent and batch.data else unsent or batch.data
         sent = self._send(client, both)
         if sent < 0:
             return
-        if sent < len(rest):
-            client.rest = memoryview(rest)[sent:]
+        if sent < len(unsent):
+            client.unsent = memoryview(unsent)[sent:]
         else:
-            begun = client.advance(batch, end, sent - len(rest))
+            begun = client.advance(batch, end, sent - len(unsent))
             if begun and tells_gap:
                 client.gap = None
                 self.counters.gaps += 1
@@ -222,7 +222,7 @@ class Publisher:
         lags = client in self._clients.lagging
         # It can be beyond the fan-out, if it joined while there was more to do
         behind = client.cursor != self._broadcast.fanned_out
-        if client.rest or client.gap or behind:
+        if client.unsent or client.gap or behind:
             if not lags:
                 self._watch(client)
             return
@@ -289,7 +289,7 @@ class Publisher:
         sent = self._send(client, heartbeat)
         if 0 <= sent < len(heartbeat):
             client.cursor, client.after = self._broadcast.fanned_out, self._broadcast.newest
-            client.rest = memoryview(heartbeat)[sent:]
+            client.unsent = memoryview(heartbeat)[sent:]
             self._watch(client)
 
     def _drop(self, client: Client, reason: str) -> None:
@@ -305,7 +305,7 @@ class Publisher:
 
     def _end(self, client: Client) -> bool:
         """End a stream in order, unless it is in the middle of a frame. False: it was gone."""
-        if client.rest:
+        if client.unsent:
             return True
         is_there = self._send(client, frames.END if client.asked.chunked else b"") >= 0
         if is_there:

@@ -103,7 +103,7 @@ def test_nobody_is_in_the_broadcast_while_another_is(sock, first, second):
     broadcast = Broadcast(**KEPT, clock=door, wall=lambda: 1000.0)
     broadcast.register(sock, OPENING)
     client, = broadcast.take()[0]
-    client.rest = b""
+    client.unsent = b""
     broadcast.clients.pace.fall_behind(client, 1000.0)
     if (first, second) == ("publish", "drain"):
         broadcast.fanned_out = 1        # nobody does it here

@@ -63,7 +63,7 @@ class Gap(NamedTuple):
 
 class Client:
     """One connected socket and its cursor."""
-    __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "rest", "after", "gap",
+    __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "unsent", "after", "gap",
                  "ends_at", "sent_at", "received")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
@@ -72,7 +72,7 @@ class Client:
         self.asked = opening.asked
         self.registered_at = 0.0            # on the monotonic clock
         self.cursor = 0                     # the next frame due; while it is current, not kept up
-        self.rest: Bytes = opening.head     # due before that frame: a head, or what is left of one
+        self.unsent: Bytes = opening.head     # due before that frame: a head, or what is left of one
         self.after = NOTHING                # it has had everything up to this id
         self.gap: Gap | None = None         # to be told first
         self.ends_at = opening.ends_at
@@ -84,7 +84,7 @@ class Client:
 
         end: the cursor after all of them, and after those behind them that it does not want.
         """
-        begun, self.rest = batch.cut(sent)
+        begun, self.unsent = batch.cut(sent)
         if begun:
             last = batch.frames[begun - 1]
             self.cursor, self.after = last.number + 1, last.newest
@@ -130,7 +130,7 @@ class Clients:
 
     def have(self, end: int, now: float) -> bool:
         """Say whether those who are waited for have everything before the frame numbered `end`."""
-        return all(client.cursor - bool(client.rest) >= end for client in self._awaited(now))
+        return all(client.cursor - bool(client.unsent) >= end for client in self._awaited(now))
 
     def describe(self, log: Log, now: float, wall: float) -> list[dict[str, Any]]:
         """Return what there is to say of clients, the lagging ones first, LISTED at most."""

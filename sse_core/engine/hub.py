@@ -250,7 +250,7 @@ class Broadcast:
             begin = [frames.welcome(self._log.last_id, self.retry, self.heartbeat)]
         else:
             begin = [frames.retry_line(self.retry), *self._place(client, opening)]
-        client.rest = b"".join([client.rest, *map(client.asked.framed, begin)])
+        client.unsent = b"".join([client.unsent, *map(client.asked.framed, begin)])
 
     def _place(self, client: Client, opening: Opening) -> Iterable[bytes]:
         """Set the cursor behind the client's last id; if that cannot be, it begins with a gap.
@@ -307,7 +307,7 @@ class Broadcast:
         with self._mutex:
             if client in lagging:       # all others that lag are served before it is again
                 lagging[client] = lagging.pop(client)
-            if len(client.rest) >= frames.BATCH:
+            if len(client.unsent) >= frames.BATCH:
                 return Batch((), True), client.cursor, False
             start = max(client.cursor, self._log.first)
             if start > client.cursor and not client.gap and self._log.lost(
