@@ -63,7 +63,7 @@ class Gap(NamedTuple):
 
 class Client:
     """One connected socket and its cursor."""
-    __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "unsent", "after", "gap",
+    __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "unsent", "delivered_id", "gap",
                  "ends_at", "sent_at", "received")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
@@ -73,7 +73,7 @@ class Client:
         self.registered_at = 0.0            # on the monotonic clock
         self.cursor = 0                     # the next frame due; while it is current, not kept up
         self.unsent: Bytes = opening.head     # due before that frame: a head, or what is left of one
-        self.after = NOTHING                # it has had everything up to this id
+        self.delivered_id = NOTHING                # it has had everything up to this id
         self.gap: Gap | None = None         # to be told first
         self.ends_at = opening.ends_at
         self.sent_at = 0.0                  # when its socket last took a byte, or it fell behind
@@ -87,7 +87,7 @@ class Client:
         begun, self.unsent = batch.cut(sent)
         if begun:
             last = batch.frames[begun - 1]
-            self.cursor, self.after = last.number + 1, last.newest
+            self.cursor, self.delivered_id = last.number + 1, last.newest
         if sent == len(batch.data):
             self.cursor = end
         return begun

@@ -246,7 +246,7 @@ class Broadcast:
     def _begin_stream(self, client: Client, opening: Opening) -> None:
         """Put a client behind the id it brought, or tell it the newest one if it has none."""
         if opening.last_id is None:
-            client.after = self._log.last_id
+            client.delivered_id = self._log.last_id
             begin = [frames.welcome(self._log.last_id, self.retry, self.heartbeat)]
         else:
             begin = [frames.retry_line(self.retry), *self._place(client, opening)]
@@ -265,7 +265,7 @@ class Broadcast:
         else:
             client.cursor, reason = self._log.locate_time(opening.since, channels)
             latest = self._log.latest(channels) if opening.since == math.inf else []
-        client.after = own or NOTHING
+        client.delivered_id = own or NOTHING
         client.gap = Gap(opening.last_id, reason, own) if reason else None
         self._floor = min(self._floor, client.cursor)
         return latest
@@ -312,7 +312,7 @@ class Broadcast:
             start = max(client.cursor, self._log.first)
             if start > client.cursor and not client.gap and self._log.lost(
                     client.cursor, client.asked.channels):
-                own = client.after if self._ids and client.after > NOTHING else None
+                own = client.delivered_id if self._ids and client.delivered_id > NOTHING else None
                 client.gap = Gap(frames.format_id(own), "lagging", own)
             batch, end = self._batch_at(start, client.asked)
             # `resumed` names the client's next event, so the gap waits until that has been found.
@@ -325,7 +325,7 @@ class Broadcast:
         """Return what a client is told before it goes on at `start`: a frame of its own."""
         resumed = frames.format_id(self._log.first_id(start, client.asked.wants))
         payload = self._line_ends(frames.gap_payload(gap.after, resumed, gap.reason, gap.own))
-        return Frame(start - 1, None, client.after, None, 0.0, frames.chunk(payload))
+        return Frame(start - 1, None, client.delivered_id, None, 0.0, frames.chunk(payload))
 
     def done(self) -> bool:
         """Say whether the publisher may end: nothing is to be sent any more, or time is up."""
