@@ -141,8 +141,8 @@ class Publisher:
         batches: dict[Subscription, Batch] = {}
         joined = 0
         for group in self._groups.that_want(by_channel):
-            channels = group.asked.channels & named if named else named
-            key = Subscription(channels, group.asked.chunked)
+            channels = group.subscription.channels & named if named else named
+            key = Subscription(channels, group.subscription.chunked)
             if key not in batches:
                 if joined > MAX_JOINED:
                     batches, joined = {}, 0
@@ -285,7 +285,7 @@ class Publisher:
         return chain(current, self._clients.lagging)
 
     def _beat(self, client: Client) -> None:
-        heartbeat = client.asked.framed(frames.HEARTBEAT)
+        heartbeat = client.subscription.framed(frames.HEARTBEAT)
         sent = self._send(client, heartbeat)
         if 0 <= sent < len(heartbeat):
             client.cursor, client.delivered_id = self._broadcast.fanned_out, self._broadcast.newest
@@ -307,7 +307,7 @@ class Publisher:
         """End a stream in order, unless it is in the middle of a frame. False: it was gone."""
         if client.unsent:
             return True
-        is_there = self._send(client, frames.END if client.asked.chunked else b"") >= 0
+        is_there = self._send(client, frames.END if client.subscription.chunked else b"") >= 0
         if is_there:
             with suppress(OSError):     # the peer has closed just now
                 # Over TLS this sends close_notify: without it an end could be a cut

@@ -38,7 +38,7 @@ class Subscription(NamedTuple):
 class Opening(NamedTuple):
     """A stream to be opened: its head, what was asked for, and after which id it goes on."""
     head: bytes
-    asked: Subscription
+    subscription: Subscription
     last_id: str | None = None      # None: it begins with the next event
     since: float | None = None      # or with those of a time, in milliseconds; inf: see Log.latest
     # When the stream ends because its token expires, in seconds since the epoch. It is no part of
@@ -63,13 +63,13 @@ class Gap(NamedTuple):
 
 class Client:
     """One connected socket and its cursor."""
-    __slots__ = ("sock", "peer", "asked", "registered_at", "cursor", "unsent", "delivered_id", "gap",
+    __slots__ = ("sock", "peer", "subscription", "registered_at", "cursor", "unsent", "delivered_id", "gap",
                  "ends_at", "sent_at", "received")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
         self.peer = peer                    # for the logger: it is not known any more after a reset
-        self.asked = opening.asked
+        self.subscription = opening.subscription
         self.registered_at = 0.0            # on the monotonic clock
         self.cursor = 0                     # the next frame due; while it is current, not kept up
         self.unsent: Bytes = opening.head     # due before that frame: a head, or what is left of one
@@ -136,7 +136,7 @@ class Clients:
         """Return what there is to say of clients, the lagging ones first, LISTED at most."""
         others = (client for client in self._all if client not in self.lagging)
         return [{"peer": client.peer, "since": round(wall - now + client.registered_at, 3),
-                 "channels": len(client.asked.channels), **self._lag(client, log, now)}
+                 "channels": len(client.subscription.channels), **self._lag(client, log, now)}
                 for client in islice(chain(self.lagging, others), LISTED)]
 
     def _lag(self, client: Client, log: Log, now: float) -> dict[str, float]:

@@ -10,10 +10,10 @@ from sse_core.engine.clients import Client, Subscription
 
 class Group:
     """Clients that are sent the same bytes, because they asked for the same."""
-    __slots__ = ("asked", "current", "size", "sent_at")
+    __slots__ = ("subscription", "current", "size", "sent_at")
 
-    def __init__(self, asked: Subscription) -> None:
-        self.asked = asked
+    def __init__(self, subscription: Subscription) -> None:
+        self.subscription = subscription
         self.current: dict[Client, None] = {}   # ordered set: the clients that have had every frame
         self.size = 0                           # of these, and of those that are not current
         self.sent_at = -math.inf                # when all current clients were last sent something
@@ -32,11 +32,11 @@ class Groups:
 
     def join(self, client: Client) -> None:
         """Give a client its group."""
-        asked = client.asked
-        group = self._groups.setdefault(asked, Group(asked))
-        client.asked = group.asked      # one copy for all
+        subscription = client.subscription
+        group = self._groups.setdefault(subscription, Group(subscription))
+        client.subscription = group.subscription      # one copy for all
         if not group.size:
-            for channel in asked.channels:
+            for channel in subscription.channels:
                 others = self._by_channel.setdefault(channel, group)
                 if isinstance(others, dict):
                     others[group] = None
@@ -46,13 +46,13 @@ class Groups:
 
     def leave(self, client: Client) -> None:
         """Take a client out of its group, which goes with its last one."""
-        group = self._groups[client.asked]
+        group = self._groups[client.subscription]
         group.current.pop(client, None)
         group.size -= 1
         if group.size:
             return
-        del self._groups[group.asked]
-        for channel in group.asked.channels:
+        del self._groups[group.subscription]
+        for channel in group.subscription.channels:
             others = self._by_channel[channel]
             if isinstance(others, dict) and len(others) > 1:
                 del others[group]
@@ -61,12 +61,12 @@ class Groups:
 
     def current_beside(self, client: Client) -> dict[Client, None]:
         """Return the current clients of a client's group."""
-        return self._groups[client.asked].current
+        return self._groups[client.subscription].current
 
     def that_want(self, channels: Collection[str | None]) -> list[Group]:
         """Return every group that wants an event on any of the channels; no other is touched."""
         if None in channels:
             return list(self)
-        asked = (self._by_channel.get(channel, {}) for channel in channels if channel)
+        subscription = (self._by_channel.get(channel, {}) for channel in channels if channel)
         return list(dict.fromkeys(chain.from_iterable(
-            (groups,) if isinstance(groups, Group) else groups for groups in asked)))
+            (groups,) if isinstance(groups, Group) else groups for groups in subscription)))

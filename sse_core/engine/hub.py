@@ -250,14 +250,14 @@ class Broadcast:
             begin = [frames.welcome(self._log.last_id, self.retry, self.heartbeat)]
         else:
             begin = [frames.retry_line(self.retry), *self._place(client, opening)]
-        client.unsent = b"".join([client.unsent, *map(client.asked.framed, begin)])
+        client.unsent = b"".join([client.unsent, *map(client.subscription.framed, begin)])
 
     def _place(self, client: Client, opening: Opening) -> Iterable[bytes]:
         """Set the cursor behind the client's last id; if that cannot be, it begins with a gap.
 
         Returns the frames that it is sent before those at its cursor.
         """
-        channels = client.asked.channels
+        channels = client.subscription.channels
         own, latest = None, []
         if opening.since is None:
             own = frames.parse_id(opening.last_id or "")
@@ -270,10 +270,10 @@ class Broadcast:
         self._floor = min(self._floor, client.cursor)
         return latest
 
-    def _join_from(self, cursor: int, asked: Subscription) -> tuple[Batch, int]:
+    def _join_from(self, cursor: int, subscription: Subscription) -> tuple[Batch, int]:
         """Return a batch of what is fanned out from a cursor on, and the cursor after it."""
-        run, end = self._log.collect(cursor, max(cursor, self.fanned_out), asked.wants)
-        return Batch(run, asked.chunked), end
+        run, end = self._log.collect(cursor, max(cursor, self.fanned_out), subscription.wants)
+        return Batch(run, subscription.chunked), end
 
     # Called by the publisher thread
 
@@ -311,19 +311,19 @@ class Broadcast:
                 return Batch((), True), client.cursor, False
             start = max(client.cursor, self._log.first)
             if start > client.cursor and not client.gap and self._log.lost(
-                    client.cursor, client.asked.channels):
+                    client.cursor, client.subscription.channels):
                 own = client.delivered_id if self._ids and client.delivered_id > NOTHING else None
                 client.gap = Gap(frames.format_id(own), "lagging", own)
-            batch, end = self._batch_at(start, client.asked)
+            batch, end = self._batch_at(start, client.subscription)
             # `resumed` names the client's next event, so the gap waits until that has been found.
             if not client.gap or not batch.frames and end < self.fanned_out:
                 return batch, end, False
             told = self._gap_frame(client, client.gap, start)
-            return Batch([told, *batch.frames], client.asked.chunked), end, True
+            return Batch([told, *batch.frames], client.subscription.chunked), end, True
 
     def _gap_frame(self, client: Client, gap: Gap, start: int) -> Frame:
         """Return what a client is told before it goes on at `start`: a frame of its own."""
-        resumed = frames.format_id(self._log.first_id(start, client.asked.wants))
+        resumed = frames.format_id(self._log.first_id(start, client.subscription.wants))
         payload = self._line_ends(frames.gap_payload(gap.after, resumed, gap.reason, gap.own))
         return Frame(start - 1, None, client.delivered_id, None, 0.0, frames.chunk(payload))
 
