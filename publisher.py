@@ -175,7 +175,7 @@ class Publisher:
 
     def _fall_behind(self, client: Client, batch: Batch, sent: int) -> None:
         """Make a current client lagging, `sent` bytes into a batch."""
-        client.cursor, client.delivered_id = batch.frames[0].number, self._broadcast.newest
+        client.cursor, client.delivered_id = batch.frames[0].number, self._broadcast.fanned_out_id
         self._watch(client)
         self.counters.bytes += sent
         self.counters.deliveries += client.advance(batch, client.cursor, sent)
@@ -288,7 +288,7 @@ class Publisher:
         heartbeat = client.subscription.framed(frames.HEARTBEAT)
         sent = self._send(client, heartbeat)
         if 0 <= sent < len(heartbeat):
-            client.cursor, client.delivered_id = self._broadcast.fanned_out, self._broadcast.newest
+            client.cursor, client.delivered_id = self._broadcast.fanned_out, self._broadcast.fanned_out_id
             client.unsent = memoryview(heartbeat)[sent:]
             self._watch(client)
 

@@ -408,7 +408,7 @@ def test_what_is_loaded_and_a_gap_leave_the_log_in_its_bounds(path):
             shared = Shared(stream, **{**KEPT, "history": 64})
             shared._log._size = size
             shared.preload(iter(events), NOTHING)
-            assert shared._log._bytes <= size and shared._log.last_id == shared.newest == (99, 0)
+            assert shared._log._bytes <= size and shared._log.last_id == shared.fanned_out_id == (99, 0)
         shared = Shared(stream, **{**KEPT, "history": 64})
         shared.preload(iter(events), NOTHING)
         assert (shared._log.first, shared._log.next, shared.fanned_out) == (35, 99, 99)

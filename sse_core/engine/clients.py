@@ -87,7 +87,7 @@ class Client:
         begun, self.unsent = batch.cut(sent)
         if begun:
             last = batch.frames[begun - 1]
-            self.cursor, self.delivered_id = last.number + 1, last.newest
+            self.cursor, self.delivered_id = last.number + 1, last.newest_id
         if sent == len(batch.data):
             self.cursor = end
         return begun

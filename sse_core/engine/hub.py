@@ -46,7 +46,7 @@ class Broadcast:
         self._log = Log(history, (int(wall() * 1000), 0))
         self.clients = Clients(self._mutex, patience)
         self.fanned_out = 0                     # number of the frame that the fan-out begins with
-        self.newest = self._log.last_id         # the newest id before that
+        self.fanned_out_id = self._log.last_id         # the newest id before that
         self._woken = False                     # the publisher looks for work without a wake-up
         self._floor = 0                         # below, nobody who is waited for is due a frame
         self._stop_by: float | None = None      # None while events and clients are taken
@@ -294,7 +294,7 @@ class Broadcast:
         """Say that these frames are fanned out, and that clients may have moved."""
         with self._mutex:
             if run:
-                self.fanned_out, self.newest = run[-1].number + 1, run[-1].newest
+                self.fanned_out, self.fanned_out_id = run[-1].number + 1, run[-1].newest_id
             self._batch_at.cache_clear()
             self._moved.notify_all()
 

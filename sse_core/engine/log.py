@@ -32,7 +32,7 @@ class Frame(NamedTuple):
     """One event, encoded once."""
     number: int                 # its place in the log; what was loaded is numbered up to -1
     id: Id | None               # None: the event has none
-    newest: Id                  # the newest id up to here: its own, if it has one
+    newest_id: Id                  # the newest id up to here: its own, if it has one
     channel: str | None
     time: float                 # seconds, on the caller's clock, when it was appended
     chunk: bytes
@@ -86,7 +86,7 @@ class Log:
         if self._newest.get(frame.channel) is frame:
             del self._newest[frame.channel]
         # A frame without an id came after the newest one: (ms, n) < (ms, n, 1) < (ms, n + 1)
-        self._evicted[frame.channel] = frame.number, frame.id or (*frame.newest, 1)
+        self._evicted[frame.channel] = frame.number, frame.id or (*frame.newest_id, 1)
         self._evicted.move_to_end(frame.channel)
         if len(self._evicted) > MAX_CHANNELS:
             self._forgotten = self._evicted.popitem(last=False)[1]
@@ -125,7 +125,7 @@ class Log:
         low, high = max(self.first, self._epoch), self.next
         while low < high:
             middle = (low + high) // 2
-            if self._frames[middle].newest < event_id:
+            if self._frames[middle].newest_id < event_id:
                 low = middle + 1
             else:
                 high = middle

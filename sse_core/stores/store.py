@@ -366,7 +366,7 @@ class Shared(Broadcast):
         super().__init__(history=history, **options)
         self.stream = stream
         self._log = Log(history)
-        self.newest = self._log.last_id
+        self.fanned_out_id = self._log.last_id
 
         # On `clock`: the log has all that the store had at this time.
         self._complete_at = -math.inf
@@ -380,11 +380,11 @@ class Shared(Broadcast):
         self._piece = max(MIN_HISTORY, history) // 4
 
         # The newest id that publishers that wait have committed, and the time after that.
-        self._own = self.newest
+        self._own = self.fanned_out_id
         self._own_at = -math.inf
 
         # The id that came back last.
-        self._arrived = self.newest
+        self._arrived = self.fanned_out_id
 
     def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
         """Hand over a socket, see Broadcast.
@@ -477,7 +477,7 @@ class Shared(Broadcast):
                 self.fanned_out = self._log.next
         with self._mutex:
             self._log.begin(missing)
-            self.newest = self._log.last_id
+            self.fanned_out_id = self._log.last_id
         self.loaded.set()
 
     def complete(self, at: float) -> None:
