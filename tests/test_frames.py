@@ -106,7 +106,7 @@ def test_the_names_of_the_servers_own_events_cannot_be_published(name):
 def fill(log: Log, *ids, size: int = 0) -> None:
     for id in ids:
         payload = frames.encode("x" * size)
-        while not log.fits(len(payload) + 64):
+        while not log.has_room(len(payload) + 64):
             log.evict()
         log.append(payload, id, None, 0.0)
 
@@ -261,11 +261,11 @@ def test_what_left_of_ten_thousand_channels_is_known_of_each():
         log.append(b"x", (1000 + number, 0), f"c{number}", 0.0)
     for _ in range(MAX_CHANNELS):
         log.evict()
-    assert log.lost(0, ["c0"]) and not log.lost(1, ["c0"])
-    assert log.lost(9999, ["c9999"]) and not log.lost(0, ["new"])
+    assert log.has_lost(0, ["c0"]) and not log.has_lost(1, ["c0"])
+    assert log.has_lost(9999, ["c9999"]) and not log.has_lost(0, ["new"])
     log.evict()
-    assert log.lost(0, ["new"]) and not log.lost(1, ["new"])
-    assert log.lost(1, ["c1"]) and not log.lost(2, ["c1"])
+    assert log.has_lost(0, ["new"]) and not log.has_lost(1, ["new"])
+    assert log.has_lost(1, ["c1"]) and not log.has_lost(2, ["c1"])
 
 
 def test_a_batch_is_64_kib_at_most_or_one_frame():
@@ -286,8 +286,8 @@ def test_a_share_of_the_log_is_one_of_its_bytes_and_of_its_frames(share, fit):
     log = Log(64, size=4000)
     log.append(b"x" * 69, (1, 0), None, 0.0)
     used = len(log.frame(0).chunk) + 2 * FRAME_COST
-    assert log.fits(fit - used, share) and not log.fits(fit - used + 1, share)
+    assert log.has_room(fit - used, share) and not log.has_room(fit - used + 1, share)
     log = Log(100)
-    while log.fits(10, share):
+    while log.has_room(10, share):
         log.append(b"", (log.next + 1, 0), None, 0.0)
     assert log.next == fit / 40

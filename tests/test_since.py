@@ -164,7 +164,7 @@ def test_an_id_from_before_a_store_was_lost_is_unknown_also_when_there_are_new_e
     assert log.locate((1000, 0)) == (0, "unknown")
     for ms in range(2001, 2070):
         log.append(b"x", (ms, 0), None, 0.0)
-        if not log.fits(0):
+        if not log.has_room(0):
             log.evict()
     assert log.locate((1000, 0))[1] and log.locate((2000, 5))[1] == "evicted"
 

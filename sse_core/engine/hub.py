@@ -221,7 +221,7 @@ class Broadcast:
 
         wait: evict only what nobody who is waited for is due, and leave the others their share.
         """
-        while not self._log.fits(length, WAITERS_SHARE if wait else 1.0):
+        while not self._log.has_room(length, WAITERS_SHARE if wait else 1.0):
             if not is_begun:
                 self.check_running()
             if self.stopping or self._may_evict(wait):
@@ -310,7 +310,7 @@ class Broadcast:
             if len(client.unsent) >= frames.BATCH:
                 return Batch((), True), client.cursor, False
             start = max(client.cursor, self._log.first)
-            if start > client.cursor and not client.gap and self._log.lost(
+            if start > client.cursor and not client.gap and self._log.has_lost(
                     client.cursor, client.subscription.channels):
                 own = client.delivered_id if self._ids and client.delivered_id > NOTHING else None
                 client.gap = Gap(frames.format_id(own), "lagging", own)

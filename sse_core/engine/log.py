@@ -41,7 +41,7 @@ class Frame(NamedTuple):
 class Log:
     """Hold the newest frames: at most `history` of them (64 at least) and at most `size` bytes.
 
-    Kept are the frames `first <= number < next`. Nothing leaves by itself: while `fits` is false
+    Kept are the frames `first <= number < next`. Nothing leaves by itself: while `has_room` is false
     the caller evicts, and so decides whether the oldest may go.
 
     Ids grow. One that does not begins a new epoch: ids from before are unknown from there on, and
@@ -72,7 +72,7 @@ class Log:
         self._frames: dict[int, Frame] = {}
         self._newest: dict[str | None, Frame] = {}      # kept of each channel
 
-    def fits(self, length: int, share: float = 1.0) -> bool:
+    def has_room(self, length: int, share: float = 1.0) -> bool:
         """Say whether `length` bytes can be appended within this share of the log."""
         kept = self.next - self.first
         is_small = self._bytes + length + FRAME_COST <= self._size * share
@@ -189,7 +189,7 @@ class Log:
     def _newest_of(self, channels: Iterable[str]) -> list[Frame]:
         return sorted(self._newest[each] for each in (None, *channels) if each in self._newest)
 
-    def lost(self, cursor: int, channels: Iterable[str]) -> bool:
+    def has_lost(self, cursor: int, channels: Iterable[str]) -> bool:
         """Say whether a frame on these channels, or on none, has left the log from `cursor` on."""
         return self._last_evicted(channels)[0] >= cursor
 

@@ -470,7 +470,7 @@ class Shared(Broadcast):
             # The mutex is held for some events, and not for all of a long history.
             with self._mutex:
                 for event in some if self._ids else ():
-                    while not self._log.fits(len(event.payload) + ID_LENGTH):
+                    while not self._log.has_room(len(event.payload) + ID_LENGTH):
                         self._log.evict()
                     self._log.append(event.payload, event.id, event.channel, self.clock())
                 # They count as sent: there is nobody to send them to.
