@@ -101,10 +101,10 @@ class Publisher:
         ready = self._selector.select(0 if self._broadcast.has_work() else timeout)
         began = self._clock()
         self._serve(ready)
-        joining, run = self._broadcast.take()
+        joining, run = self._broadcast.next_work()
         if run:
             self._fan_out(run)
-        self._broadcast.moved(run)
+        self._broadcast.fanned_out_to(run)
         for client in joining:
             self._greet(client)
         if joining:
@@ -202,7 +202,7 @@ class Publisher:
     def _advance(self, client: Client) -> None:
         """Send a client that is not current what it is due: its unsent, a gap, one batch."""
         unsent = client.unsent
-        batch, end, tells_gap = self._broadcast.due(client)
+        batch, end, tells_gap = self._broadcast.next_batch(client)
         both = b"".join((unsent, batch.data)) if unsent and batch.data else unsent or batch.data
         sent = self._send(client, both)
         if sent < 0:

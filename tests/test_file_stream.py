@@ -491,7 +491,7 @@ def test_who_waits_until_all_is_sent_goes_on_at_once_when_all_is_read(path):
         shared, waited = turned(stream), 0.0
         for _ in range(10):
             drain = pool.submit(shared.drain)
-            wait_until(lambda: shared._moved._waiters)
+            wait_until(lambda: shared._changed._waiters)
             began = time.monotonic()
             shared.complete(shared.clock())
             drain.result(PATIENCE)

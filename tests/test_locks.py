@@ -80,9 +80,9 @@ BROADCAST = {
     "stop": lambda broadcast, _: broadcast.stop(),
     "close": lambda broadcast, _: broadcast.close(),
     "has_work": lambda broadcast, _: broadcast.has_work(),
-    "take": lambda broadcast, _: broadcast.take(),
-    "moved": lambda broadcast, _: broadcast.moved([]),
-    "due": lambda broadcast, client: broadcast.due(client),
+    "next_work": lambda broadcast, _: broadcast.next_work(),
+    "fanned_out_to": lambda broadcast, _: broadcast.fanned_out_to([]),
+    "next_batch": lambda broadcast, client: broadcast.next_batch(client),
     "done": lambda broadcast, _: broadcast.done(),
     "greeted": lambda broadcast, _: broadcast.clients.greeted(1),
     "set_lagging": lambda broadcast, client: broadcast.clients.set_lagging(client, 1000.0),
@@ -102,7 +102,7 @@ def test_nobody_is_in_the_broadcast_while_another_is(sock, first, second):
     door = Door(lambda: BROADCAST[first](broadcast, client))
     broadcast = Broadcast(**KEPT, clock=door, wall=lambda: 1000.0)
     broadcast.register(sock, OPENING)
-    client, = broadcast.take()[0]
+    client, = broadcast.next_work()[0]
     client.unsent = b""
     broadcast.clients.pace.fall_behind(client, 1000.0)
     if (first, second) == ("publish", "drain"):
@@ -116,7 +116,7 @@ def test_two_that_publish_at_once_get_two_ids_in_the_order_of_the_log():
     broadcast, ids = Broadcast(**KEPT, clock=door, wall=lambda: 1000.0), []
     assert waits(door, lambda: ids.append(broadcast.publish("second")))
     assert len(set(ids)) == 2
-    assert [frame.id for frame in broadcast.take()[1]] == sorted(map(parse_id, ids))
+    assert [frame.id for frame in broadcast.next_work()[1]] == sorted(map(parse_id, ids))
 
 
 def test_many_that_publish_and_register_are_all_counted(sock):

@@ -355,7 +355,7 @@ def test_of_many_events_all_are_published_when_it_stops_amid_them(bench):
     ids = []
     drafts = [Draft(str(number)) for number in range(1000)]
     thread = in_a_thread(lambda: ids.extend(b.broadcast.publish_all(drafts)))
-    wait_until(lambda: b.broadcast._moved._waiters)     # nothing is fanned out
+    wait_until(lambda: b.broadcast._changed._waiters)     # nothing is fanned out
     b.broadcast.stop()
     thread.join()
     assert len(set(ids)) == b.publisher.figures()["events"] == 1000

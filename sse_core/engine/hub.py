@@ -42,7 +42,7 @@ class Broadcast:
                              "from 0 on")
         # A signal handler can come while its thread holds it: see `refuse_inside`
         self._mutex = threading.RLock()
-        self._moved = threading.Condition(self._mutex)  # clients have, or the log, or it is the end
+        self._changed = threading.Condition(self._mutex)  # clients have, or the log, or it is the end
         self._log = Log(history, (int(wall() * 1000), 0))
         self.clients = Clients(self._mutex, patience)
         self.fanned_out = 0                     # number of the frame that the fan-out begins with
@@ -174,7 +174,7 @@ class Broadcast:
 
     def refuse_inside(self) -> None:
         """Raise RuntimeError in a signal handler that came while its thread was at work in here."""
-        if self._moved._is_owned():     # type: ignore[attr-defined]  # as Condition itself asks
+        if self._changed._is_owned():     # type: ignore[attr-defined]  # as Condition itself asks
             raise RuntimeError("a signal handler interrupted a call of the server's by another: "
                                "let it set a flag instead")
 
@@ -214,7 +214,7 @@ class Broadcast:
         """Wait until something has changed. Raises WouldWait."""
         if not getattr(self._thread, "may_wait", True):
             raise WouldWait("this thread may not wait for the publisher")
-        self._moved.wait(LOOK)
+        self._changed.wait(LOOK)
 
     def _make_room(self, length: int, wait: bool = False, is_begun: bool = False) -> None:
         """Evict until `length` bytes fit, but wait while most of the log is not fanned out.
@@ -283,22 +283,22 @@ class Broadcast:
             self._woken = self.fanned_out < self._log.next or bool(self.clients.joining)
             return self._woken
 
-    def take(self) -> tuple[list[Client], list[Frame]]:
+    def next_work(self) -> tuple[list[Client], list[Frame]]:
         """Return clients that join, AT_ONCE at most, and the next batch to fan out."""
         with self._mutex:
             self._woken = True      # until the next look: in a burst, that saves system calls
             run, _ = self._log.collect(self.fanned_out, self._log.next)
             return self.clients.joining[:AT_ONCE], run
 
-    def moved(self, run: Sequence[Frame]) -> None:
+    def fanned_out_to(self, run: Sequence[Frame]) -> None:
         """Say that these frames are fanned out, and that clients may have moved."""
         with self._mutex:
             if run:
                 self.fanned_out, self.fanned_out_id = run[-1].number + 1, run[-1].newest_id
             self._batch_at.cache_clear()
-            self._moved.notify_all()
+            self._changed.notify_all()
 
-    def due(self, client: Client) -> tuple[Batch, int, bool]:
+    def next_batch(self, client: Client) -> tuple[Batch, int, bool]:
         """Return the batch that follows a client's rest, and the cursor after it.
 
         Also whether the first frame of the batch tells the client its gap.

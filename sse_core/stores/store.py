@@ -484,7 +484,7 @@ class Shared(Broadcast):
         """Note that the log has all that was in the shared one at that time, on `clock`."""
         with self._mutex:
             self._complete_at = at
-            self._moved.notify_all()
+            self._changed.notify_all()
 
     def tell_gap(self, resumed: Id | None) -> None:
         """Tell all clients that events before this id are lost.
