@@ -25,9 +25,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from sse_core.engine import frames
-from sse_core.engine.clients import AT_ONCE, Client, Subscription
+from sse_core.engine.clients import CLIENTS_PER_TURN, Client, Subscription
 from sse_core.engine.groups import Group, Groups
-from sse_core.engine.hub import LOOK, Broadcast
+from sse_core.engine.hub import POLL_INTERVAL, Broadcast
 from sse_core.engine.log import Batch, Bytes, Frame
 from sse_core.engine.stalls import Stalls
 
@@ -35,7 +35,7 @@ from sse_core.engine.stalls import Stalls
 MAX_JOINED = 4 << 20
 # Bytes that a frame takes in a batch beside its own, at most
 FRAME_COST = 200
-SWEEP = 1.0             # seconds between two looks for silent and stalled clients, at most
+SWEEP_INTERVAL = 1.0             # seconds between two looks for silent and stalled clients, at most
 
 # Bytes that a client may send after its request
 MAX_INPUT = 64 << 10
@@ -63,7 +63,7 @@ class Publisher:
         self._heartbeat = heartbeat = broadcast.heartbeat
         self._groups = Groups()
         self._stalls = Stalls(broadcast.clients)
-        self._sweep_every = min(SWEEP, heartbeat / 8) if heartbeat else SWEEP
+        self._sweep_every = min(SWEEP_INTERVAL, heartbeat / 8) if heartbeat else SWEEP_INTERVAL
         self._sweep_at = self._clock() + self._sweep_every
         self._selector = selectors.DefaultSelector()
         self._selector.register(broadcast.wakeup.open(), READ)
@@ -83,7 +83,7 @@ class Publisher:
         try:
             self._broadcast.forbid_waiting()
             while not self._broadcast.done():
-                longest = LOOK if self._broadcast.stopping else math.inf
+                longest = POLL_INTERVAL if self._broadcast.stopping else math.inf
                 self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
         except BaseException:       # a stream may be in the middle of a frame: none is ended
             self._groups = Groups()
@@ -125,7 +125,7 @@ class Publisher:
                 writable.add(client)
         if writable:
             in_turn = filter(writable.__contains__, self._clients.lagging)
-            for client in list(islice(in_turn, AT_ONCE)):
+            for client in list(islice(in_turn, CLIENTS_PER_TURN)):
                 self._advance(client)
 
     def _fan_out(self, run: Sequence[Frame]) -> None:

@@ -231,7 +231,7 @@ def test_the_table_of_bounds_is_what_the_code_says():
         connections.PLACE_TIME, http1.MAX_LINE, http1.MAX_HEAD, http1.MAX_FIELDS,
         frames.MAX_EVENT, connections.MAX_BODIES, frames.MAX_NAME,
         parameters.MAX_ASKED, parameters.MAX_NAMES, log.MAX_LATEST, http1.MAX_LAST_ID,
-        signed.MAX_TOKEN, clients.LISTED, stalls.STALL, publisher.MAX_INPUT]
+        signed.MAX_TOKEN, clients.MAX_LISTED, stalls.STALL_TIMEOUT, publisher.MAX_INPUT]
 
 
 def test_since(shell):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sse_core.engine import frames
-from sse_core.engine.log import BATCH, FRAME_COST, MAX_CHANNELS, MAX_LOG, NOTHING, SCAN, Batch, Log
+from sse_core.engine.log import BATCH, FRAME_COST, MAX_CHANNELS, MAX_BYTES, NOTHING, SCAN_LIMIT, Batch, Log
 from helpers import TOP
 from wire import Decoder, Event
 
@@ -50,7 +50,7 @@ def test_what_no_event_can_hold_is_a_value_error(data, event):
 
 def test_the_largest_event_fits():
     assert len(frames.encode("x" * frames.MAX_EVENT)) == frames.MAX_EVENT + 8
-    assert len(frames.encode("\n" * frames.MAX_EVENT)) < MAX_LOG
+    assert len(frames.encode("\n" * frames.MAX_EVENT)) < MAX_BYTES
 
 
 def test_a_chunk_has_a_length_of_eight_digits_and_gives_its_payload_back():
@@ -235,10 +235,10 @@ def test_collect_takes_only_what_is_wanted_and_a_batch_at_most():
 
 
 def test_a_scan_ends_after_a_fixed_number_of_frames():
-    log = Log(5 * SCAN)
-    for number in range(3 * SCAN):
+    log = Log(5 * SCAN_LIMIT)
+    for number in range(3 * SCAN_LIMIT):
         log.append(b"", None, "other", 0.0)
-    assert log.collect(7, 3 * SCAN, lambda frame: False) == ([], 7 + SCAN)
+    assert log.collect(7, 3 * SCAN_LIMIT, lambda frame: False) == ([], 7 + SCAN_LIMIT)
     assert log.first_id(0, lambda frame: True) is None
 
 

@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from sse_core.engine.pace import LUMP, RATE, Pace
+from sse_core.engine.pace import MAX_LUMP, MIN_RATE, Pace
 
-LONGEST = 5.0 + LUMP / RATE     # seconds, with a patience of 5
+LONGEST = 5.0 + MAX_LUMP / MIN_RATE     # seconds, with a patience of 5
 OLDEST, LATER = 7, 8            # frames at which clients stand
 
 
@@ -26,21 +26,21 @@ CASES = {
     "one that takes nothing, before its longest pause is over": ([BEHIND], LONGEST - 0.1, True),
     "one that takes nothing, after that": ([BEHIND], LONGEST, False),
     "what it takes pays for the pause before":
-        ([BEHIND, (8.0, "take", 8 * RATE)], 8.0 + LONGEST - 0.1, True),
+        ([BEHIND, (8.0, "take", 8 * MIN_RATE)], 8.0 + LONGEST - 0.1, True),
     "but for that pause only: nothing is paid in advance":
-        ([BEHIND, (2.0, "take", RATE), (8.0, "take", 1000 * RATE)], 8.0 + LONGEST, False),
+        ([BEHIND, (2.0, "take", MIN_RATE), (8.0, "take", 1000 * MIN_RATE)], 8.0 + LONGEST, False),
     "a part of it pays for a part":
-        ([BEHIND, (8.0, "take", 3 * RATE)], 3.0 + LONGEST, False),
+        ([BEHIND, (8.0, "take", 3 * MIN_RATE)], 3.0 + LONGEST, False),
     "one that takes a byte a second":
         ([BEHIND, *((float(second), "take", 1) for second in range(1, 14))], 13.1, False),
     "one that takes 16 KiB each second, for an hour":
         ([BEHIND, *((float(second), "take", 16 << 10) for second in range(1, 3600))], 3600.0, True),
     "one that takes half of the least pace, for half a minute":
-        ([BEHIND, *((float(second), "take", RATE // 2) for second in range(1, 28))], 28.0, False),
+        ([BEHIND, *((float(second), "take", MIN_RATE // 2) for second in range(1, 28))], 28.0, False),
     "one that was given up and has paid what it owed":
-        ([BEHIND, (60.0, "take", 60 * RATE)], 60.1, True),
+        ([BEHIND, (60.0, "take", 60 * MIN_RATE)], 60.1, True),
     "one that was given up and has paid half of it":
-        ([BEHIND, (60.0, "take", 30 * RATE)], 60.1, False),
+        ([BEHIND, (60.0, "take", 30 * MIN_RATE)], 60.1, False),
     "one that caught up and falls behind again owes nothing":
         ([BEHIND, (39.0, "catch_up"), (40.0, "fall_behind")], 40.1, True),
 }
@@ -62,11 +62,11 @@ def test_fuzz_a_reader_whose_kernel_reports_it_in_lumps_is_waited_for_at_every_m
     for _ in range(200 * request.config.getoption("fuzz")):
         pace, now, behind = after([BEHIND]), 0.0, 0.0
         for _ in range(100):
-            pause = draw.uniform(0.0, LUMP / RATE + 4.9 - behind)
+            pause = draw.uniform(0.0, MAX_LUMP / MIN_RATE + 4.9 - behind)
             now, behind = now + pause, behind + pause
             assert pace.waits_for("client", now), f"seed {seed}: after {now} s"
             lump = draw.uniform(0.0, 1.5) * behind
-            pace.take("client", int(lump * RATE) + 1, OLDEST, now)
+            pace.take("client", int(lump * MIN_RATE) + 1, OLDEST, now)
             behind = max(0.0, behind - lump)
 
 
@@ -108,7 +108,7 @@ def test_a_pause_that_is_made_good_costs_no_credit():
     pace = after([BEHIND])
     for second in range(8, 800, 8):
         pace.hold(OLDEST, second - 8.0)
-        pace.take("client", LUMP, OLDEST, float(second))
+        pace.take("client", MAX_LUMP, OLDEST, float(second))
     assert held(pace, "another", 800.0) == pytest.approx(LONGEST, abs=0.2)
 
 
@@ -135,14 +135,14 @@ def test_those_that_take_nothing_one_after_the_other_share_one_pause():
 def test_a_pause_that_is_partly_made_good_costs_the_rest():
     pace = after([BEHIND])
     pace.hold(OLDEST, 0.0)
-    pace.take("client", 4 * RATE, OLDEST, 10.0)
+    pace.take("client", 4 * MIN_RATE, OLDEST, 10.0)
     assert held(pace, "another", 10.0) == pytest.approx(LONGEST - 5.0 + 0.9, abs=0.2)
 
 
 def test_a_pause_is_not_made_good_by_those_who_do_not_hold_up_the_source():
     pace = after([BEHIND])
     pace.hold(OLDEST, 0.0)
-    pace.take("client", LUMP, LATER, 8.0)
+    pace.take("client", MAX_LUMP, LATER, 8.0)
     pace.release(10.0)
     assert held(pace, "another", 10.0) < 0.5 * LONGEST
 
@@ -151,7 +151,7 @@ def test_the_time_after_the_slowest_has_moved_is_not_lost():
     """The source wakes up a moment later: of a fast pipe, these moments are a good part."""
     pace = after([BEHIND])
     pace.hold(OLDEST, 0.0)
-    pace.take("client", RATE, OLDEST, 1.0)
+    pace.take("client", MIN_RATE, OLDEST, 1.0)
     pace.release(10.0)
     assert held(pace, "another", 10.0) == pytest.approx(LONGEST, abs=0.2)
 
@@ -168,12 +168,12 @@ def deaf_ones_use_up_the_credit(pace: Pace, now: float) -> float:
     """
     for number in range(5):
         now += held(pace, f"deaf {number}", now)
-        pace.take("client", LUMP * 2, LATER, now)
+        pace.take("client", MAX_LUMP * 2, LATER, now)
     return now
 
 
 def test_a_slow_reader_that_is_steady_is_waited_for_though_others_have_used_up_the_credit():
-    pace = after([BEHIND, (8.0, "take", LUMP)])
+    pace = after([BEHIND, (8.0, "take", MAX_LUMP)])
     now = deaf_ones_use_up_the_credit(pace, 8.0)
     pace.fall_behind("new", now)
     assert pace.waits_for("client", now + 5.6) and not pace.waits_for("new", now + 5.6)
@@ -181,7 +181,7 @@ def test_a_slow_reader_that_is_steady_is_waited_for_though_others_have_used_up_t
 
 @pytest.mark.parametrize("owed, is_waited_for", [(0.0, True), (60.0, False)])
 def test_one_that_falls_behind_again_is_trusted_if_it_has_paid_its_debts(owed, is_waited_for):
-    pace = after([BEHIND, (8.0, "take", LUMP)])
+    pace = after([BEHIND, (8.0, "take", MAX_LUMP)])
     now = deaf_ones_use_up_the_credit(pace, 8.0) + owed
     pace.catch_up("client", now)
     pace.fall_behind("client", now + 1.0)

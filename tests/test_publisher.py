@@ -22,11 +22,11 @@ from publisher import Publisher
 from sse_core.engine import frames, stalls
 from sse_core.engine.hub import Broadcast
 from sse_core.errors import NotRunning, Unavailable
-from sse_core.engine.clients import AT_ONCE
-from sse_core.engine.log import NOTHING, SCAN, Batch
+from sse_core.engine.clients import CLIENTS_PER_TURN
+from sse_core.engine.log import NOTHING, SCAN_LIMIT, Batch
 from sse_core.engine.frames import Draft
 from sse_core.stores.store import Event
-from sse_core.engine.stalls import STALL
+from sse_core.engine.stalls import STALL_TIMEOUT
 from sse_core.http.tls import TLSSocket
 
 
@@ -299,11 +299,11 @@ def test_a_stalled_client_is_dropped_after_30_seconds_and_logged_once(bench, cap
     narrow.server_end.room = len(HEAD) + 5
     b.publish("x")
     b.turn()
-    b.pass_time(STALL - 1)
+    b.pass_time(STALL_TIMEOUT - 1)
     assert len(b.broadcast.clients) == 2
     narrow.server_end.room = 1      # one byte taken: the time begins anew
     b.turn()
-    b.pass_time(STALL - 1)
+    b.pass_time(STALL_TIMEOUT - 1)
     assert len(b.broadcast.clients) == 2
     with caplog.at_level(logging.WARNING):
         b.pass_time(10)
@@ -923,20 +923,20 @@ def test_clients_with_tokens_of_their_own_share_a_group_and_end_each_at_its_own_
 
 def test_a_turn_serves_some_hundreds_of_lagging_clients_and_then_looks_for_events(bench):
     b = bench(history=100)
-    lagging = [b.peer(narrow=True) for _ in range(3 * AT_ONCE)]
+    lagging = [b.peer(narrow=True) for _ in range(3 * CLIENTS_PER_TURN)]
     reader = b.peer()
     b.turn(4)
     assert len(reader.take().head) == 1     # greeted, though more clients joined than a turn takes
     b.publish("x" * 1000)
     b.turn()
-    assert len(b.broadcast.clients.lagging) == 3 * AT_ONCE
+    assert len(b.broadcast.clients.lagging) == 3 * CLIENTS_PER_TURN
     for peer in lagging:
         peer.server_end.room = 1 << 20
     b.publish("new")
     b.turn()
     assert reader.data()[-1] == "new"
     served = [peer for peer in lagging if peer.take().head]
-    assert len(served) == AT_ONCE
+    assert len(served) == CLIENTS_PER_TURN
     b.turn(2)
     assert all(peer.take().head for peer in lagging)        # in turn: nobody starves
     b.turn(6)
@@ -944,9 +944,9 @@ def test_a_turn_serves_some_hundreds_of_lagging_clients_and_then_looks_for_event
 
 
 def test_resuming_on_a_channel_without_events_scans_the_log_in_pieces(bench):
-    b = bench(history=20 * SCAN)
+    b = bench(history=20 * SCAN_LIMIT)
     start = b.publish("start")
-    for _ in range(10 * SCAN):
+    for _ in range(10 * SCAN_LIMIT):
         b.publish("other", channel="other")
     b.turn(20)
     back = b.peer(channels=["mine"], last_id=start)
@@ -963,7 +963,7 @@ def test_resuming_on_a_channel_without_events_scans_the_log_in_pieces(bench):
     assert gap == {"after": "1-0", "resumed": start, "reason": "unknown"}
 
 
-@pytest.mark.parametrize("others", [36, 3 * SCAN])
+@pytest.mark.parametrize("others", [36, 3 * SCAN_LIMIT])
 def test_a_gap_names_the_first_event_that_this_client_gets(bench, others):
     """However many events of other channels are before that."""
     b = bench(history=2 * others)
@@ -1013,7 +1013,7 @@ def tcp_pair(receive_buffer: int, send_buffer: int) -> tuple:
 
 @pytest.mark.parametrize("size, every", [(4096, 3.0), (12000, 7.0)])
 def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(bench, size, every):
-    """Its kernel reports it writable only when a third of the buffer is free: longer than STALL."""
+    """Its kernel reports it writable only when a third of the buffer is free: longer than STALL_TIMEOUT."""
     b = bench(history=100)
     ours, theirs = tcp_pair(4096, 65536)
     with ours, theirs:
@@ -1078,8 +1078,8 @@ def test_a_client_that_stops_reading_is_dropped_after_30_seconds_whoever_holds_t
 
 
 def test_some_hundreds_of_clients_are_asked_in_a_second_and_all_in_turn(bench, monkeypatch):
-    monkeypatch.setattr(stalls, "ASKED", 10)
-    monkeypatch.setattr(stalls, "ASKED_AGAIN", 5)
+    monkeypatch.setattr(stalls, "CHECKS_PER_SECOND", 10)
+    monkeypatch.setattr(stalls, "RECHECKS_PER_SECOND", 5)
     b = bench(history=64, heartbeat=1.0)        # so there are eight sweeps in a second
     asked, ask = [], stalls.Stalls._owed
 
@@ -1098,7 +1098,7 @@ def test_some_hundreds_of_clients_are_asked_in_a_second_and_all_in_turn(bench, m
 
 
 def test_who_fell_behind_is_asked_again_at_once_however_many_others_there_are(bench, monkeypatch):
-    monkeypatch.setattr(stalls, "ASKED", 1)     # of 100: it comes in its turn every 100 seconds
+    monkeypatch.setattr(stalls, "CHECKS_PER_SECOND", 1)     # of 100: it comes in its turn every 100 seconds
     b = bench()
     for _ in range(99):
         b.peer()
@@ -1107,7 +1107,7 @@ def test_who_fell_behind_is_asked_again_at_once_however_many_others_there_are(be
     b.pass_time(20)
     narrow.server_end.room = 1      # one byte taken: the time begins anew
     b.turn()
-    b.pass_time(STALL - 2)
+    b.pass_time(STALL_TIMEOUT - 2)
     assert len(b.broadcast.clients) == 100
     b.pass_time(4)
     assert len(b.broadcast.clients) == 99

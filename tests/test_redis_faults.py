@@ -319,7 +319,7 @@ def test_ten_thousand_entries_are_kept_and_hardly_more(store):
 
 
 def test_what_is_read_at_the_start_is_bounded_in_bytes(store, monkeypatch):
-    monkeypatch.setattr(shared_module, "MAX_LOG", 100000)
+    monkeypatch.setattr(shared_module, "MAX_BYTES", 100000)
     ids = [store.add(data=str(number) * 5000) for number in range(64)]
     with publishing(store) as stream:
         rows, missing = stream._collect(threading.Event())

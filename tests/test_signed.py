@@ -7,7 +7,7 @@ import pytest
 import requests
 from helpers import PATIENCE, TOP, Client, ask, get, serving, wait_until
 
-from sse_core.engine.clients import AT_ONCE
+from sse_core.engine.clients import CLIENTS_PER_TURN
 from sse_server import SSEServer
 
 jwt = pytest.importorskip("jwt", reason="signed tokens need the package PyJWT")
@@ -55,11 +55,11 @@ def test_a_stream_ends_in_order_when_its_token_expires_and_then_it_is_a_401(serv
 
 def test_a_lagging_stream_ends_with_its_token_however_many_lag_before_it(server):
     lag = get(f"/{token(subscribe=['*'])}")
-    stalled = [Client(server.port, lag, receive_buffer=4096).open() for _ in range(AT_ONCE + 1)]
+    stalled = [Client(server.port, lag, receive_buffer=4096).open() for _ in range(CLIENTS_PER_TURN + 1)]
     last = Client(server.port, get(f"/{token(4, subscribe=['*'])}"), receive_buffer=4096).open()
     for _ in range(3):
         server.publish("x" * 1_000_000)
-    wait_until(lambda: server.figures()["lagging"] == AT_ONCE + 2)
+    wait_until(lambda: server.figures()["lagging"] == CLIENTS_PER_TURN + 2)
     last.receive(1)
     wait_until(lambda: server.figures()["drops"]["expired"] == 1, timeout=8)
     for client in [*stalled, last]:

@@ -176,7 +176,7 @@ def memory(process: subprocess.Popen) -> int:
 
 
 # So that a client that does not read is given up after 2 s, and not after 9
-SHORT_PAUSE = "from sse_core.engine import pace; pace.LUMP = pace.RATE"
+SHORT_PAUSE = "from sse_core.engine import pace; pace.MAX_LUMP = pace.MIN_RATE"
 
 
 def flood(number: int, readers: int, slow: bool) -> None:

@@ -17,8 +17,8 @@ from sse_core.engine.frames import Id
 from sse_core.engine.log import NOTHING, Batch, Bytes, Frame, Log
 from sse_core.engine.pace import Pace
 
-AT_ONCE = 256           # clients greeted, and others served, before there is a look for new events
-LISTED = 1000           # clients that are described one by one, at most
+CLIENTS_PER_TURN = 256           # clients greeted, and others served, before there is a look for new events
+MAX_LISTED = 1000           # clients that are described one by one, at most
 
 
 class Subscription(NamedTuple):
@@ -133,11 +133,11 @@ class Clients:
         return all(client.cursor - bool(client.unsent) >= end for client in self._awaited(now))
 
     def describe(self, log: Log, now: float, wall: float) -> list[dict[str, Any]]:
-        """Return what there is to say of clients, the lagging ones first, LISTED at most."""
+        """Return what there is to say of clients, the lagging ones first, MAX_LISTED at most."""
         others = (client for client in self._all if client not in self.lagging)
         return [{"peer": client.peer, "since": round(wall - now + client.registered_at, 3),
                  "channels": len(client.subscription.channels), **self._lag(client, log, now)}
-                for client in islice(chain(self.lagging, others), LISTED)]
+                for client in islice(chain(self.lagging, others), MAX_LISTED)]
 
     def _lag(self, client: Client, log: Log, now: float) -> dict[str, float]:
         due = max(client.cursor, log.first)

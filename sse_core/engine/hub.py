@@ -14,16 +14,16 @@ from functools import lru_cache
 from typing import Any, Callable
 
 from sse_core.engine import frames
-from sse_core.engine.clients import AT_ONCE, Client, Clients, Gap, Opening, Subscription
+from sse_core.engine.clients import CLIENTS_PER_TURN, Client, Clients, Gap, Opening, Subscription
 from sse_core.engine.frames import Draft, Id
 from sse_core.engine.log import NOTHING, Batch, Frame, Log
 from sse_core.engine.wakeup import WakeUp
 from sse_core.errors import NotRunning, WouldWait
 
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
-LOOK = 0.1              # seconds between two looks of one who waits: a pace changes by time alone
+POLL_INTERVAL = 0.1              # seconds between two looks of one who waits: a pace changes by time alone
 WAITERS_SHARE = 0.75    # of the log, for those who wait for clients; the rest is for who does not
-BATCHES_KEPT = 64       # clients that lag and are at the same place share them
+CACHED_BATCHES = 64       # clients that lag and are at the same place share them
 ID_LENGTH = 64          # bytes that an id adds to a frame, at most
 
 
@@ -51,7 +51,7 @@ class Broadcast:
         self._floor = 0                         # below, nobody who is waited for is due a frame
         self._stop_by: float | None = None      # None while events and clients are taken
         self._published = 0
-        self._batch_at = lru_cache(BATCHES_KEPT)(self._join_from)
+        self._batch_at = lru_cache(CACHED_BATCHES)(self._join_from)
         self.fault: BaseException | None = None         # that ended one of the server's threads
         # False with `history=0`: then the stream is the original's, byte for byte.
         self._ids = history > 0
@@ -214,7 +214,7 @@ class Broadcast:
         """Wait until something has changed. Raises WouldWait."""
         if not getattr(self._thread, "may_wait", True):
             raise WouldWait("this thread may not wait for the publisher")
-        self._changed.wait(LOOK)
+        self._changed.wait(POLL_INTERVAL)
 
     def _make_room(self, length: int, wait: bool = False, is_begun: bool = False) -> None:
         """Evict until `length` bytes fit, but wait while most of the log is not fanned out.
@@ -284,11 +284,11 @@ class Broadcast:
             return self._woken
 
     def next_work(self) -> tuple[list[Client], list[Frame]]:
-        """Return clients that join, AT_ONCE at most, and the next batch to fan out."""
+        """Return clients that join, CLIENTS_PER_TURN at most, and the next batch to fan out."""
         with self._mutex:
             self._woken = True      # until the next look: in a burst, that saves system calls
             run, _ = self._log.collect(self.fanned_out, self._log.next)
-            return self.clients.joining[:AT_ONCE], run
+            return self.clients.joining[:CLIENTS_PER_TURN], run
 
     def fanned_out_to(self, run: Sequence[Frame]) -> None:
         """Say that these frames are fanned out, and that clients may have moved."""

@@ -13,14 +13,14 @@ from typing import Callable, NamedTuple, Union
 
 from sse_core.engine.frames import BATCH, Id, chunk, unchunk, with_id
 
-MAX_LOG = 64 << 20          # bytes of frames in the log, with what Python needs for each
-MIN_HISTORY = 64            # frames it keeps even for --history 0, for clients that are slow
+MAX_BYTES = 64 << 20          # bytes of frames in the log, with what Python needs for each
+MIN_FRAMES = 64            # frames it keeps even for --history 0, for clients that are slow
 
 # Bytes that Python needs to keep a frame, beside those of its chunk. Measured: 325 to 330.
 FRAME_COST = 330
 MAX_LATEST = BATCH          # bytes that `latest` returns, which each client has to itself
 MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
-SCAN = 1024                 # frames looked at in one go: who wants none of them holds up nobody
+SCAN_LIMIT = 1024                 # frames looked at in one go: who wants none of them holds up nobody
 Bytes = Union[bytes, memoryview]
 Evicted = tuple[int, tuple[int, ...]]   # of a frame that is gone: number; id, or one between two
 
@@ -51,7 +51,7 @@ class Log:
     loaded. `begin` is told the newest of their ids.
     """
 
-    def __init__(self, history: int, began_with: Id = (0, 0), size: int = MAX_LOG) -> None:
+    def __init__(self, history: int, began_with: Id = (0, 0), size: int = MAX_BYTES) -> None:
         self.first = self.next = 0
         self.last_id = began_with               # of the newest event that has one
 
@@ -66,7 +66,7 @@ class Log:
 
         self._evicted: OrderedDict[str | None, Evicted] = OrderedDict()  # the last, by channel
         self._forgotten: Evicted = -1 << 63, (0, 0)     # for every channel that is not in there
-        self._count = max(MIN_HISTORY, history)
+        self._count = max(MIN_FRAMES, history)
         self._size = size
         self._bytes = 0
         self._frames: dict[int, Frame] = {}
@@ -201,19 +201,19 @@ class Log:
         return self._frames[number]
 
     def first_id(self, start: int, wants: Callable[[Frame], bool]) -> Id | None:
-        """Return the first id of a wanted frame from `start` on; None if SCAN frames have none."""
-        kept = (self._frames[number] for number in range(start, min(self.next, start + SCAN)))
+        """Return the first id of a wanted frame from `start` on; None if SCAN_LIMIT frames have none."""
+        kept = (self._frames[number] for number in range(start, min(self.next, start + SCAN_LIMIT)))
         return next((frame.id for frame in kept if frame.id and wants(frame)), None)
 
     def collect(self, start: int, stop: int, wants: Callable[[Frame], bool] | None = None
                 ) -> tuple[list[Frame], int]:
         """Return the wanted frames from `start` on, a batch at most, and the number after these.
 
-        It looks at SCAN frames, so that number can be less than `stop`, whatever was found.
+        It looks at SCAN_LIMIT frames, so that number can be less than `stop`, whatever was found.
         """
         found: list[Frame] = []
         length = 0
-        end = min(stop, start + SCAN)
+        end = min(stop, start + SCAN_LIMIT)
         for number in range(start, end):
             frame = self._frames[number]
             if wants is None or wants(frame):

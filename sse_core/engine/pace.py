@@ -3,18 +3,18 @@
 A source that can wait, such as a pipe, must not evict what a slow client still needs. It also must
 not be held up by a client that reads nothing. So a client that falls behind runs up a debt:
 
-    debt    Seconds since it fell behind, less one second for each RATE bytes it has taken since.
+    debt    Seconds since it fell behind, less one second for each MIN_RATE bytes it has taken since.
             Nothing can be paid in advance, so the debt is never below zero.
 
-A client that reads at RATE or faster pays for each pause with what it takes after it. It never owes
+A client that reads at MIN_RATE or faster pays for each pause with what it takes after it. It never owes
 more than its longest pause. It is waited for as long as its debt is below both of these:
 
-    longest     `patience` seconds, and what the kernel may hide: see LUMP.
+    longest     `patience` seconds, and what the kernel may hide: see MAX_LUMP.
     trust       What it has paid back so far, less what it has not when it caught up; and the
                 credit that all clients share.
 
 The shared credit bounds what all clients together can cost. When a source was held up and nobody
-made good for it, CHARGED of that time is taken from the credit, which refills slowly. Without it, a
+made good for it, CHARGED_SHARE of that time is taken from the credit, which refills slowly. Without it, a
 peer that connects anew every ten seconds and reads nothing would hold up a pipe for ever. With it,
 such peers cost a pause of little more than `longest` seconds, and a ninth of the time from then
 on. The credit is never spent to the last, so that a reader whose debt is short is waited for even
@@ -27,18 +27,18 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 # Bytes a second that a client must take to be waited for
-RATE = 16 << 10
+MIN_RATE = 16 << 10
 
 # The kernel reports what a reader took in steps of up to its buffer. With the defaults of Linux, a
 # reader of 17 kB a second seemed to take nothing for 8 s, and later for 5.6 s each time.
-LUMP = 128 << 10
+MAX_LUMP = 128 << 10
 
 # Seconds of shared credit that come back in a second
-REFILL = 0.1
+REFILL_RATE = 0.1
 
 # Share of the time lost that is taken from the shared credit. The rest is what is left of it when
 # clients that read nothing have used all they can.
-CHARGED = 0.9
+CHARGED_SHARE = 0.9
 
 
 class Pace:
@@ -49,7 +49,7 @@ class Pace:
 
     def __init__(self, patience: float) -> None:
         # Seconds: the most that one client is waited for at a time
-        self.longest = patience and patience + LUMP / RATE
+        self.longest = patience and patience + MAX_LUMP / MIN_RATE
 
         # For each client that lags, or did: seconds of trust that it has earned, and up to when
         # what it took has paid
@@ -70,7 +70,7 @@ class Pace:
     def take(self, client: Hashable, size: int, cursor: int, now: float) -> None:
         """Count bytes that a client which lags has taken, standing at a frame."""
         trust, paid = self._paid[client]
-        payment = min(size / RATE, now - paid)
+        payment = min(size / MIN_RATE, now - paid)
         self._paid[client] = trust + payment, paid + payment
         # The time from here on, until the source wakes up, is nobody's. A fast pipe has much of it
         if self._held and cursor <= self._held[0]:
@@ -110,7 +110,7 @@ class Pace:
 
     def _lost(self, now: float) -> float:
         """Return what of the credit a hold-up has cost until then."""
-        return CHARGED * max(0.0, now - self._held[1]) if self._held else 0.0
+        return CHARGED_SHARE * max(0.0, now - self._held[1]) if self._held else 0.0
 
     def _shared(self, now: float) -> float:
-        return min(self.longest, self._credit + REFILL * (now - self._credit_at))
+        return min(self.longest, self._credit + REFILL_RATE * (now - self._credit_at))

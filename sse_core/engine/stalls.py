@@ -4,7 +4,7 @@ Our own kernel tells of neither. It takes what is sent as long as its buffer has
 events find room for a quarter of an hour. So what counts is what the peer's kernel acknowledges.
 
     A client is stalled when bytes that it owes an acknowledgement for are there at one look, and
-    STALL seconds later it still has not acknowledged any.
+    STALL_TIMEOUT seconds later it still has not acknowledged any.
 
 Bytes that a client owes for are in flight, or wait in our kernel because the peer has no room for
 them. A peer with no room answers the kernel's probes, which acknowledge nothing: one that does not
@@ -26,12 +26,12 @@ from typing import Callable
 from sse_core.engine.clients import Client, Clients
 
 # Seconds without an acknowledgement after which a client is dropped
-STALL = 30.0
+STALL_TIMEOUT = 30.0
 
 # Clients asked in a second: of those that owe an acknowledgement, and of all in turn. To ask one
 # takes 1.5 us.
-ASKED_AGAIN = 256
-ASKED = 512
+RECHECKS_PER_SECOND = 256
+CHECKS_PER_SECOND = 512
 
 # Of struct tcp_info: tcpi_unacked (segments in flight), tcpi_bytes_acked, tcpi_notsent_bytes
 _INFO = struct.Struct("=24xI92xQ16xI")
@@ -61,12 +61,12 @@ class Stalls:
     def find(self, everyone: Callable[[], Iterable[Client]], share: float, now: float
              ) -> list[Client]:
         """Ask some clients, as many as are due in this share of a second; return the stalled."""
-        number = max(1, round(ASKED * share))
+        number = max(1, round(CHECKS_PER_SECOND * share))
         due = [*islice(self._round, number)]
         if not due:
             self._round = iter([*everyone()])
             due = [*islice(self._round, number)]
-        due += islice(self._owing, max(1, round(ASKED_AGAIN * share)))
+        due += islice(self._owing, max(1, round(RECHECKS_PER_SECOND * share)))
         return [client for client in dict.fromkeys(due) if self._is_stalled(client, now)]
 
     def _is_stalled(self, client: Client, now: float) -> bool:
@@ -78,7 +78,7 @@ class Stalls:
             return False
         if owed:
             self._owing[client] = owed
-        return owed is not None and now - owed[1] >= STALL
+        return owed is not None and now - owed[1] >= STALL_TIMEOUT
 
     def _owed(self, client: Client, now: float) -> tuple[float, float] | None:
         """Return what a client has acknowledged so far, and when; None if it owes nothing."""

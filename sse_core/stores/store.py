@@ -30,8 +30,8 @@ from typing import Any, Callable, NamedTuple, TypeVar
 from sse_core.engine import frames
 from sse_core.engine.clients import Opening
 from sse_core.engine.frames import Draft, Id
-from sse_core.engine.hub import ID_LENGTH, LOOK, Broadcast
-from sse_core.engine.log import FRAME_COST, MAX_LOG, MIN_HISTORY, NOTHING, SCAN, Log
+from sse_core.engine.hub import ID_LENGTH, POLL_INTERVAL, Broadcast
+from sse_core.engine.log import FRAME_COST, MAX_BYTES, MIN_FRAMES, NOTHING, SCAN_LIMIT, Log
 from sse_core.errors import Unavailable
 
 MIN_KEPT = 10000        # rows that are kept at least
@@ -88,7 +88,7 @@ class SharedLog(ABC):
         self._troubles_lock = threading.Lock()
         self._troubles: list[str | None] = [None, None]
 
-        self._history = max(MIN_HISTORY, history)
+        self._history = max(MIN_FRAMES, history)
         self._kept = max(MIN_KEPT, 10 * history)
 
         # The next four belong to the thread that follows. The newest row that was read, or None.
@@ -288,7 +288,7 @@ class SharedLog(ABC):
         """
         rows: list[Row] = []
         size, page = 0, self._page(None)
-        while page and len(rows) < self._history and size < MAX_LOG and not stopping.is_set():
+        while page and len(rows) < self._history and size < MAX_BYTES and not stopping.is_set():
             rows += page
             size += sum(len(row[4] or b"") + FRAME_COST for row in page)
             page = self._page(rows[-1])
@@ -377,7 +377,7 @@ class Shared(Broadcast):
 
         # How many events a publisher that waits commits at once. They fit into the share of the log
         # of those that do not wait.
-        self._piece = max(MIN_HISTORY, history) // 4
+        self._piece = max(MIN_FRAMES, history) // 4
 
         # The newest id that publishers that wait have committed, and the time after that.
         self._own = self.fanned_out_id
@@ -443,7 +443,7 @@ class Shared(Broadcast):
             try:
                 ids = self.stream.publish(drafts)
             except Unavailable:
-                time.sleep(LOOK)
+                time.sleep(POLL_INTERVAL)
             else:
                 with self._mutex:
                     self._own = max(self._own, frames.parse_id(ids[-1]) or self._own)
@@ -466,7 +466,7 @@ class Shared(Broadcast):
         Only before there are clients. missing: see Log.begin.
         """
         assert self._log.next == 0, "only an empty log is filled"
-        while some := list(islice(events, SCAN)):
+        while some := list(islice(events, SCAN_LIMIT)):
             # The mutex is held for some events, and not for all of a long history.
             with self._mutex:
                 for event in some if self._ids else ():
