@@ -108,7 +108,7 @@ class Publisher:
         for client in joining:
             self._greet(client)
         if joining:
-            self._clients.greeted(len(joining))
+            self._clients.remove_joining(len(joining))
         if self._clock() >= self._sweep_at:
             self._sweep()
         self.counters.turns += 1
@@ -140,7 +140,7 @@ class Publisher:
         named = frozenset(channel for channel in by_channel if channel)
         batches: dict[Subscription, Batch] = {}
         joined = 0
-        for group in self._groups.that_want(by_channel):
+        for group in self._groups.wanting(by_channel):
             channels = group.subscription.channels & named if named else named
             key = Subscription(channels, group.subscription.chunked)
             if key not in batches:
@@ -183,9 +183,9 @@ class Publisher:
     def _watch(self, client: Client) -> None:
         """Have a client read on from its own cursor, whenever its socket takes more."""
         client.sent_at = self._clock()
-        self._clients.set_lagging(client, client.sent_at)
-        self._groups.current_beside(client).pop(client, None)
-        self._stalls.suspect(client)
+        self._clients.mark_lagging(client, client.sent_at)
+        self._groups.current_in_group_of(client).pop(client, None)
+        self._stalls.check_soon(client)
         self._selector.modify(client.sock, BOTH, client)
 
     def _greet(self, client: Client) -> None:
@@ -228,8 +228,8 @@ class Publisher:
             return
         if lags:
             self._selector.modify(client.sock, READ, client)
-        self._clients.caught_up(client, self._clock())
-        self._groups.current_beside(client)[client] = None
+        self._clients.mark_current(client, self._clock())
+        self._groups.current_in_group_of(client)[client] = None
 
     def _send(self, client: Client, data: Bytes) -> int:
         """Send what the socket takes, and return how much that was; -1 if the client is gone."""
@@ -243,7 +243,7 @@ class Publisher:
         if sent:
             client.sent_at = self._clock()
             if client in self._clients.lagging:
-                self._clients.took(client, sent, client.sent_at)
+                self._clients.count_taken(client, sent, client.sent_at)
             self.counters.bytes += sent
         return sent
 
@@ -270,7 +270,7 @@ class Publisher:
         for client in [client for client in self._everyone() if client.ends_at <= wall]:
             if self._end(client):
                 self._drop(client, EXPIRED)
-        for client in self._stalls.find(self._everyone, self._sweep_every, now):
+        for client in self._stalls.find_stalled(self._everyone, self._sweep_every, now):
             self._drop(client, STALLED)
         if self._heartbeat:
             since = now - self._heartbeat

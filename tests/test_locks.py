@@ -84,10 +84,10 @@ BROADCAST = {
     "fanned_out_to": lambda broadcast, _: broadcast.fanned_out_to([]),
     "next_batch": lambda broadcast, client: broadcast.next_batch(client),
     "done": lambda broadcast, _: broadcast.done(),
-    "greeted": lambda broadcast, _: broadcast.clients.greeted(1),
-    "set_lagging": lambda broadcast, client: broadcast.clients.set_lagging(client, 1000.0),
-    "caught_up": lambda broadcast, client: broadcast.clients.caught_up(client, 1000.0),
-    "took": lambda broadcast, client: broadcast.clients.took(client, 1, 1000.0),
+    "remove_joining": lambda broadcast, _: broadcast.clients.remove_joining(1),
+    "mark_lagging": lambda broadcast, client: broadcast.clients.mark_lagging(client, 1000.0),
+    "mark_current": lambda broadcast, client: broadcast.clients.mark_current(client, 1000.0),
+    "count_taken": lambda broadcast, client: broadcast.clients.count_taken(client, 1, 1000.0),
     "remove": lambda broadcast, client: broadcast.clients.remove(client)}
 SHARED = {
     "preload": lambda shared: shared.preload(iter(()), (-1, 0)),

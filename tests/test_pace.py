@@ -13,7 +13,7 @@ def after(events, patience: float = 5.0) -> Pace:
     """Return a pace after events of one client: (seconds, what it does, bytes)."""
     pace = Pace(patience)
     for now, what, *size in events:
-        where = (*size, OLDEST) if what == "take" else ()
+        where = (*size, OLDEST) if what == "pay" else ()
         getattr(pace, what)("client", *where, now)
     return pace
 
@@ -26,21 +26,21 @@ CASES = {
     "one that takes nothing, before its longest pause is over": ([BEHIND], LONGEST - 0.1, True),
     "one that takes nothing, after that": ([BEHIND], LONGEST, False),
     "what it takes pays for the pause before":
-        ([BEHIND, (8.0, "take", 8 * MIN_RATE)], 8.0 + LONGEST - 0.1, True),
+        ([BEHIND, (8.0, "pay", 8 * MIN_RATE)], 8.0 + LONGEST - 0.1, True),
     "but for that pause only: nothing is paid in advance":
-        ([BEHIND, (2.0, "take", MIN_RATE), (8.0, "take", 1000 * MIN_RATE)], 8.0 + LONGEST, False),
+        ([BEHIND, (2.0, "pay", MIN_RATE), (8.0, "pay", 1000 * MIN_RATE)], 8.0 + LONGEST, False),
     "a part of it pays for a part":
-        ([BEHIND, (8.0, "take", 3 * MIN_RATE)], 3.0 + LONGEST, False),
+        ([BEHIND, (8.0, "pay", 3 * MIN_RATE)], 3.0 + LONGEST, False),
     "one that takes a byte a second":
-        ([BEHIND, *((float(second), "take", 1) for second in range(1, 14))], 13.1, False),
+        ([BEHIND, *((float(second), "pay", 1) for second in range(1, 14))], 13.1, False),
     "one that takes 16 KiB each second, for an hour":
-        ([BEHIND, *((float(second), "take", 16 << 10) for second in range(1, 3600))], 3600.0, True),
+        ([BEHIND, *((float(second), "pay", 16 << 10) for second in range(1, 3600))], 3600.0, True),
     "one that takes half of the least pace, for half a minute":
-        ([BEHIND, *((float(second), "take", MIN_RATE // 2) for second in range(1, 28))], 28.0, False),
+        ([BEHIND, *((float(second), "pay", MIN_RATE // 2) for second in range(1, 28))], 28.0, False),
     "one that was given up and has paid what it owed":
-        ([BEHIND, (60.0, "take", 60 * MIN_RATE)], 60.1, True),
+        ([BEHIND, (60.0, "pay", 60 * MIN_RATE)], 60.1, True),
     "one that was given up and has paid half of it":
-        ([BEHIND, (60.0, "take", 30 * MIN_RATE)], 60.1, False),
+        ([BEHIND, (60.0, "pay", 30 * MIN_RATE)], 60.1, False),
     "one that caught up and falls behind again owes nothing":
         ([BEHIND, (39.0, "catch_up"), (40.0, "fall_behind")], 40.1, True),
 }
@@ -66,7 +66,7 @@ def test_fuzz_a_reader_whose_kernel_reports_it_in_lumps_is_waited_for_at_every_m
             now, behind = now + pause, behind + pause
             assert pace.waits_for("client", now), f"seed {seed}: after {now} s"
             lump = draw.uniform(0.0, 1.5) * behind
-            pace.take("client", int(lump * MIN_RATE) + 1, OLDEST, now)
+            pace.pay("client", int(lump * MIN_RATE) + 1, OLDEST, now)
             behind = max(0.0, behind - lump)
 
 
@@ -108,7 +108,7 @@ def test_a_pause_that_is_made_good_costs_no_credit():
     pace = after([BEHIND])
     for second in range(8, 800, 8):
         pace.hold(OLDEST, second - 8.0)
-        pace.take("client", MAX_LUMP, OLDEST, float(second))
+        pace.pay("client", MAX_LUMP, OLDEST, float(second))
     assert held(pace, "another", 800.0) == pytest.approx(LONGEST, abs=0.2)
 
 
@@ -135,14 +135,14 @@ def test_those_that_take_nothing_one_after_the_other_share_one_pause():
 def test_a_pause_that_is_partly_made_good_costs_the_rest():
     pace = after([BEHIND])
     pace.hold(OLDEST, 0.0)
-    pace.take("client", 4 * MIN_RATE, OLDEST, 10.0)
+    pace.pay("client", 4 * MIN_RATE, OLDEST, 10.0)
     assert held(pace, "another", 10.0) == pytest.approx(LONGEST - 5.0 + 0.9, abs=0.2)
 
 
 def test_a_pause_is_not_made_good_by_those_who_do_not_hold_up_the_source():
     pace = after([BEHIND])
     pace.hold(OLDEST, 0.0)
-    pace.take("client", MAX_LUMP, LATER, 8.0)
+    pace.pay("client", MAX_LUMP, LATER, 8.0)
     pace.release(10.0)
     assert held(pace, "another", 10.0) < 0.5 * LONGEST
 
@@ -151,7 +151,7 @@ def test_the_time_after_the_slowest_has_moved_is_not_lost():
     """The source wakes up a moment later: of a fast pipe, these moments are a good part."""
     pace = after([BEHIND])
     pace.hold(OLDEST, 0.0)
-    pace.take("client", MIN_RATE, OLDEST, 1.0)
+    pace.pay("client", MIN_RATE, OLDEST, 1.0)
     pace.release(10.0)
     assert held(pace, "another", 10.0) == pytest.approx(LONGEST, abs=0.2)
 
@@ -168,12 +168,12 @@ def deaf_ones_use_up_the_credit(pace: Pace, now: float) -> float:
     """
     for number in range(5):
         now += held(pace, f"deaf {number}", now)
-        pace.take("client", MAX_LUMP * 2, LATER, now)
+        pace.pay("client", MAX_LUMP * 2, LATER, now)
     return now
 
 
 def test_a_slow_reader_that_is_steady_is_waited_for_though_others_have_used_up_the_credit():
-    pace = after([BEHIND, (8.0, "take", MAX_LUMP)])
+    pace = after([BEHIND, (8.0, "pay", MAX_LUMP)])
     now = deaf_ones_use_up_the_credit(pace, 8.0)
     pace.fall_behind("new", now)
     assert pace.waits_for("client", now + 5.6) and not pace.waits_for("new", now + 5.6)
@@ -181,7 +181,7 @@ def test_a_slow_reader_that_is_steady_is_waited_for_though_others_have_used_up_t
 
 @pytest.mark.parametrize("owed, is_waited_for", [(0.0, True), (60.0, False)])
 def test_one_that_falls_behind_again_is_trusted_if_it_has_paid_its_debts(owed, is_waited_for):
-    pace = after([BEHIND, (8.0, "take", MAX_LUMP)])
+    pace = after([BEHIND, (8.0, "pay", MAX_LUMP)])
     now = deaf_ones_use_up_the_credit(pace, 8.0) + owed
     pace.catch_up("client", now)
     pace.fall_behind("client", now + 1.0)

@@ -391,8 +391,8 @@ def test_without_patience_nobody_is_waited_for_not_for_a_moment(bench, patience,
     b.turn()
     clients = b.broadcast.clients
     assert len(clients.lagging) == 1
-    assert clients.floor(b.broadcast.fanned_out, b.now) == (0 if awaited else 1)
-    assert clients.have(1, b.now) != awaited
+    assert clients.oldest_needed(b.broadcast.fanned_out, b.now) == (0 if awaited else 1)
+    assert clients.all_have(1, b.now) != awaited
 
 
 def test_the_list_says_how_far_behind_a_client_is(bench):
@@ -673,7 +673,7 @@ def test_a_resuming_client_is_waited_for_at_every_moment_of_its_greeting(bench, 
     floors = []
 
     def send(data):
-        floors.append(b.broadcast.clients.floor(b.broadcast.fanned_out, b.now))
+        floors.append(b.broadcast.clients.oldest_needed(b.broadcast.fanned_out, b.now))
         raise BlockingIOError
     monkeypatch.setattr(back.server_end, "send", send)
     b.turn(2)

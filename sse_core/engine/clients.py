@@ -114,7 +114,7 @@ class Clients:
         self._all[client] = None
         self.joining.append(client)
 
-    def take_all(self) -> list[Client]:
+    def remove_all(self) -> list[Client]:
         """Return all clients, and forget them."""
         clients, self._all, self.joining, self.lagging = [*self._all], {}, [], {}
         return clients
@@ -124,11 +124,11 @@ class Clients:
         lagging = (client for client in self.lagging if self.pace.waits_for(client, now))
         return chain(lagging, self.joining)
 
-    def floor(self, fanned_out: int, now: float) -> int:
+    def oldest_needed(self, fanned_out: int, now: float) -> int:
         """Return the number of the oldest frame that must be kept for those who are waited for."""
         return min([fanned_out, *(client.cursor for client in self._awaited(now))])
 
-    def have(self, end: int, now: float) -> bool:
+    def all_have(self, end: int, now: float) -> bool:
         """Say whether those who are waited for have everything before the frame numbered `end`."""
         return all(client.cursor - bool(client.unsent) >= end for client in self._awaited(now))
 
@@ -148,23 +148,23 @@ class Clients:
 
     # Called by the publisher thread, without the mutex
 
-    def greeted(self, number: int) -> None:
+    def remove_joining(self, number: int) -> None:
         """Say that so many have joined: each is sorted by now, and was waited for until then."""
         with self._mutex:
             del self.joining[:number]
 
-    def set_lagging(self, client: Client, now: float) -> None:
+    def mark_lagging(self, client: Client, now: float) -> None:
         """Sort a client among those that read on from their own cursor."""
         with self._mutex:
             self.pace.fall_behind(client, now)
             self.lagging[client] = None
 
-    def took(self, client: Client, size: int, now: float) -> None:
+    def count_taken(self, client: Client, size: int, now: float) -> None:
         """Say how many bytes a client that lags has taken."""
         with self._mutex:
-            self.pace.take(client, size, client.cursor, now)
+            self.pace.pay(client, size, client.cursor, now)
 
-    def caught_up(self, client: Client, now: float) -> None:
+    def mark_current(self, client: Client, now: float) -> None:
         """Sort a client that is due nothing."""
         with self._mutex:
             if client in self.lagging:

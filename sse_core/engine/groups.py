@@ -59,11 +59,11 @@ class Groups:
             else:
                 del self._by_channel[channel]
 
-    def current_beside(self, client: Client) -> dict[Client, None]:
+    def current_in_group_of(self, client: Client) -> dict[Client, None]:
         """Return the current clients of a client's group."""
         return self._groups[client.subscription].current
 
-    def that_want(self, channels: Collection[str | None]) -> list[Group]:
+    def wanting(self, channels: Collection[str | None]) -> list[Group]:
         """Return every group that wants an event on any of the channels; no other is touched."""
         if None in channels:
             return list(self)

@@ -115,10 +115,10 @@ class Broadcast:
         with self._mutex:
             end = self._log.next
             while not self.stopping and (
-                    self.fanned_out < end or not self.clients.have(end, self.clock())):
+                    self.fanned_out < end or not self.clients.all_have(end, self.clock())):
                 if self.fanned_out >= end:      # else it waits for the publisher
                     now = self.clock()
-                    self.clients.pace.hold(self.clients.floor(end, now), now)
+                    self.clients.pace.hold(self.clients.oldest_needed(end, now), now)
                 self._wait()
             self.clients.pace.release(self.clock())
 
@@ -237,7 +237,7 @@ class Broadcast:
         if not wait:
             return (log.next - self.fanned_out) * 4 <= (log.next - log.first) * 3
         if log.first >= self._floor:
-            self._floor = self.clients.floor(self.fanned_out, self.clock())
+            self._floor = self.clients.oldest_needed(self.fanned_out, self.clock())
         is_needed = log.first >= self._floor
         if is_needed and self._floor < self.fanned_out:     # else it waits for the publisher
             self.clients.pace.hold(self._floor, self.clock())
@@ -339,4 +339,4 @@ class Broadcast:
         """Take nothing any more, and return all clients, whose sockets are to be closed."""
         self.stop(0.0)
         with self._mutex:
-            return self.clients.take_all()
+            return self.clients.remove_all()

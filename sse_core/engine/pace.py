@@ -67,7 +67,7 @@ class Pace:
         trust, _ = self._paid.get(client, (0.0, now))
         self._paid[client] = trust, now
 
-    def take(self, client: Hashable, size: int, cursor: int, now: float) -> None:
+    def pay(self, client: Hashable, size: int, cursor: int, now: float) -> None:
         """Count bytes that a client which lags has taken, standing at a frame."""
         trust, paid = self._paid[client]
         payment = min(size / MIN_RATE, now - paid)

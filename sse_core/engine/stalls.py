@@ -50,7 +50,7 @@ class Stalls:
         # What is left of all clients in this round
         self._round: Iterator[Client] = iter(())
 
-    def suspect(self, client: Client) -> None:
+    def check_soon(self, client: Client) -> None:
         """Have a client asked soon, because its socket did not take all."""
         self._owing.setdefault(client, (-1.0, 0.0))
 
@@ -58,7 +58,7 @@ class Stalls:
         """Forget a client that is gone."""
         self._owing.pop(client, None)
 
-    def find(self, everyone: Callable[[], Iterable[Client]], share: float, now: float
+    def find_stalled(self, everyone: Callable[[], Iterable[Client]], share: float, now: float
              ) -> list[Client]:
         """Ask some clients, as many as are due in this share of a second; return the stalled."""
         number = max(1, round(CHECKS_PER_SECOND * share))
