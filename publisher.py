@@ -288,7 +288,8 @@ class Publisher:
         heartbeat = client.subscription.framed(frames.HEARTBEAT)
         sent = self._send(client, heartbeat)
         if 0 <= sent < len(heartbeat):
-            client.cursor, client.delivered_id = self._broadcast.fanned_out, self._broadcast.fanned_out_id
+            client.cursor = self._broadcast.fanned_out
+            client.delivered_id = self._broadcast.fanned_out_id
             client.unsent = memoryview(heartbeat)[sent:]
             self._watch(client)
 

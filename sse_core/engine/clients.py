@@ -17,7 +17,8 @@ from sse_core.engine.frames import Id
 from sse_core.engine.log import NOTHING, Batch, Bytes, Frame, Log
 from sse_core.engine.pace import Pace
 
-CLIENTS_PER_TURN = 256           # clients greeted, and others served, before there is a look for new events
+# clients greeted, and others served, before there is a look for new events
+CLIENTS_PER_TURN = 256
 MAX_LISTED = 1000           # clients that are described one by one, at most
 
 
@@ -63,8 +64,8 @@ class Gap(NamedTuple):
 
 class Client:
     """One connected socket and its cursor."""
-    __slots__ = ("sock", "peer", "subscription", "registered_at", "cursor", "unsent", "delivered_id", "gap",
-                 "ends_at", "sent_at", "received")
+    __slots__ = ("sock", "peer", "subscription", "registered_at", "cursor", "unsent",
+                 "delivered_id", "gap", "ends_at", "sent_at", "received")
 
     def __init__(self, sock: socket.socket, peer: str, opening: Opening) -> None:
         self.sock = sock
@@ -72,7 +73,8 @@ class Client:
         self.subscription = opening.subscription
         self.registered_at = 0.0            # on the monotonic clock
         self.cursor = 0                     # the next frame due; while it is current, not kept up
-        self.unsent: Bytes = opening.head     # due before that frame: a head, or what is left of one
+        # due before that frame: a head, or what is left of one
+        self.unsent: Bytes = opening.head
         self.delivered_id = NOTHING                # it has had everything up to this id
         self.gap: Gap | None = None         # to be told first
         self.ends_at = opening.ends_at

@@ -21,7 +21,8 @@ from sse_core.engine.wakeup import WakeUp
 from sse_core.errors import NotRunning, WouldWait
 
 STOP_TIME = 1.0         # seconds that stop gives clients to take what is in the log
-POLL_INTERVAL = 0.1              # seconds between two looks of one who waits: a pace changes by time alone
+# seconds between two looks of one who waits: a pace changes by time alone
+POLL_INTERVAL = 0.1
 WAITERS_SHARE = 0.75    # of the log, for those who wait for clients; the rest is for who does not
 CACHED_BATCHES = 64       # clients that lag and are at the same place share them
 ID_LENGTH = 64          # bytes that an id adds to a frame, at most
@@ -42,7 +43,8 @@ class Broadcast:
                              "from 0 on")
         # A signal handler can come while its thread holds it: see `refuse_inside`
         self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)  # clients have, or the log, or it is the end
+        # clients have, or the log, or it is the end
+        self._changed = threading.Condition(self._mutex)
         self._log = Log(history, (int(wall() * 1000), 0))
         self.clients = Clients(self._mutex, patience)
         self.fanned_out = 0                     # number of the frame that the fan-out begins with

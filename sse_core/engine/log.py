@@ -20,7 +20,8 @@ MIN_FRAMES = 64            # frames it keeps even for --history 0, for clients t
 FRAME_COST = 330
 MAX_LATEST = BATCH          # bytes that `latest` returns, which each client has to itself
 MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
-SCAN_LIMIT = 1024                 # frames looked at in one go: who wants none of them holds up nobody
+# frames looked at in one go: who wants none of them holds up nobody
+SCAN_LIMIT = 1024
 Bytes = Union[bytes, memoryview]
 Evicted = tuple[int, tuple[int, ...]]   # of a frame that is gone: number; id, or one between two
 
@@ -41,7 +42,8 @@ class Frame(NamedTuple):
 class Log:
     """Hold the newest frames: at most `history` of them (64 at least) and at most `size` bytes.
 
-    Kept are the frames `first <= number < next`. Nothing leaves by itself: while `has_room` is false
+    Kept are the frames `first <= number < next`. Nothing leaves by itself: while `has_room` is
+    false
     the caller evicts, and so decides whether the oldest may go.
 
     Ids grow. One that does not begins a new epoch: ids from before are unknown from there on, and
@@ -201,7 +203,8 @@ class Log:
         return self._frames[number]
 
     def first_id(self, start: int, wants: Callable[[Frame], bool]) -> Id | None:
-        """Return the first id of a wanted frame from `start` on; None if SCAN_LIMIT frames have none."""
+        """Return the first id of a wanted frame from `start` on; None if SCAN_LIMIT frames have
+        none."""
         kept = (self._frames[number] for number in range(start, min(self.next, start + SCAN_LIMIT)))
         return next((frame.id for frame in kept if frame.id and wants(frame)), None)
 

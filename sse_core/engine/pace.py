@@ -3,10 +3,12 @@
 A source that can wait, such as a pipe, must not evict what a slow client still needs. It also must
 not be held up by a client that reads nothing. So a client that falls behind runs up a debt:
 
-    debt    Seconds since it fell behind, less one second for each MIN_RATE bytes it has taken since.
+    debt    Seconds since it fell behind, less one second for each MIN_RATE bytes it has taken
+    since.
             Nothing can be paid in advance, so the debt is never below zero.
 
-A client that reads at MIN_RATE or faster pays for each pause with what it takes after it. It never owes
+A client that reads at MIN_RATE or faster pays for each pause with what it takes after it. It never
+owes
 more than its longest pause. It is waited for as long as its debt is below both of these:
 
     longest     `patience` seconds, and what the kernel may hide: see MAX_LUMP.
@@ -14,7 +16,8 @@ more than its longest pause. It is waited for as long as its debt is below both 
                 credit that all clients share.
 
 The shared credit bounds what all clients together can cost. When a source was held up and nobody
-made good for it, CHARGED_SHARE of that time is taken from the credit, which refills slowly. Without it, a
+made good for it, CHARGED_SHARE of that time is taken from the credit, which refills slowly.
+Without it, a
 peer that connects anew every ten seconds and reads nothing would hold up a pipe for ever. With it,
 such peers cost a pause of little more than `longest` seconds, and a ninth of the time from then
 on. The credit is never spent to the last, so that a reader whose debt is short is waited for even
