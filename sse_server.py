@@ -405,8 +405,9 @@ class SSEServer(_Listener, metaclass=_Documented):
         return self
 
     def _start(self) -> None:
-        # So that streams end in order also if the program forgets to stop it.
-        atexit.register(self.stop)
+        # So that streams end in order also if the program forgets to stop it. A fault was logged
+        # when it happened, so Fault is not raised then.
+        atexit.register(self.__exit__, Fault)
 
         # The publisher first: whoever fills the log may have to wait until it has sent something.
         self._sender.start()
@@ -443,7 +444,7 @@ class SSEServer(_Listener, metaclass=_Documented):
                 self._stop()
             finally:
                 # Whatever a logging handler raises.
-                atexit.unregister(self.stop)
+                atexit.unregister(self.__exit__)
                 self._ended.set()
             if self._broadcast.fault:
                 raise Fault("a fault has ended the server") from self._broadcast.fault

@@ -358,6 +358,19 @@ def test_a_fault_in_a_thread_is_logged_and_ends_the_server_and_stop_reports_it(
     server.stop()       # the second time it does nothing
 
 
+def test_a_fault_is_told_once_also_if_the_program_forgets_stop(tmp_path):
+    with program("""
+from publisher import Publisher
+def fault(self): raise ZeroDivisionError("a fault in publisher")
+Publisher._sweep = fault
+server = SSEServer(port=0, heartbeat=0.1).start()
+print(server.port, flush=True)
+server._sender.join()
+""", tmp_path) as (process, _):
+        assert process.wait(PATIENCE) == 0
+        assert process.stderr.read().count("Traceback") == 1
+
+
 def test_serve_forever_reports_a_fault(monkeypatch):
     faulty(monkeypatch, "publisher")
     server = SSEServer(port=0, heartbeat=0.1)
