@@ -211,7 +211,7 @@ def test_the_readme_is_short():
 
 
 def test_every_command_is_run_by_a_test():
-    """By its own words: each test here, in test_bridges or test_recipes, names the commands that it runs."""
+    """By its own words: each test here, in test_bridges or test_recipes names what it runs."""
     source = "".join((TOP / "tests" / name).read_text()
                      for name in ("test_documentation.py", "test_bridges.py", "test_recipes.py"))
     named = [text for call in re.findall(r"= commands\(([^)]*)\)", source)
