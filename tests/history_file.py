@@ -28,14 +28,18 @@ PUBLISHER = f"""if True:
     """
 
 
+# Run first in a server: it waits for another process that writes for half a second, and not for two
+IMPATIENT = "from sse_core.stores import sqlite; sqlite.BUSY_TIME = 0.5"
+
+
 @contextmanager
-def on_file(path, number: int = 1, *arguments: str):
+def on_file(path, number: int = 1, *arguments: str, before: str = ""):
     """Run so many servers on the file; none may write a traceback."""
     servers = []
     try:
         for _ in range(number):
             servers.append(Server("--history-file", str(path), "--publish-token", PUBLISH_TOKEN,
-                                  "--interval", "0", *arguments))
+                                  "--interval", "0", *arguments, before=before))
         yield servers
     finally:
         for server in servers:

@@ -182,12 +182,13 @@ def test_verbose_says_who_left_and_no_more():
 
 
 # Refused requests, each of which is a line of --verbose: more than a pipe and the server hold.
-REFUSED = 2500
+REFUSED = 1400
+FEW_LINES = "from sse_core.cli import log_writer; log_writer.MAX_LINES = 100"
 
 
 def test_a_log_that_nobody_reads_stops_nothing():
     """A pager, or a stuck collector: after 816 lines nobody was accepted any more."""
-    with serving("--verbose", "--interval", "100") as server:
+    with serving("--verbose", "--interval", "100", before=FEW_LINES) as server:
         for _ in range(REFUSED):
             ask(server.port, get("/", method="BREW"))
         with Client(server.port) as client:
@@ -200,10 +201,10 @@ def test_a_log_that_nobody_reads_stops_nothing():
 
 
 def test_lines_left_out_of_the_log_are_counted_once_somebody_reads_it_again():
-    with serving("--verbose", "--interval", "100") as server:
+    with serving("--verbose", "--interval", "100", before=FEW_LINES) as server:
         for _ in range(REFUSED):
             ask(server.port, get("/", method="BREW"))
-        lines = [server.process.stderr.readline().decode() for _ in range(1500)]
+        lines = [server.process.stderr.readline().decode() for _ in range(700)]
         ask(server.port, get("/", method="BREW"))
         while "refused: 501" in lines[-1]:
             lines.append(server.process.stderr.readline().decode())
@@ -223,9 +224,10 @@ def test_without_a_flag_only_the_edges_are_logged_and_quiet_logs_nothing():
 
 def test_a_terminal_gets_a_status_line_that_renews_itself():
     controller, terminal = os.openpty()
-    command = [sys.executable, str(TOP / "sse_server.py"), "--port", "0", "--interval", "0.05"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=terminal)
+    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core.cli import command_line; "
+            "command_line.STATUS_EVERY = 0.2; import sse_server; sys.exit(sse_server.main())")
+    process = subprocess.Popen([sys.executable, "-c", code, "--port", "0", "--interval", "0.05"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal)
     os.close(terminal)
     with process:
         seen = b""

@@ -132,8 +132,8 @@ def vanish(network, certificate, secure: bool, heartbeat: float, slow_every: flo
 def test_a_client_whose_network_is_gone_is_dropped_though_the_kernel_takes_all_it_is_sent(
         network, certificate, secure, monkeypatch):
     """It stayed for 15 minutes. The time that is waited is shorter here; the kernel's is real."""
-    monkeypatch.setattr(stalls, "STALL_TIMEOUT", 3.0)
-    assert 2.5 < vanish(network, certificate, secure, heartbeat=0.4, slow_every=0.1) < 30
+    monkeypatch.setattr(stalls, "STALL_TIMEOUT", 1.5)
+    assert 1.2 < vanish(network, certificate, secure, heartbeat=0.2, slow_every=0.05) < 30
 
 
 @pytest.mark.long

@@ -14,9 +14,10 @@ import pytest
 import requests
 
 from helpers import PATIENCE, TOP, Client, wait_until
-from history_file import (gaps, key, on_file, post, publishing, query, resume, rows, texts, turn,
-                          turned)
+from history_file import (IMPATIENT, gaps, key, on_file, post, publishing, query, resume, rows,
+                          texts, turn, turned)
 from sse_core.errors import Unavailable
+from sse_core.stores import sqlite
 from sse_core.stores.sqlite import FileStream
 from sse_core.stores.store import Draft
 
@@ -24,9 +25,10 @@ NOBODY = 65534
 
 
 @contextmanager
-def watched(path, number: int = 1):
+def watched(path, number: int = 1, before: str = ""):
     """Run so many servers, and a client at each; in the end all live, and deliver."""
-    with on_file(path, number, "--heartbeat", "0.2") as servers, ExitStack() as stack:
+    with on_file(path, number, "--heartbeat", "0.05", before=before) as servers, \
+            ExitStack() as stack:
         clients = [stack.enter_context(Client(server.port)).open() for server in servers]
         yield servers, clients
         for server in servers:
@@ -118,14 +120,15 @@ def test_a_bad_file_at_the_start_is_one_line_and_left_as_it_is(tmp_path, name):
                             for each in tmp_path.rglob("*"))
 
 
-def test_a_locked_file_at_the_start_is_one_line_in_time(path):
+def test_a_locked_file_at_the_start_is_one_line_in_time(path, monkeypatch):
+    monkeypatch.setattr(sqlite, "BUSY_TIME", 0.5)
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         stream.publish([Draft("x")])
         other.execute("begin immediate")
         began = time.monotonic()
         with pytest.raises(ValueError, match="locked: end the process"):
             FileStream(path, 64, False)
-        assert time.monotonic() - began < 4
+        assert 0.5 <= time.monotonic() - began < 2.5
         other.rollback()
 
 
@@ -189,7 +192,7 @@ def fill(folder) -> None:
 
 
 def test_a_full_disk(small_disk):
-    with on_file(small_disk / "events.db", 1, "--heartbeat", "0.2") as (server,), \
+    with on_file(small_disk / "events.db", 1, "--heartbeat", "0.05") as (server,), \
             Client(server.port) as client:
         client.open()
         for round in range(2):
@@ -293,7 +296,7 @@ def nested(tmp_path):
 
 @pytest.mark.parametrize("how", MOVES)
 def test_a_file_that_is_removed_or_replaced_is_told_and_not_followed(nested, how):
-    with on_file(nested, 2, "--heartbeat", "0.2") as servers, ExitStack() as stack:
+    with on_file(nested, 2, "--heartbeat", "0.05") as servers, ExitStack() as stack:
         clients = [stack.enter_context(Client(server.port)).open() for server in servers]
         post(servers[0], "before").raise_for_status()
         for client in clients:
@@ -363,7 +366,9 @@ def killed_server(path) -> None:
 
 def starts(path) -> tuple:
     """Start a server on the file; return its status and what it says, or None if it runs."""
-    process = subprocess.Popen([sys.executable, TOP / "sse_server.py", "--port", "0", "--quiet",
+    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); {IMPATIENT}; import sse_server; "
+            "sys.exit(sse_server.main())")
+    process = subprocess.Popen([sys.executable, "-c", code, "--port", "0", "--quiet",
                                 "--history-file", path], stdin=subprocess.DEVNULL, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with process:
@@ -465,7 +470,7 @@ HOLDER = """if True:
 
 
 def test_a_process_that_is_stopped_in_mid_transaction_and_then_killed(path):
-    with watched(path, 2) as ((server, other), clients):
+    with watched(path, 2, before=IMPATIENT) as ((server, other), clients):
         post(server, "before")
         holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE)
         try:
@@ -474,7 +479,7 @@ def test_a_process_that_is_stopped_in_mid_transaction_and_then_killed(path):
             with ThreadPoolExecutor(2) as pool:     # of which one waits for the other, too
                 answers = list(pool.map(post, [server] * 2, ["refused"] * 2))
             assert [answer.status_code for answer in answers] == [503] * 2
-            assert 1.5 < time.monotonic() - began < 5 and "locked" in health(server).text
+            assert 0.4 < time.monotonic() - began < 3.5 and "locked" in health(server).text
         finally:
             holder.kill()
             holder.communicate()
@@ -485,7 +490,8 @@ def test_a_process_that_is_stopped_in_mid_transaction_and_then_killed(path):
             assert texts(client) == ["before", "after"]
 
 
-def test_who_reads_on_waits_for_no_other_process(path):
+def test_who_reads_on_waits_for_no_other_process(path, monkeypatch):
+    monkeypatch.setattr(sqlite, "BUSY_TIME", 1.0)
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         shared = turned(stream)
         other.execute("begin immediate")
@@ -514,7 +520,7 @@ def test_a_file_that_is_away_is_tried_at_longer_and_longer_times(nested, caplog)
 
 
 def test_a_stop_does_not_wait_for_a_file_with_a_fault(path):
-    with on_file(path) as (server,), closing(sqlite3.connect(path)) as other:
+    with on_file(path, before=IMPATIENT) as (server,), closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
         assert post(server, "refused").status_code == 503
         began = time.monotonic()

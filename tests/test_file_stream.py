@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 import pytest
 import requests
 
+import sse_server
 from helpers import (KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, get, halt, in_a_thread,
                      wait_until)
 from history_file import (add_rows, gaps, key, on_file, post, publisher, publishing, query, resume,
@@ -25,6 +26,12 @@ from sse_core.stores.sqlite import FileStream
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import Draft, Event, Shared
 from sse_server import SSEServer
+
+
+@pytest.fixture
+def counting_often(monkeypatch):
+    """Have streams of this process count their rows ten times a second, and not once."""
+    monkeypatch.setattr(file_stream, "COUNT_EVERY", 0.1)
 
 
 # One process after another
@@ -82,7 +89,7 @@ def test_the_lowest_ids_are_ids(path):
         assert texts(client)[-2:] == ["0-1", "1-0"]
 
 
-def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path):
+def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path, counting_often):
     with publishing(path, 100) as stream:
         for _ in range(40):
             ids = stream.publish([Draft(str(number)) for number in range(500)])
@@ -93,7 +100,7 @@ def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path):
         assert log.frame(log.first).id == key(ids[400]) and log.last_id == key(ids[-1])
 
 
-def test_a_longer_history_is_kept_ten_times(path):
+def test_a_longer_history_is_kept_ten_times(path, counting_often):
     with publishing(path, 1200) as stream:
         for _ in range(30):
             stream.publish([Draft("x")] * 500)
@@ -219,7 +226,7 @@ def test_many_processes_begin_with_the_same_new_file(path):
 
 @pytest.mark.parametrize("history", ["0", "64", "1024"])
 def test_a_pipe_is_held_back_for_who_reads(path, history):
-    lines = [f"{number} {'x' * 1000}" for number in range(20000)]
+    lines = [f"{number} {'x' * 1000}" for number in range(6000)]
     server = Server("--stdin", "--wait-clients", "1", "--history-file", str(path), "--history",
                     history)
     with Client(server.port, receive_buffer=4096) as client, ThreadPoolExecutor(1) as pool:
@@ -248,7 +255,7 @@ def test_each_server_sees_all_in_one_order(path):
 def test_a_client_that_moves_to_another_server_at_once_misses_nothing(path):
     with on_file(path, 2) as servers:
         last = post(servers[0], "start").json()["id"]
-        for number in range(30):
+        for number in range(12):
             here, there = servers[number % 2], servers[1 - number % 2]
             newest = post(here, f"{number} a").json()["id"]
             with resume(there, newest) as ahead, resume(there, last) as client:
@@ -270,16 +277,17 @@ def acknowledged_by(process: subprocess.Popen) -> dict:
     return told
 
 
-def test_what_was_acknowledged_is_there_after_kill_9_at_any_moment(path):
+@pytest.mark.parametrize("number", [12, pytest.param(40, marks=pytest.mark.long)])
+def test_what_was_acknowledged_is_there_after_kill_9_at_any_moment(path, number):
     seed = random.randrange(1 << 32)
     draw, killed, running = random.Random(seed), [], []
     with on_file(path, 1, "--history", "100000") as (server,), Client(server.port) as client:
         client.open()
         reading = threading.Thread(target=client.read_until_data, args=("end",))
         reading.start()
-        for number in range(40):
-            running.append(publisher(path, f"p{number}", 100000))
-            if number > 2:
+        for name in range(number):
+            running.append(publisher(path, f"p{name}", 100000))
+            if name > 2:
                 running[0].stdout.readline() if draw.random() < 0.5 else None
                 time.sleep(draw.uniform(0, 0.1))
                 killed.append(running.pop(draw.randrange(len(running))))
@@ -310,7 +318,7 @@ def trim_to(path, number: int) -> None:
                 "order by ms desc, n desc limit 1 offset ?)", number - 1)
 
 
-def test_a_follower_that_was_trimmed_past_tells_a_gap(path):
+def test_a_follower_that_was_trimmed_past_tells_a_gap(path, counting_often):
     with on_file(path, 1, "--history", "64") as (server,), Client(server.port) as client:
         client.open()
         first = post(server, "first").json()["id"]
@@ -679,10 +687,12 @@ def test_the_wal_shrinks_again_after_a_reader_that_was_forgotten(path, monkeypat
 # A long history
 
 
-def test_servers_that_start_at_once_on_a_long_history_hold_up_nobody(path):
+# As many as fill the log's 64 MiB; and what is enough to be in the way
+@pytest.mark.parametrize("number", [pytest.param(300_000, marks=pytest.mark.long), 60_000])
+def test_servers_that_start_at_once_on_a_long_history_hold_up_nobody(path, number):
     with publishing(path) as stream:
         stream.publish([Draft("x")])
-    add_rows(path, 300_000)
+    add_rows(path, number)
     servers, answers = [], []
     with on_file(path, 1, "--history", "100000") as (running,):
         starting = [in_a_thread(lambda: servers.append(Server(
@@ -712,6 +722,7 @@ def test_a_start_on_a_long_history_can_be_stopped_and_tells_that_it_is_not_ready
         time.sleep(0.02)
         return [row]
     monkeypatch.setattr(file_stream.FileStream, "_page", endless)
+    monkeypatch.setattr(sse_server, "LOAD_TIME", 0.2)
     began = time.monotonic()
     with serving_file(path, history=100_000) as server:
         assert time.monotonic() - began < 2

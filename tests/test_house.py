@@ -2,6 +2,7 @@
 import ast
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(TOP).with_suffix("").parts)
 
 
+@lru_cache(maxsize=None)
 def imports_of(path: Path) -> set:
     """Return the full names of all that a module imports, also inside functions."""
     found = set()

@@ -214,8 +214,8 @@ def flood(number: int, readers: int, slow: bool) -> None:
             client.close()
 
 
-def test_a_quarter_of_a_million_lines_lose_nothing_and_take_no_memory():
-    flood(250_000, 2, slow=False)
+def test_a_hundred_thousand_lines_lose_nothing_and_take_no_memory():
+    flood(100_000, 2, slow=False)
 
 
 @pytest.mark.long

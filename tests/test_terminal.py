@@ -13,6 +13,11 @@ import pytest
 from helpers import PATIENCE, TOP, Client, make_certificate, wait_until
 
 SERVER = [sys.executable, str(TOP / "sse_server.py"), "--port", "0"]
+# The same, but it renews its status line ten times a second.
+OFTEN = [sys.executable, "-c", (
+    f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core.cli import command_line; "
+    "command_line.STATUS_EVERY = 0.1; import sse_server; sys.exit(sse_server.main())"),
+    "--port", "0"]
 
 
 class Terminal:
@@ -80,7 +85,7 @@ def test_enter_stops_it_and_clients_get_their_end(terminal):
 
 
 def test_the_start_says_where_to_look_and_who_may(terminal):
-    screen = terminal(*SERVER)
+    screen = terminal(*OFTEN)
     text = screen.until(r"May publish: nobody")[0] and screen.text
     assert "Press enter to terminate" in text and "Watch: curl -N http://127.0.0.1:" in text
     assert "May watch: everybody on this machine, and every web page that is open there" in text
@@ -93,10 +98,7 @@ def test_the_start_says_where_to_look_and_who_may(terminal):
 
 @pytest.mark.parametrize("flags, shown", [(["--quiet"], False), ([], True)])
 def test_quiet_has_no_status_line(terminal, flags, shown):
-    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core.cli import command_line; "
-            "command_line.STATUS_EVERY = 0.1; import sse_server; "
-            f"sys.exit(sse_server.main(['--port', '0', '--interval', '0.05', *{flags!r}]))")
-    screen = terminal(sys.executable, "-c", code)
+    screen = terminal(*OFTEN, "--interval", "0.05", *flags)
     port = int(screen.until(r"Listening on http://127.0.0.1:(\d+)")[1])
     with Client(port) as client:
         client.read_events(5)       # so many looks at the terminal are done, too
@@ -238,10 +240,7 @@ def test_closed_and_full_streams_are_no_traceback_and_no_busy_loop():
 
 
 def test_a_terminal_that_is_held_by_ctrl_s_stops_nothing_and_enter_still_counts(terminal):
-    code = (f"import sys; sys.path.insert(0, {str(TOP)!r}); from sse_core.cli import command_line; "
-            "command_line.STATUS_EVERY = 0.1; import sse_server; "
-            "sys.exit(sse_server.main(['--port', '0', '--interval', '0.05', '--verbose']))")
-    screen = terminal(sys.executable, "-c", code)
+    screen = terminal(*OFTEN, "--interval", "0.05", "--verbose")
     port = int(screen.until(r"Listening on http://127.0.0.1:(\d+)")[1])
     screen.until("deliveries/s")
     screen.type("\x13")

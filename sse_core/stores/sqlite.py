@@ -185,7 +185,7 @@ class FileStream(SharedLog):
             return [], True
         self._poll = self._poll if self._is_own else POLL
         # In one transaction, so that no row is removed between the two queries.
-        with _transaction(connection, "begin"):
+        with _transaction(connection, "begin", BUSY_TIME):
             rows, is_all = _fetch(connection, _AFTER, last, READ_COUNT)
             removed = _newest_removed(connection)
         if removed > last:
@@ -228,7 +228,7 @@ class FileStream(SharedLog):
 
     def _commit(self, drafts: Sequence[Draft]) -> list[str]:
         connection = self._writing()
-        with _transaction(connection, "begin immediate"):
+        with _transaction(connection, "begin immediate", BUSY_TIME):
             ids = self._next_ids(connection, len(drafts))
             connection.executemany("insert into event values (?, ?, ?, ?, ?)", (
                 (*new, draft.channel, draft.event, draft.data)
@@ -342,14 +342,14 @@ def _set_up(connection: sqlite3.Connection, path: str, sync: bool) -> None:
     if not os.access(path, os.W_OK):
         raise Unusable("it is readonly")
     if version < SCHEMA:
-        with _transaction(connection, "begin immediate"):
+        with _transaction(connection, "begin immediate", BUSY_TIME):
             _make_tables(connection)
     connection.execute("pragma journal_mode = wal")
     connection.execute(f"pragma synchronous = {'full' if sync else 'normal'}")
     connection.execute(f"pragma journal_size_limit = {WAL_LIMIT}")
     inode = str(os.stat(path).st_ino)
     if connection.execute("select inode from meta").fetchone() != (inode.encode(),):
-        with _transaction(connection, "begin immediate"):
+        with _transaction(connection, "begin immediate", BUSY_TIME):
             connection.execute("update meta set inode = ?", (inode,))
         _insist(lambda: _checkpoint(connection), BUSY_TIME)
     # This creates the -wal and the -shm, which a copy does not have yet.
@@ -392,8 +392,7 @@ def _checkpoint(connection: sqlite3.Connection) -> None:
 
 
 @contextmanager
-def _transaction(connection: sqlite3.Connection, begin: str, seconds: float = BUSY_TIME
-                 ) -> Iterator[None]:
+def _transaction(connection: sqlite3.Connection, begin: str, seconds: float) -> Iterator[None]:
     """Commit what the block does, or undo it. Wait so long for another process that writes."""
     _insist(lambda: connection.execute(begin), seconds)
     try:
