@@ -265,7 +265,8 @@ class SSEServer(_Listener, metaclass=_Documented):
     max_clients     how many clients there can be at a time, as far as the limit of descriptors
                     (`ulimit -n`) allows: some of them are kept for requests
     patience        seconds for which `publish(..., wait=True)` waits for a slow client that makes
-                    no progress; one that reads 16 KiB a second is waited for without limit
+                    no progress; 0: not at all. One that reads 16 KiB a second is waited for as long
+                    as it does
     tokens          who may watch, by `/TOKEN` or `Authorization: Bearer TOKEN`; none: everybody
     publish_tokens  who may POST events, in the same way; none: nobody
     jwt_key         key of signed tokens, which list the channels of their owner: a secret (HS256)
@@ -582,6 +583,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         if self._process != os.getpid():
             raise NotRunning(f"the server runs in process {self._process}, from which this one was "
                              "forked: start a server of its own here, after the fork")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until Enter, SIGINT or SIGTERM, and return the exit status.
