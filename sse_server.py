@@ -84,12 +84,8 @@ WAIT_CHECK = 0.05
 STREAM_TYPE = "text/event-stream; charset=utf-8"
 ORIGINAL_STREAM_TYPE = "text/event-stream"
 
-# What `main` tells its user of a --host: who can reach the server there.
+# Each --host that only this machine can reach.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-ANY_ADDRESS = ("0.0.0.0", "::")
-
-# An address that nobody has: it is kept for documentation (RFC 5737).
-SOMEWHERE = ("192.0.2.1", 9)
 
 # Where the page can be: in a checkout, else where `pip install` or `pip install --target` puts it.
 _DATA_FOLDERS = (Path(__file__).parent, sysconfig.get_path("data"),
@@ -663,12 +659,12 @@ def _host_to_visit(listening_on: str, allowed_hosts: Sequence[str]) -> str:
     """
     if allowed_hosts and listening_on not in allowed_hosts:
         return allowed_hosts[0].strip("[]")
-    if listening_on not in ANY_ADDRESS:
+    if listening_on not in ("0.0.0.0", "::"):
         return listening_on
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        # This sends nothing. It looks for the way out of here, and takes the address where that
-        # begins.
-        sock.connect(SOMEWHERE)
+        # An address that nobody has: it is kept for documentation (RFC 5737). This sends nothing
+        # there. It looks for the way out of here, and takes the address where that begins.
+        sock.connect(("192.0.2.1", 9))
         return str(sock.getsockname()[0])
     # There is no way. Somebody may know the machine by its name.
     return socket.gethostname()

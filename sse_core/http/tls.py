@@ -119,17 +119,13 @@ class Certificate:
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_INTERVAL
             seen, self._seen = self._seen, self._look()
-            if self._seen != seen:
-                self._renew()
+            try:
+                if self._seen != seen:
+                    self._context = self._load()
+                    logger.info("%s has changed: its certificate is served from now on", self._cert)
+            except ValueError as error:
+                logger.warning("%s; the old certificate is served on", error)
         return self._context
-
-    def _renew(self) -> None:
-        """Load the files anew. If that cannot be, everything stays as it was."""
-        try:
-            self._context = self._load()
-            logger.info("%s has changed: its certificate is served from now on", self._cert)
-        except ValueError as error:
-            logger.warning("%s; the old certificate is served on", error)
 
     def _look(self) -> list[tuple[int, int]]:
         """Return what changes when a file is written or replaced. Nothing, if one is missing.
