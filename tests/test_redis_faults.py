@@ -682,8 +682,11 @@ def test_more_than_the_log_holds_while_redis_was_away_at_the_start_is_a_gap(stor
     store.kill()
     with Server("--redis", store.url, "--publish-token", POST, "--history", "1024", before=(
             f"import time; real = time.time; time.time = lambda: real() + {skew}")) as server:
+        # Else it could read the first entry before the others are there.
+        halt(server.process)
         store.start()
         add_many(store.client, number=3000)
+        server.process.send_signal(signal.SIGCONT)
         wait_until(lambda: health(server) == 200)
         newest = [f"burst {number}" for number in range(3000 - 1024, 3000)]
         assert reasons_and_data(server.port, "/", first) == ["evicted", *newest]
