@@ -113,6 +113,10 @@ class Bench:
             if self.broadcast.figures()["events"] != before or self.broadcast.has_work():
                 idle = 0
 
+    def groups(self) -> int:
+        """Return how many groups of clients that are sent the same bytes there are."""
+        return len([*self.publisher._groups])
+
     def start(self) -> None:
         """Let a thread turn the publisher from now on."""
         self.thread = in_a_thread(self.publisher.run)
