@@ -1,11 +1,16 @@
 """Each recipe of docs/recipes.md does what it says: real apps, workers, proxies and browsers."""
 import getpass
 import grp
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 import requests
@@ -13,6 +18,7 @@ import requests
 from browser import browser
 from documentation import commands
 from helpers import PATIENCE, TOP, Client, ask, get, listens, need, wait_until
+from sse_server import SSEServer
 
 STREAM = "Accept: text/event-stream"
 
@@ -234,3 +240,111 @@ def test_the_page_goes_on_over_expiry_and_restarts_until_the_user_logs_out(recip
         page.evaluate("fetch('/logout')")
         page.wait_for("source.readyState === 2")
         assert "not logged in" in page.evaluate("document.getElementById('state').textContent")
+
+
+# A consumer that processes exactly once
+
+@contextmanager
+def consuming(folder: Path, port: int) -> Iterator[subprocess.Popen]:
+    """Run the consumer, and kill it at the end of the block."""
+    process = subprocess.Popen([sys.executable, str(TOP / "examples" / "consumer.py"),
+                                f"http://127.0.0.1:{port}/?channel=orders", "shop.db"],
+                               cwd=folder, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def rows(folder: Path, query: str) -> list:
+    """Ask the consumer's file. It may not be there yet."""
+    with closing(sqlite3.connect(folder / "shop.db")) as db:
+        try:
+            return db.execute(query).fetchall()
+        except sqlite3.OperationalError:
+            return []
+
+
+def sold(folder: Path) -> dict:
+    return dict(rows(folder, "select * from sold"))
+
+
+def order(server: SSEServer, item: str) -> None:
+    server.publish(json.dumps({"item": item, "pieces": 1}), "order", "orders")
+
+
+def test_a_consumer_counts_each_order_once_although_it_is_killed_three_times(tmp_path):
+    with SSEServer(port=0, history_file=tmp_path / "events.db", retry=0.1) as server:
+        def publish() -> None:
+            for number in range(900):
+                # Never so far ahead that a kill could come when all is over
+                if number % 10 == 0:
+                    wait_until(lambda: sum(sold(tmp_path).values()) >= number - 40)
+                order(server, ("tea", "salt", "rice")[number % 3])
+        orders = threading.Thread(target=publish)
+        orders.start()
+        for killed_at in (100, 300, 500):
+            with consuming(tmp_path, server.port):
+                wait_until(lambda: sum(sold(tmp_path).values()) >= killed_at)
+        assert sum(sold(tmp_path).values()) < 900
+        with consuming(tmp_path, server.port):
+            orders.join()
+            order(server, "last")
+            wait_until(lambda: "last" in sold(tmp_path))
+    assert sold(tmp_path) == {"tea": 300, "salt": 300, "rice": 300, "last": 1}
+    assert rows(tmp_path, "select * from gap") == []
+
+
+def test_a_consumer_counts_no_order_whose_id_it_cannot_keep(tmp_path):
+    with SSEServer(port=0, retry=0.1) as server:
+        order(server, "tea")
+        with consuming(tmp_path, server.port):
+            wait_until(lambda: sold(tmp_path) == {"tea": 1})
+        with closing(sqlite3.connect(tmp_path / "shop.db")) as db:
+            db.execute("create trigger full before update on place "
+                       "begin select raise(abort, 'the disk is full'); end")
+        order(server, "tea")
+        with consuming(tmp_path, server.port) as consumer:
+            assert consumer.wait(PATIENCE) == 1 and sold(tmp_path) == {"tea": 1}
+        with closing(sqlite3.connect(tmp_path / "shop.db")) as db:
+            db.execute("drop trigger full")
+        with consuming(tmp_path, server.port):
+            wait_until(lambda: sold(tmp_path) == {"tea": 2})
+
+
+def test_a_consumer_notes_a_gap_and_goes_on(tmp_path):
+    with SSEServer(port=0, history=64, retry=0.1) as server:
+        order(server, "first")
+        with consuming(tmp_path, server.port):
+            wait_until(lambda: sold(tmp_path) == {"first": 1})
+        for _ in range(100):
+            order(server, "lost")
+        server.publish("no order", "order", "orders")
+        order(server, "last")
+        with consuming(tmp_path, server.port):
+            wait_until(lambda: "last" in sold(tmp_path))
+    assert [reason for reason, in rows(tmp_path, "select reason from gap")] == ["evicted"]
+    assert [data for data, in rows(tmp_path, "select data from rejected")] == ["no order"]
+    assert 0 < sold(tmp_path)["lost"] < 100
+
+
+def test_a_second_consumer_on_the_same_file_ends_itself(tmp_path):
+    with SSEServer(port=0, retry=0.1) as server:
+        order(server, "tea")
+        with consuming(tmp_path, server.port) as one, consuming(tmp_path, server.port) as other:
+            wait_until(lambda: server.clients == 2 or one.poll() or other.poll())
+            order(server, "salt")
+            wait_until(lambda: one.poll() is not None or other.poll() is not None)
+            wait_until(lambda: sold(tmp_path) == {"tea": 1, "salt": 1})
+
+
+def test_the_commands_of_the_consumer_count_an_order(recipes):
+    need("sqlite3", "sqlite3")
+    serve, consume_it, send, look = commands(
+        "python sse_server.py --port 6500 --history-file events.db --publish-token SECRET",
+        "examples/consumer.py", "channel=orders&event=order", "'select * from sold'")
+    recipes.serve(serve)
+    recipes.start(consume_it)
+    assert '{"id": "' in recipes.output(send)
+    wait_until(lambda: recipes.output(look) == "tea|2\n")
