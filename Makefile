@@ -5,12 +5,20 @@ RUNS ?= 20
 .PHONY: help run test quick test-long fuzz check shuffle bench bench-peers siege soak clean interop screenshots mutants
 
 help:
-	@echo "run: the clock on port 6500; test: everything; quick: without browser, Redis, packages;"
-	@echo "check: ruff and mypy; fuzz, test-long, interop: more tests; screenshots: the README's;"
-	@echo "mutants: do the quick tests notice what is broken? MUTANTS=\"--module log.py\": of one file;"
-	@echo "shuffle: the quick tests in random order, RUNS=20 times;"
-	@echo "bench, bench-peers, siege: measurements; soak: an hour of hard life;"
-	@echo "clean: take away what these made"
+	@echo "make run          serve the clock on port 6500"
+	@echo "make quick        the tests that need no browser, no Redis and no packages"
+	@echo "make test         all tests but the long ones and those with other people's programs"
+	@echo "make check        ruff and mypy"
+	@echo "make test-long    the tests that take minutes"
+	@echo "make fuzz         the random tests, a hundred times as long"
+	@echo "make interop      the tests with other people's clients, browsers, proxies, databases"
+	@echo "make shuffle      the quick tests in random order, RUNS=20 times"
+	@echo "make mutants      break the code and see whether a test notices: tools/README.md"
+	@echo "make bench        costs beside a bare C loop; bench-peers: beside other servers"
+	@echo "make siege        what hostile peers cost"
+	@echo "make soak         an hour of restarts and rough peers"
+	@echo "make screenshots  the pictures of the README"
+	@echo "make clean        delete what these made"
 
 run:
 	$(PYTHON) sse_server.py --port 6500
