@@ -9,7 +9,7 @@ r"""Turn events into bytes: a frame is one event, encoded once, as exactly one H
     \r\n
 
 RFC 9112 section 7.1 defines the chunk, and WHATWG HTML section 9.2.5 the event in it. The length
-line has a fixed width. So a client of HTTP/1.0, which knows no chunks, is sent a slice of the
+line has a fixed width, so a client of HTTP/1.0, which knows no chunks, is sent a slice of the
 frame.
 
 Every line of an event ends in LF. WHATWG allows CRLF, too, but many clients split the stream at
@@ -44,13 +44,17 @@ END = b"0\r\n\r\n"
 # Milliseconds. Clients keep the number of `retry:` in 32 bits, one of them for the sign.
 MAX_RETRY = (1 << 31) - 1
 
-# Names of the events that the server makes itself. Nobody can publish them.
+# Names of the events that the server makes itself. Nobody else can publish them.
 OWN_NAMES = ("welcome", "gap", "busy")
 
 # Milliseconds since 1970, and a counter within that millisecond. Ordered as in a Redis stream.
 Id = tuple[int, int]
+
+# An id has one spelling: no leading zeros, and no more digits than 64 bits have.
 _ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
 
+# CR and LF would end the line. At NUL, clients in C would end the name. A lone surrogate is no
+# character, and UTF-8 cannot encode it.
 _NOT_IN_A_NAME = re.compile("[\r\n\0\ud800-\udfff]")
 
 
@@ -59,11 +63,10 @@ class Draft:
 
     data      Text of at most MAX_EVENT bytes. Its lines may end in CRLF, LF or CR.
     event     Its name. None or an empty one: clients take it for a `message`.
-    channel   It goes to the clients that asked for this channel. None: to all.
+    channel   Only clients that asked for this channel get the event. None: all clients do.
 
     Raises ValueError for what no event can hold, TypeError for what is not text.
     """
-    __slots__ = ("data", "event", "channel", "payload")
 
     def __init__(self, data: str, event: str | None = None, channel: str | None = None) -> None:
         if not (isinstance(data, str) and isinstance(event or "", str)
@@ -108,6 +111,7 @@ def encode(data: str, event: str | None = None) -> bytes:
         raise ValueError("the data has a lone surrogate and cannot be sent as UTF-8") from None
     if len(encoded) > MAX_EVENT:
         raise ValueError(f"the data is longer than {MAX_EVENT} bytes")
+    # Most data has no CR. In 1 MiB, that is seen in 8 us, while looking for CRLF takes 750 us.
     if b"\r" in encoded:
         encoded = encoded.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     name = f"event: {event}\n".encode() if event else b""
@@ -126,6 +130,7 @@ def parse_draft(line: str) -> Draft | None:
     try:
         return _parse_members(line)
     except json.JSONDecodeError as error:
+        # Without the number of the line: it is always the first.
         what = f"{error.msg} in column {error.colno}"
     except RecursionError:
         what = "it is nested too deeply"
@@ -155,6 +160,7 @@ def _text_of_data(line: str) -> str:
     # Names and values in turn: what each stands for, and how it stands there.
     items: list[tuple[Any, str]] = []
     at = line.index("{") + 1
+    # The line has been decoded once, so between two items there is nothing but this.
     while line[at] != "}":
         if line[at] in " \t\r\n,:":
             at += 1
@@ -238,6 +244,7 @@ def busy(seconds: float) -> bytes:
     Some clients drop a `retry:` without data at the end of a stream, so this is an event.
     """
     milliseconds = retry_after(seconds)
+    # Clients that do not show `retry:` to their program show the data.
     return chunk(b'event: busy\nretry: %d\ndata: {"retry": %.10g}\n\n'
                  % (milliseconds, milliseconds / 1000))
 
