@@ -120,7 +120,7 @@ class Request(NamedTuple):
 
     @property
     def chunked(self) -> bool:
-        """Whether the client understands chunks, as any does from HTTP/1.1 on (RFC 9112 section 7)."""
+        """Whether the client understands chunks: from HTTP/1.1 on (RFC 9112 section 7.1)."""
         return self.version >= (1, 1)
 
     @property

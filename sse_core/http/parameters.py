@@ -22,7 +22,8 @@ from sse_core.http.http1 import Request
 
 NDJSON = "application/x-ndjson"
 
-# Parameters of a stream. `last_event_id` is what Mercure calls `since`.
+# Parameters of a stream. `lastEventId` is for polyfills of EventSource, which cannot set a header
+# field, and `last_event_id` is what Mercure calls `since`.
 WATCHING = {"channel", "since", "lastEventId", "last_event_id"}
 
 # Names of times to begin at, in milliseconds since 1970. `earliest` is Mercure's word for `all`.
@@ -30,6 +31,9 @@ BEGINNINGS = {"all": 0.0, "latest": math.inf, "earliest": 0.0}
 
 # Seconds in each unit of a time ago.
 AGO = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+# A number with a unit is a time ago, and one without is a unix time. Twelve digits reach far beyond
+# any calendar, and cannot overflow anything.
 _SINCE = re.compile("([0-9]{1,12}(?:[.][0-9]{1,6})?)([smhd]?)", re.ASCII)
 
 # Channels that a client may ask for. One with 100 of its own costs 52 KiB.
@@ -44,13 +48,16 @@ _CHARSET = re.compile(r';[ \t]*charset="?([^";, \t]*)')
 
 
 def is_list(request: Request) -> bool:
-    """Say whether the lines of a POST's body are events."""
+    """Return whether the lines of a POST's body are events (RFC 9110 section 8.3.1)."""
     content_type = request.known.get("content-type", "")
     return content_type.partition(";")[0].strip().lower() == NDJSON
 
 
 def check_encoding(request: Request) -> None:
-    """Raise Refusal if the body of a POST is compressed, or is not UTF-8 by its own account."""
+    """Raise Refusal if the body of a POST is compressed, or says of itself that it is not UTF-8.
+
+    This needs the head alone, so that a client learns it before it sends the body.
+    """
     coding = request.known.get("content-encoding", "").lower()
     charset = _CHARSET.search(request.known.get("content-type", "").lower())
     if coding not in ("", "identity"):
@@ -62,7 +69,10 @@ def check_encoding(request: Request) -> None:
 
 
 def drafts(request: Request, body: bytes) -> list[Draft]:
-    """Return the events that a POST makes of its body. Raises Refusal if it makes none."""
+    """Return the events that a POST makes of its body: one, or those of its lines.
+
+    Raises Refusal if there is anything in it that is no event. So either all are published or none.
+    """
     try:
         # A byte order mark before a list is not content. Before data, it is a character of it.
         text = body.decode("utf-8-sig" if is_list(request) else "utf-8")
@@ -72,7 +82,10 @@ def drafts(request: Request, body: bytes) -> list[Draft]:
 
 
 def _one(request: Request, text: str) -> Draft:
-    """Return the event whose data is the body. Raises Refusal."""
+    """Return the event whose data is the body, with the name and the channel of the query.
+
+    Raises Refusal for a parameter that would have no effect, and for what no event can hold.
+    """
     for name, values in request.query.items():
         if name not in ("event", "channel"):
             raise Refusal(400, f"The parameter {name!r} is not known. Use event and channel.")
@@ -86,9 +99,13 @@ def _one(request: Request, text: str) -> Draft:
 
 
 def _lines(request: Request, text: str) -> list[Draft]:
-    """Return the events that the lines describe. Raises Refusal, which names the line."""
+    """Return the events that the lines describe, as `parse_draft` reads them, without blank lines.
+
+    Raises Refusal, which names the line by its number, counted from 1 as editors do.
+    """
     if request.query:
         raise Refusal(400, f"With {NDJSON}, put event and channel into the lines, not the query.")
+    # `splitlines` would also split at what may stand within a JSON string, such as U+2028.
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
@@ -100,11 +117,17 @@ def _lines(request: Request, text: str) -> list[Draft]:
 
 
 def start(request: Request, now: float) -> tuple[str | None, float | None]:
-    """Return the id after which a stream begins, and the time if it is one. Raises Refusal.
+    """Return the id after which a stream begins, and the time if it is one.
 
-    now: seconds since 1970. The time is returned in milliseconds since then; inf: see Log.latest.
-    An id wins over `since`, so that a client that reconnects goes on, and does not start anew.
+        an id                   that id, None
+        a time                  the first id of that time, in milliseconds since 1970
+        `all`, `latest`         `0-0`, and 0 or inf: see Log.locate_time
+        none of these           None, None: the stream begins with the next event
+
+    now: seconds since 1970. An id wins over `since`, so that a client that reconnects goes on, and
+    does not start anew. Raises Refusal for a `since` that means nothing.
     """
+    # Of both, an empty `since` is one that means nothing, and not one that is left out.
     since = request.parameter("since" if "since" in request.query else "last_event_id")
     if request.last_id is not None or since is None:
         return request.last_id, None
@@ -117,16 +140,16 @@ def start(request: Request, now: float) -> tuple[str | None, float | None]:
         raise Refusal(400, "The parameter since is all, latest, an id, a unix time in seconds, or "
                            "a time ago as 90s, 10m, 24h or 7d.")
     ago = float(match[1]) * AGO[match[2]] if match[2] else now - float(match[1])
-    # The time 0 is `all`.
+    # At least 1: 0 is `all`, and nothing has an id of before 1970.
     begin = max(1, int((now - ago) * 1000))
     return f"{begin}-0", begin
 
 
 def channels(request: Request) -> frozenset[str]:
-    """Return the channels that a client asks for.
+    """Return the channels that a client asks for. An empty set is for events without a channel.
 
     Raises Refusal for too many, for what no channel is called, and for a parameter that is nearly a
-    known one.
+    known one: a client that misspells `channel` would wait for events that never come.
     """
     unknown = [name for name in request.query if name not in WATCHING and len(name) < 20]
     # A comparison takes some 20 us, so there are few, and only of short names.

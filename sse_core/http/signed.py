@@ -39,15 +39,18 @@ LEEWAY = 5
 # Three parts in the alphabet of base64url (RFC 7515 section 7.1).
 _FORM = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+", re.ASCII)
 
-# How keys begin that others may know: they are no secrets.
+# How public keys begin, and JSON Web Keys, in other forms than PEM. As a secret, a key that others
+# may know would let everybody in.
 _PUBLIC = ("MII", "MFkwEwYH", "ssh-", "ecdsa-", "{")
 
 
 class Signed:
     """The tokens that are signed with one key. Any thread may ask.
 
-    key: a secret of 32 bytes at least (HS256), or a public key in PEM (RS256, ES256).
-    Raises ValueError for any other, and if a package is missing.
+    key: a secret of MIN_SECRET bytes at least (HS256), or a public key in PEM: RSA of MIN_RSA bits
+    at least (RS256), or of the curve P-256 (ES256).
+
+    Raises ValueError for any other, without quoting it, and if a package is missing.
     """
 
     def __init__(self, key: str) -> None:
@@ -65,9 +68,12 @@ class Signed:
     def grants(self, token: str, claim: str, now: float) -> tuple[tuple[str, ...], float]:
         """Return the channels that a claim of a token grants, and until when.
 
-        claim: `subscribe` or `publish`. Both times are in seconds since 1970. Raises Refusal.
+        claim: `subscribe` or `publish`. Both times are in seconds since 1970. A channel may end in
+        `*`, see Grant. Raises Refusal, which says what is wrong with the token: 403 if it is good,
+        but not for this, and 401 else.
         """
         claims = self._claims(token)
+        # Required here, although RFC 7519 does not: a token that leaks must end some day.
         until = _time(claims, "exp")
         if until <= now:
             raise _invalid("The token has expired.")
@@ -86,7 +92,10 @@ class Signed:
         return tuple(channels), until
 
     def _claims(self, token: str) -> dict[str, Any]:
-        """Return the claims of a token, which the key's own algorithm must have signed."""
+        """Return the claims of a token, which the key's own algorithm must have signed.
+
+        Raises Refusal, the same for whatever is wrong, so that nobody learns how near a guess is.
+        """
         claims = None
         # The text of what is raised may quote the token, so it goes nowhere.
         with suppress(*self._bad):
@@ -98,9 +107,10 @@ class Signed:
 
 
 def find_token(request: Request) -> str | None:
-    """Return the bearer token, else a path with two dots, else the cookie, or None.
+    """Return what may be the signed token of a request, or None.
 
-    The cookie does not count for a POST: pages of any site can make a browser send one.
+    It is the bearer token, else a path with two dots, else the cookie, which an EventSource can
+    send. The cookie does not count for a POST: pages of any site can make a browser send one.
     """
     if request.bearer is not None:
         return request.bearer
@@ -119,13 +129,15 @@ def _invalid(text: str) -> Refusal:
 def _time(claims: dict[str, Any], name: str) -> float:
     """Return a claim in seconds since 1970. Raises Refusal if it is none."""
     value = claims.get(name)
+    # True is an int to Python. NaN is not less than anything, so it is refused, too.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value < LAST_TIME:
         raise _invalid(f"The token's claim {name} is not a number of seconds since 1970.")
     return value
 
 
 def _load(key: str) -> tuple[str, Any]:
-    """Return the algorithm of a key, and the key as PyJWT takes it."""
+    """Return the algorithm of a key, and the key as PyJWT takes it. Raises ValueError; ImportError.
+    """
     if "-----BEGIN" in key:
         return _load_pem(key.encode())
     if len(key.encode()) < MIN_SECRET or key != key.strip() or key.startswith(_PUBLIC):
@@ -135,10 +147,12 @@ def _load(key: str) -> tuple[str, Any]:
 
 
 def _load_pem(pem: bytes) -> tuple[str, Any]:
+    """Return the algorithm of a public key, and the key. Raises ValueError; ImportError."""
+    # Here and not above: most servers have no such key, and may not have the package.
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    # A private key raises, too: it does not belong here.
+    # A private key raises, too. It does not belong here: whoever reads it could sign.
     with suppress(ValueError, UnsupportedAlgorithm):
         public = load_pem_public_key(pem)
         if isinstance(public, rsa.RSAPublicKey) and public.key_size >= MIN_RSA:
