@@ -28,7 +28,8 @@ MAX_IGNORED = 4096
 # Bytes. A smaller chunk is tiny: 1 MiB in chunks of one byte took 2.4 s.
 TINY = 16
 
-# Lines, whole or begun: \Z is where one may have been cut.
+# Lines, whole or begun: \Z is where one may have been cut. Sixteen digits are as many as a 64-bit
+# number has. Space before the semicolon is taken, as the RFC asks for, and none after the size.
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})([ \t]+\Z|[ \t]*;%b)?(\r\n?)?" % VALUE)
 _DATA_END = re.compile(rb"\r\n?")
 _TRAILER = re.compile(rb"(%b(\Z|:%b))?(\r\n?)?" % (TOKEN, VALUE))
@@ -37,7 +38,8 @@ _TRAILER = re.compile(rb"(%b(\Z|:%b))?(\r\n?)?" % (TOKEN, VALUE))
 class Body:
     """Decode one body: of `length` bytes, or chunked if that is None.
 
-    Making one, and `feed`, raise Refusal for what no event can hold, or is not chunked as said.
+    The constructor and `feed` raise Refusal for more than an event can hold, and for what is not
+    chunked as said. After that, the object is of no use.
     """
 
     def __init__(self, length: int | None) -> None:
@@ -55,7 +57,11 @@ class Body:
         self._expect(length or 0)
 
     def feed(self, piece: bytes) -> bytes | None:
-        """Take more of it. Returns the part of `piece` that follows the body; None: more is due."""
+        """Take more of the body, in `piece`, which may be empty.
+
+        Returns the part of it that follows the body, or None if more of the body is due. Takes
+        linear time, into however many chunks the piece is divided.
+        """
         source = BytesIO(piece)
         while self._left or self._due:
             part = source.read(self._left) if self._left else source.readline()
@@ -70,12 +76,17 @@ class Body:
         return source.read()
 
     def _expect(self, length: int) -> None:
+        """Have so many bytes of data read next. Raises Refusal before any of them is."""
         if len(self.data) + length > MAX_EVENT:
             raise Refusal(413, f"The body is longer than {MAX_EVENT} bytes. Send less at once.")
         self._left = length
 
     def _take_line(self) -> None:
-        """Look at the line that is due, as far as it is there; act upon it if it is whole."""
+        """Look at the line that is due, as far as it is there. Act upon it if it is whole.
+
+        Raises Refusal for a line that cannot become right any more.
+        """
+        # For the type checker: `feed` calls this only if there is one.
         assert self._due
         line, match = self._line, self._due.fullmatch(self._line)
         if not match:
@@ -88,6 +99,7 @@ class Body:
             self._end_line(line, match)
 
     def _end_line(self, line: bytes, match: re.Match[bytes]) -> None:
+        """Say what is due after this line."""
         if self._due is _SIZE:
             size = int(match[1], 16)
             self._ignored += len(line) - match.end(1) - len(b"\r\n") + (0 < size < TINY)
