@@ -84,6 +84,9 @@ class Access:
         self._tokens = _plain(tokens, "tokens")
         self._publish_tokens = _plain(publish_tokens, "publish_tokens")
         self._authorize = authorize
+
+        # Whether `admit` asks a program, which may take any time. A signature takes 0.1 ms.
+        self.takes_time = authorize is not None
         self._signed = None if jwt_key is None else signed.Signed(jwt_key)
 
         # In the form of `_host`. None: requests may be for any host.
@@ -97,11 +100,6 @@ class Access:
         own = (host, *(origin.partition("://")[2] for origin in self._origins))
         self._own_hosts = {_host(each) for each in own} - {""}
         self._scheme = scheme
-
-    @property
-    def takes_time(self) -> bool:
-        """Whether `admit` asks a program, which may take its time. A signature takes 0.1 ms."""
-        return self._authorize is not None
 
     def check_host(self, request: Request) -> None:
         """Raise Refusal for a Host that is not allowed. Call it first, for every request.

@@ -27,7 +27,6 @@ from typing import Any, Callable
 
 from sse_core.engine import frames
 from sse_core.engine.clients import Opening, Subscription
-from sse_core.engine.frames import Draft
 from sse_core.engine.hub import Broadcast
 from sse_core.errors import NotRunning, Refusal, Unavailable
 from sse_core.http import http1, parameters
@@ -65,9 +64,8 @@ FAMILIES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("sse_deliveries_total", "counter", "Events sent, over all clients.", {"": "deliveries"}),
     ("sse_sent_bytes_total", "counter", "Bytes sent to clients.", {"": "bytes"}),
     ("sse_gaps_total", "counter", "Gaps that clients were told.", {"": "gaps"}),
-    ("sse_drops_total", "counter", "Clients gone, by reason.", {'{reason="LABEL"}': "drops"}),
-    ("sse_refused_total", "counter", "Requests refused, by status.",
-     {'{status="LABEL"}': "refused"}),
+    ("sse_drops_total", "counter", "Clients gone, by reason.", {'{reason="%s"}': "drops"}),
+    ("sse_refused_total", "counter", "Requests refused, by status.", {'{status="%s"}': "refused"}),
     ("sse_turn_seconds", "summary", "Time of the publisher's turns, without waiting.",
      {"_sum": "turn_seconds", "_count": "turns"}))
 
@@ -127,7 +125,10 @@ class Answers:
         """
         # Before the Host is looked at: load balancers send any, or none.
         if request.path == "/-/health" and request.method != "OPTIONS":
-            return self._health(request)
+            trouble = self._hub.trouble()
+            if trouble:
+                raise Refusal(503, f"{trouble}.")
+            return _whole(request, b"ok\n", TEXT, [NO_STORE])
         self._access.check_host(request)
         if request.method == "OPTIONS":
             return _whole(request, b"", TEXT, self._preflight(request), status=204)
@@ -203,16 +204,8 @@ class Answers:
         Raises Refusal; NotRunning, and Unavailable, if nothing can be published now; of the latter,
         WouldWait in a thread that may not wait.
         """
-        return self.posted(request, self._hub.publish_all(self.drafts(request, body, grant)))
-
-    def drafts(self, request: Request, body: bytes, grant: Grant) -> list[Draft]:
-        """Return the events of a POST that is admitted.
-
-        Raises Refusal if one of them is no event, or is on a channel that was not granted.
-        """
-        drafts = parameters.drafts(request, body)
-        grant.check(*(draft.channel for draft in drafts))
-        return drafts
+        ids = self._hub.publish_all(parameters.drafts(request, body, grant))
+        return self.posted(request, ids)
 
     def posted(self, request: Request, ids: Sequence[str | None]) -> bytes:
         """Return the answer to a POST whose events have these ids."""
@@ -233,13 +226,6 @@ class Answers:
             return self._busy(request)
         fields = [*refusal.fields, *self._access.cross_origin(request)]
         return _whole(request, f"{refusal.text}\n".encode(), TEXT, fields, status=refusal.status)
-
-    def _health(self, request: Request) -> bytes:
-        """Return 200 `ok`. Raises Refusal with the reason if events are not taken."""
-        trouble = self._hub.trouble()
-        if trouble:
-            raise Refusal(503, f"{trouble}.")
-        return _whole(request, b"ok\n", TEXT, [NO_STORE])
 
     def _report(self, request: Request) -> bytes:
         """Return the metrics, or the status."""
@@ -319,7 +305,7 @@ def metrics(figures: Figures) -> str:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for suffix, key in samples.items():
             # A figure without labels is one sample.
-            numbers = figures[key] if "LABEL" in suffix else {"": figures[key]}
-            lines += [f"{name}{suffix.replace('LABEL', label)} {number}"
+            numbers = figures[key] if "%s" in suffix else {"": figures[key]}
+            lines += [f"{name}{suffix.replace('%s', label)} {number}"
                       for label, number in numbers.items()]
     return "\n".join(lines) + "\n"

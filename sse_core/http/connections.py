@@ -514,7 +514,7 @@ class Connection:
             return (yield from self._work(self._others.publishing, publish))
         if self._others.submit:
             # The thread of a store publishes it.
-            job = self._others.submit(self._answers.drafts(request, body, grant))
+            job = self._others.submit(parameters.drafts(request, body, grant))
             yield from self._wait(job)
             return self._answers.posted(request, job.result())
         try:

@@ -249,12 +249,11 @@ def _parse_head(head: re.Match[bytes] | None, end: int) -> Request:
         raise Refusal(400, "A header field is not `Name: value` (no space before the colon, "
                            "no folded lines).")
     request = Request(method, path, query, (1, int(head[4])), _take_apart(_KNOWN, lines), lines)
-    _check(request)
+    _check(request, authority)
     _check_framing(request)
     if authority:
         # It counts in place of Host, which has to be there all the same (RFC 9112 section 3.2.2).
         request.known["host"] = authority
-        _check_host(request)
     return request
 
 
@@ -317,8 +316,11 @@ def _take_apart(pattern: re.Pattern[str], lines: str) -> dict[str, str]:
     return fields
 
 
-def _check(request: Request) -> None:
-    """Raise Refusal for a method, a Host or an Expect that this server cannot serve."""
+def _check(request: Request, authority: str) -> None:
+    """Raise Refusal for a method, a Host or an Expect that this server cannot serve.
+
+    authority: of an absolute target, or empty, as a Host may be, too.
+    """
     if request.method not in METHODS:
         if request.method in KNOWN_METHODS:
             raise Refusal(405, "Use GET to receive events, and POST to publish.",
@@ -327,15 +329,12 @@ def _check(request: Request) -> None:
     # RFC 9112 section 3.2. HTTP/1.0 has no such field.
     if "host" not in request.known and request.chunked:
         raise Refusal(400, "HTTP/1.1 needs the header field Host.")
-    _check_host(request)
+    for host in (request.known.get("host", ""), authority):
+        if not HOST.fullmatch(host):
+            raise Refusal(400, "The Host is not a name or an address, and perhaps a port.")
     # RFC 9110 section 10.1.1.
     if request.known.get("expect", "100-continue").lower() != "100-continue":
         raise Refusal(417, "The only Expect that this server supports is 100-continue.")
-
-
-def _check_host(request: Request) -> None:
-    if not HOST.fullmatch(request.known.get("host", "")):
-        raise Refusal(400, "The header field Host is not a name or address, and perhaps a port.")
 
 
 def _check_framing(request: Request) -> None:

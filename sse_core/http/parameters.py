@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from sse_core.engine import frames
 from sse_core.engine.frames import Draft
 from sse_core.errors import Refusal
+from sse_core.http.access import Grant
 from sse_core.http.http1 import Request
 
 NDJSON = "application/x-ndjson"
@@ -68,17 +69,20 @@ def check_encoding(request: Request) -> None:
         raise Refusal(415, "Send the body in UTF-8, and with that charset or none in Content-Type.")
 
 
-def drafts(request: Request, body: bytes) -> list[Draft]:
+def drafts(request: Request, body: bytes, grant: Grant) -> list[Draft]:
     """Return the events that a POST makes of its body: one, or those of its lines.
 
-    Raises Refusal if there is anything in it that is no event. So either all are published or none.
+    Raises Refusal if there is anything in it that is no event, or one on a channel that is not
+    granted. So either all are published or none.
     """
     try:
         # A byte order mark before a list is not content. Before data, it is a character of it.
         text = body.decode("utf-8-sig" if is_list(request) else "utf-8")
     except UnicodeDecodeError:
         raise Refusal(400, "The body is not UTF-8.") from None
-    return _lines(request, text) if is_list(request) else [_one(request, text)]
+    drafts = _lines(request, text) if is_list(request) else [_one(request, text)]
+    grant.check(*(draft.channel for draft in drafts))
+    return drafts
 
 
 def _one(request: Request, text: str) -> Draft:
