@@ -81,6 +81,18 @@ def test_the_newest_entry_is_deleted_and_the_next_one_has_the_id_after_it(store)
         assert gaps(events) == [{"after": "5-1", "resumed": None, "reason": "evicted"}]
 
 
+def test_what_was_in_a_stream_before_the_server_is_sent_to_nobody_when_the_newest_is_deleted(store):
+    add_many(store.client, number=100)
+    newest = store.add("9000000000000-0", data="newest")
+    with following(store, 1, "--history", "64") as (server,), resume(server.port, newest) as client:
+        client.open()
+        store.client.xdel("sse", newest)
+        read_to_gap(client)
+        store.add("9000000000000-1", data="next")
+        assert [event.data for event in read_to(client, "next")[1:]] == ["next"]
+        assert gaps(client.stream.events)[0]["after"] == newest
+
+
 def test_an_entry_before_the_newest_is_deleted_without_anybody_noticing(store):
     with watched(store) as (_, (client,)):
         ids = [store.add(data=str(number)) for number in range(3)]

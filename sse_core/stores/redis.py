@@ -156,7 +156,9 @@ class RedisStream(SharedLog):
 
     def _unread(self, rows: list[Row]) -> list[Row]:
         self._last, self._gone = self._place
-        return self._new(rows[::-1])[::-1]
+        # What is older than a row that was read is older than this server's log, too.
+        known = [index for index, row in enumerate(rows) if self._known.get(row[:2]) == hash(row)]
+        return self._new(rows[known[-1]::-1] if known else rows[::-1])[::-1]
 
     def _look(self, command: str) -> tuple[list[Row], dict[str, Any]]:
         """Return some rows, and what Redis says of the stream: nothing if there is none."""
