@@ -219,16 +219,17 @@ class Publisher:
         self._settle(client)
 
     def _settle(self, client: Client) -> None:
+        """Sort a client among those that lag, or those that are current."""
         lags = client in self._clients.lagging
         # It can be beyond the fan-out, if it joined while there was more to do
-        behind = client.cursor != self._broadcast.fanned_out
-        if client.unsent or client.gap or behind:
+        is_current = client.cursor == self._broadcast.fanned_out
+        if client.unsent or client.gap or not is_current:
             if not lags:
                 self._watch(client)
             return
         if lags:
             self._selector.modify(client.sock, READ, client)
-        self._clients.mark_current(client, self._clock())
+            self._clients.mark_current(client, self._clock())
         self._groups.current_in_group_of(client)[client] = None
 
     def _send(self, client: Client, data: Bytes) -> int:
@@ -252,15 +253,14 @@ class Publisher:
         try:
             received = len(client.sock.recv(MAX_INPUT))
             client.received += received
-            if received and client.received <= MAX_INPUT:
-                return True
-            reason = FLOODING if received else CLOSED
+            reason = CLOSED if not received else FLOODING if client.received > MAX_INPUT else ""
         except BlockingIOError:
-            return True
+            reason = ""
         except OSError:
             reason = RESET
-        self._drop(client, reason)
-        return False
+        if reason:
+            self._drop(client, reason)
+        return not reason
 
     def _sweep(self) -> None:
         """Drop stalled clients; send a comment to those that were sent nothing for a while."""
@@ -274,24 +274,21 @@ class Publisher:
             self._drop(client, STALLED)
         if self._heartbeat:
             since = now - self._heartbeat
-            groups = [group for group in self._groups if group.sent_at <= since]
-            silent = [client for group in groups for client in group.current]
+            silent = [client for group in self._groups if group.sent_at <= since
+                      for client in group.current if client.sent_at <= since]
             for client in silent:
-                if client.sent_at <= since:
-                    self._beat(client)
+                self._beat(client)
 
     def _everyone(self) -> Iterator[Client]:
         current = chain.from_iterable(group.current for group in self._groups)
         return chain(current, self._clients.lagging)
 
     def _beat(self, client: Client) -> None:
-        heartbeat = client.subscription.framed(frames.HEARTBEAT)
-        sent = self._send(client, heartbeat)
-        if 0 <= sent < len(heartbeat):
-            client.cursor = self._broadcast.fanned_out
-            client.delivered_id = self._broadcast.fanned_out_id
-            client.unsent = memoryview(heartbeat)[sent:]
-            self._watch(client)
+        """Send a current client a comment."""
+        client.cursor = self._broadcast.fanned_out
+        client.delivered_id = self._broadcast.fanned_out_id
+        client.unsent = client.subscription.framed(frames.HEARTBEAT)
+        self._advance(client)
 
     def _drop(self, client: Client, reason: str) -> None:
         if reason != UNWATCHED:

@@ -51,7 +51,7 @@ class Peer:
         self.sock.setblocking(False)
         self.server_end = Narrow(ours) if narrow else wrap(ours)
         self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "",
-                              original=not broadcast._ids)
+                              original=not broadcast._log.has_ids)
         self.raw = bytearray()
         assert broadcast.register(self.server_end, opening(**options), peer)
 

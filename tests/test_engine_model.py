@@ -103,14 +103,12 @@ class Driver:
             self.publish(small=True)
 
     def tell_gap(self) -> None:
-        after = self.story.last if self.story.last > (0, 0) else None
-        resumed = self.story.last[0], self.story.last[1] + 5
+        after, resumed = self.story.last, (self.story.last[0], self.story.last[1] + 5)
         data = json.dumps({"after": spelled(after), "resumed": spelled(resumed),
                            "reason": "evicted"})
         self.make_way(len(data) + 30)
         self.broadcast.tell_gap(resumed)
-        id = f"id: {spelled(after)}\n" * bool(after)
-        payload = f"event: gap\ndata: {data}\n{id}\n"
+        payload = f"event: gap\ndata: {data}\nid: {spelled(after)}\n\n"
         self.story.append(None, None, "gap", data, len(payload), 0)
 
     def preload(self) -> None:

@@ -104,7 +104,7 @@ def test_nobody_is_in_the_broadcast_while_another_is(sock, first, second):
     broadcast.register(sock, OPENING)
     client, = broadcast.next_work()[0]
     client.unsent = b""
-    broadcast.clients.pace.fall_behind(client, 1000.0)
+    broadcast.clients.mark_lagging(client, 1000.0)
     if (first, second) == ("publish", "drain"):
         broadcast.fanned_out = 1        # nobody does it here
         client.cursor = 1

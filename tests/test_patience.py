@@ -18,8 +18,9 @@ def test_without_patience_no_client_is_waited_for(bench, patience, awaited):
     b.turn()
     clients = b.broadcast.clients
     assert len(clients.lagging) == 1
-    assert clients.oldest_needed(b.broadcast.fanned_out, b.now) == (0 if awaited else 1)
-    assert clients.all_have(1, b.now) != awaited
+    with b.broadcast._mutex:
+        assert clients.oldest_needed(b.broadcast.fanned_out, b.now) == (0 if awaited else 1)
+        assert clients.all_have(1, b.now) != awaited
 
 
 def test_a_patient_publish_keeps_what_a_resuming_client_is_due(bench):
@@ -47,7 +48,8 @@ def test_a_resuming_client_is_waited_for_at_every_moment_of_its_greeting(bench, 
     floors = []
 
     def send(data):
-        floors.append(b.broadcast.clients.oldest_needed(b.broadcast.fanned_out, b.now))
+        with b.broadcast._mutex:
+            floors.append(b.broadcast.clients.oldest_needed(b.broadcast.fanned_out, b.now))
         raise BlockingIOError
     monkeypatch.setattr(back.server_end, "send", send)
     b.turn(2)

@@ -1,101 +1,158 @@
-"""Keep the newest frames, bounded in number and bytes; find the place of a client in them.
+"""The log keeps the newest frames in order, and knows where in them a client goes on.
 
-No socket, no thread, no clock and no lock in here: hold the mutex that guards it.
+An event is encoded once, as a frame, and appended here. A client is a cursor: the number of the
+next frame that it is due. So a slow client costs one integer, and all clients share one copy of
+every event.
+
+    number       -1         0          1         2         3         4
+             (evicted)  (evicted)  | frame  |  frame  |  frame  |
+                                    first     ^                   next
+                                              a client's cursor
+
+Frames enter at the back and leave at the front. Nothing leaves by itself: the caller asks
+`has_room` and calls `evict`, because only the caller knows which clients still need the oldest
+frame. What has left is remembered by channel, as the last frame that was evicted there. So a client
+is told a gap only if something was lost that it wanted.
+
+A number is a place in this process. An id is what clients see: `MILLISECONDS-N`, growing, also over
+restarts. A client that comes back brings an id, and `locate` turns it into a number:
+
+    known       Every frame after the id is kept. The client goes on as if it had never left.
+    evicted     Frames that it wanted are gone: a gap.
+    unknown     The id is from the future, from another epoch, or not ours at all: a gap, too.
+
+An epoch is a stretch of the log in which ids grow. A new one begins when a store comes back with
+lower ids, because it was restored from a backup. A client with an id from before gets all that is
+kept of the new epoch.
+
+No socket, no thread, no clock and no lock in here: hold the mutex of the hub.
 """
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate
-from typing import Callable, NamedTuple, Union
+from typing import NamedTuple, Union
 
+from sse_core.engine import frames as encoding
 from sse_core.engine.frames import BATCH, Id, chunk, unchunk, with_id
 
-MAX_BYTES = 64 << 20          # bytes of frames in the log, with what Python needs for each
-MIN_FRAMES = 64            # frames it keeps even for --history 0, for clients that are slow
+# Bytes of all frames, with what Python needs for each. That is 64 events of the largest size.
+MAX_BYTES = 64 << 20
 
 # Bytes that Python needs to keep a frame, beside those of its chunk. Measured: 325 to 330.
 FRAME_COST = 330
-MAX_LATEST = BATCH          # bytes that `latest` returns, which each client has to itself
-MAX_CHANNELS = 10000        # of which it remembers what left it; older ones share one memory
-# frames looked at in one go: who wants none of them holds up nobody
-SCAN_LIMIT = 1024
-Bytes = Union[bytes, memoryview]
-Evicted = tuple[int, tuple[int, ...]]   # of a frame that is gone: number; id, or one between two
 
-# Older than every id: no event is missing before the log.
+# Frames that are kept even with `history=0`, for clients whose sockets are full for a moment.
+MIN_FRAMES = 64
+
+# Channels whose last evicted frame is remembered one by one. Beyond that, the channels that have
+# been quiet longest share one memory. They may be told a gap that was none, never the reverse.
+MAX_CHANNELS = 10_000
+
+# Bytes that `latest` returns, at most. Each client that asks has them to itself.
+MAX_LATEST = BATCH
+
+# Frames that a scan looks at before it ends, so that a client which wants none of them holds up
+# nobody.
+SCAN_LIMIT = 1024
+
+# Lagging clients with one subscription often stand at one place, and then share a batch.
+CACHED_BATCHES = 64
+
+# Older than every id. As what is missing: nothing is.
 NOTHING: Id = (-1, 0)
+
+Bytes = Union[bytes, memoryview]
 
 
 class Frame(NamedTuple):
-    """One event, encoded once."""
-    number: int                 # its place in the log; what was loaded is numbered up to -1
-    id: Id | None               # None: the event has none
-    newest_id: Id                  # the newest id up to here: its own, if it has one
+    """An event as it is sent."""
+
+    # Its place in the log.
+    number: int
+
+    # None for an event of the server's own, such as a gap, and without ids.
+    id: Id | None
+
+    # The newest id up to and including this frame.
+    newest_id: Id
+
+    # None for an event that goes to every client.
     channel: str | None
-    time: float                 # seconds, on the caller's clock, when it was appended
+
+    # When it was appended, in seconds of the caller's clock.
+    time: float
+
+    # The event as exactly one HTTP chunk.
     chunk: bytes
 
 
+# A frame that was evicted: its number, and its id or one that sorts between its neighbours'.
+Evicted = tuple[int, tuple[int, ...]]
+
+
 class Log:
-    """Hold the newest frames: at most `history` of them (64 at least) and at most `size` bytes.
+    """Keep the newest `history` frames, MIN_FRAMES at least, and at most `size` bytes of them.
 
-    Kept are the frames `first <= number < next`. Nothing leaves by itself: while `has_room` is
-    false
-    the caller evicts, and so decides whether the oldest may go.
-
-    Ids grow. One that does not begins a new epoch: ids from before are unknown from there on, and
-    a client that has one gets all that is kept of the new epoch.
-
-    Events can be missing from the beginning: a store may have removed them, or hold more than was
-    loaded. `begin` is told the newest of their ids.
+    began_with: the id after which ids begin.
     """
 
     def __init__(self, history: int, began_with: Id = (0, 0), size: int = MAX_BYTES) -> None:
-        self.first = self.next = 0
-        self.last_id = began_with               # of the newest event that has one
+        # False with `history=0`: then the wire is the original's, byte for byte.
+        self.has_ids = history > 0
 
-        # The first id of this epoch, or one before it: a client that has it missed nothing.
+        # The frames that are kept: first <= number < next.
+        self.first = self.next = 0
+        self._frames: dict[int, Frame] = {}
+
+        # Their bytes, and the bounds of both.
+        self._bytes = 0
+        self._size = size
+        self._count = max(MIN_FRAMES, history)
+
+        # The id of the newest event, which `next_id` exceeds.
+        self.last_id = began_with
+
+        # The current epoch: the number of its first frame, and an id for which nothing of it is
+        # missing.
+        self._epoch = 0
         self._began_with = began_with
 
-        # Number of the frame with which this epoch began.
-        self._epoch = 0
-
-        # The newest id that was missing when it began, on whatever channel.
+        # The newest event that was missing already when the epoch began, on whatever channel: a
+        # store may have removed it, or hold more than was loaded.
         self._missing = NOTHING
 
-        self._evicted: OrderedDict[str | None, Evicted] = OrderedDict()  # the last, by channel
-        self._forgotten: Evicted = -1 << 63, (0, 0)     # for every channel that is not in there
-        self._count = max(MIN_FRAMES, history)
-        self._size = size
-        self._bytes = 0
-        self._frames: dict[int, Frame] = {}
-        self._newest: dict[str | None, Frame] = {}      # kept of each channel
+        # The last frame that was evicted, by channel. The channel whose turn was last stands last.
+        self._evicted: OrderedDict[str | None, Evicted] = OrderedDict()
+
+        # The same for every channel that is not in there.
+        self._forgotten: Evicted = -1 << 63, (0, 0)
+
+        # The newest event that is kept, by channel.
+        self._newest: dict[str | None, Frame] = {}
+
+        # Must be told when a frame is evicted, or the fan-out has gone on: `batch.cache_clear`.
+        self.batch = lru_cache(CACHED_BATCHES)(self._join)
+
+    # What enters and leaves
 
     def has_room(self, length: int, share: float = 1.0) -> bool:
-        """Say whether `length` bytes can be appended within this share of the log."""
+        """Return whether a frame of `length` bytes fits into this share of the log.
+
+        An empty log has room for any frame.
+        """
         kept = self.next - self.first
         is_small = self._bytes + length + FRAME_COST <= self._size * share
         return kept == 0 or kept < self._count * share and is_small
 
-    def evict(self) -> None:
-        """Let go of the oldest frame."""
-        frame = self._frames.pop(self.first)
-        self._bytes -= len(frame.chunk) + FRAME_COST
-        self.first += 1
-        if self._newest.get(frame.channel) is frame:
-            del self._newest[frame.channel]
-        # A frame without an id came after the newest one: (ms, n) < (ms, n, 1) < (ms, n + 1)
-        self._evicted[frame.channel] = frame.number, frame.id or (*frame.newest_id, 1)
-        self._evicted.move_to_end(frame.channel)
-        if len(self._evicted) > MAX_CHANNELS:
-            self._forgotten = self._evicted.popitem(last=False)[1]
-
     def append(self, payload: bytes, event_id: Id | None, channel: str | None,
                time: float) -> Frame:
-        """Append an encoded event under the next number. A gap has no id."""
+        """Append an encoded event, and return its frame. An event of the server's own has no id."""
+        event_id = event_id if self.has_ids else None
         if event_id is not None:
             if event_id <= self.last_id:
                 self._epoch, self._began_with = self.next, event_id
@@ -110,35 +167,50 @@ class Log:
         self.next += 1
         return frame
 
+    def evict(self) -> None:
+        """Remove the oldest frame, and remember that its channel has lost it."""
+        frame = self._frames.pop(self.first)
+        self._bytes -= len(frame.chunk) + FRAME_COST
+        self.first += 1
+        if self._newest.get(frame.channel) is frame:
+            del self._newest[frame.channel]
+        # A frame without an id came after the newest one: (ms, n) < (ms, n, 1) < (ms, n + 1).
+        self._evicted[frame.channel] = frame.number, frame.id or (*frame.newest_id, 1)
+        self._evicted.move_to_end(frame.channel)
+        if len(self._evicted) > MAX_CHANNELS:
+            self._forgotten = self._evicted.popitem(last=False)[1]
+
     def begin(self, missing: Id) -> None:
-        """Say which event is the newest of those that are missing in what was loaded, or NOTHING.
+        """Note, once what a store held is loaded, which event is the newest that is missing in it.
+
+        NOTHING: none is.
         """
         self._missing = missing
         self._began_with = max(missing, (0, 0))
         self.last_id = max(missing, self.last_id)
 
     def next_id(self, milliseconds: int) -> Id:
-        """Return the id for an event at this time: it grows even if the clock was set back."""
+        """Return the id of an event that is published at this time, in milliseconds since 1970.
+
+        If the clock was set back, the last time is used on, with a higher counter.
+        """
         last = self.last_id
         return (milliseconds, 0) if milliseconds > last[0] else (last[0], last[1] + 1)
 
-    def _at(self, event_id: Id) -> int:
-        """Return the number of the first frame of this epoch that is not older, or `next`."""
-        low, high = max(self.first, self._epoch), self.next
-        while low < high:
-            middle = (low + high) // 2
-            if self._frames[middle].newest_id < event_id:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+    def with_line_ends(self, payload: bytes) -> bytes:
+        """Return an encoded event with the line ends of this log."""
+        return payload if self.has_ids else encoding.with_original_line_ends(payload)
+
+    # Where a client goes on
 
     def locate(self, event_id: Id | None, channels: Iterable[str] = ()) -> tuple[int, str | None]:
-        """Return the number of the frame that follows an id, and why there may be a gap, if so.
+        """Return the number of the frame that follows an id, and the reason of a gap, or None.
 
-        "evicted": the id may be ours, and frames after it on these channels, or on none, are gone.
-        "unknown": it is of another epoch, of the future, or not ours at all. So is one that lies
-        before the oldest frame kept, unless it is the beginning, or something was evicted since.
+        channels: those that the client asked for.
+
+        An id that is not kept is `unknown` if it lies between two frames that are, or before the
+        epoch. It can be one of ours only if it lies before the oldest frame, and something of this
+        epoch was evicted.
         """
         oldest = max(self.first, self._epoch)
         if event_id is None or event_id > self.last_id:
@@ -155,10 +227,10 @@ class Log:
         return number, "evicted" if self._newest_gone(channels) > event_id else None
 
     def locate_time(self, milliseconds: float, channels: Iterable[str]) -> tuple[int, str | None]:
-        """Return the number of the first kept frame from a time on; "evicted" if newer are gone.
+        """Return the number of the first frame from a time on, and the reason of a gap, or None.
 
-        0 is for all there ever was, and inf for the newest frames, see `latest`: "evicted" if that
-        leaves some of these out.
+        milliseconds: since 1970; 0 for all there ever was. Infinity: the newest frames, of which
+        the cursor stands at the last and `latest` returns the others.
         """
         if milliseconds == math.inf:
             found = self._newest_of(channels)
@@ -171,15 +243,11 @@ class Log:
             number -= 1
         return number, "evicted" if self._newest_gone(channels) >= begin else None
 
-    def _newest_gone(self, channels: Iterable[str]) -> tuple[int, ...]:
-        """Return the newest id of this epoch that these channels, or none, have not any more."""
-        number, newest = self._last_evicted(channels)
-        return max(self._missing, newest) if number >= self._epoch else self._missing
-
     def latest(self, channels: Iterable[str]) -> list[bytes]:
-        """Return the newest kept frame of each of these channels and of none, in order.
+        """Return the newest frame of each of these channels, and of none, as chunks in order.
 
-        Without the last of them, with which `locate_time` begins; MAX_LATEST bytes of the newest.
+        The last of them is left out, because the cursor stands there. If the others have more than
+        MAX_LATEST bytes, the oldest are left out, too.
         """
         kept: list[bytes] = []
         for frame in self._newest_of(channels)[-2::-1]:
@@ -188,53 +256,90 @@ class Log:
             kept.insert(0, frame.chunk)
         return kept
 
+    def has_lost(self, cursor: int, channels: Iterable[str]) -> bool:
+        """Return whether a frame that a client at this cursor wanted has left the log."""
+        return self._last_evicted(channels)[0] >= cursor
+
+    def _at(self, event_id: Id) -> int:
+        """Return the number of the first frame of this epoch that is not older, or `next`."""
+        low, high = max(self.first, self._epoch), self.next
+        while low < high:
+            middle = (low + high) // 2
+            if self._frames[middle].newest_id < event_id:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
     def _newest_of(self, channels: Iterable[str]) -> list[Frame]:
         return sorted(self._newest[each] for each in (None, *channels) if each in self._newest)
 
-    def has_lost(self, cursor: int, channels: Iterable[str]) -> bool:
-        """Say whether a frame on these channels, or on none, has left the log from `cursor` on."""
-        return self._last_evicted(channels)[0] >= cursor
+    def _newest_gone(self, channels: Iterable[str]) -> tuple[int, ...]:
+        """Return the newest id of this epoch that was evicted, or missing, on these channels."""
+        number, newest = self._last_evicted(channels)
+        return max(self._missing, newest) if number >= self._epoch else self._missing
 
     def _last_evicted(self, channels: Iterable[str]) -> Evicted:
+        # Events without a channel go to everybody, so their loss concerns every client.
         return max(self._evicted.get(channel, self._forgotten) for channel in (None, *channels))
+
+    # What is read
 
     def frame(self, number: int) -> Frame:
         """Return the frame with this number, which must be kept."""
         return self._frames[number]
 
-    def first_id(self, start: int, wants: Callable[[Frame], bool]) -> Id | None:
-        """Return the first id of a wanted frame from `start` on; None if SCAN_LIMIT frames have
-        none."""
+    def first_id(self, start: int, channels: Collection[str]) -> Id | None:
+        """Return the id of the first event from `start` on for a client of these channels.
+
+        None if SCAN_LIMIT frames have none.
+        """
         kept = (self._frames[number] for number in range(start, min(self.next, start + SCAN_LIMIT)))
-        return next((frame.id for frame in kept if frame.id and wants(frame)), None)
+        return next((frame.id for frame in kept if frame.id and (
+            frame.channel is None or frame.channel in channels)), None)
 
-    def collect(self, start: int, stop: int, wants: Callable[[Frame], bool] | None = None
+    def collect(self, start: int, stop: int, channels: Collection[str] | None = None
                 ) -> tuple[list[Frame], int]:
-        """Return the wanted frames from `start` on, a batch at most, and the number after these.
+        """Return a batch of frames from `start` on, and the number after them, `stop` at most.
 
-        It looks at SCAN_LIMIT frames, so that number can be less than `stop`, whatever was found.
+        channels: those of a client, which gets frames without a channel, too. None: all frames.
+
+        It looks at SCAN_LIMIT frames, so the number can be less than `stop`, whatever was found.
         """
         found: list[Frame] = []
         length = 0
         end = min(stop, start + SCAN_LIMIT)
         for number in range(start, end):
             frame = self._frames[number]
-            if wants is None or wants(frame):
+            if channels is None or frame.channel is None or frame.channel in channels:
                 length += len(frame.chunk)
                 if length > BATCH and found:
                     return found, number
                 found.append(frame)
         return found, end
 
+    def _join(self, start: int, stop: int, channels: frozenset[str], chunked: bool
+              ) -> tuple[Batch, int]:
+        """Return what `collect` does, joined for one send. `batch` remembers some of it."""
+        found, end = self.collect(start, stop, channels)
+        return Batch(found, chunked), end
+
 
 class Batch:
-    """Join frames for one send; find the frame in which that stopped. One alone is not copied."""
+    """Frames that are joined for one send. One frame alone is not copied.
+
+    chunked: False for clients of HTTP/1.0.
+    """
 
     def __init__(self, frames: Sequence[Frame], chunked: bool) -> None:
         self.frames = frames
+
+        # Each frame as it is sent, and all of them.
         self._parts: list[Bytes] = [f.chunk if chunked else unchunk(f.chunk) for f in frames]
         self.data: Bytes = self._parts[0] if len(frames) == 1 else b"".join(self._parts)
-        self._ends: list[int] = []      # made by the first cut: most batches are taken whole
+
+        # Where in the data each frame ends. Made by the first cut: most batches are sent whole.
+        self._ends: list[int] = []
 
     def cut(self, sent: int) -> tuple[int, Bytes]:
         """Return how many frames are begun after `sent` bytes, and what is left of the last one."""
@@ -243,4 +348,5 @@ class Batch:
         start = self._ends[whole - 1] if whole else 0
         if sent == start:
             return whole, b""
-        return whole + 1, memoryview(self._parts[whole])[sent - start:]     # no copy of a long one
+        # A view, because a copy of a long frame for each send of a part of it would cost too much.
+        return whole + 1, memoryview(self._parts[whole])[sent - start:]

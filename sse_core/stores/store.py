@@ -31,7 +31,7 @@ from sse_core.engine import frames
 from sse_core.engine.clients import Opening
 from sse_core.engine.frames import Draft, Id
 from sse_core.engine.hub import ID_LENGTH, POLL_INTERVAL, Broadcast
-from sse_core.engine.log import FRAME_COST, MAX_BYTES, MIN_FRAMES, NOTHING, SCAN_LIMIT, Log
+from sse_core.engine.log import FRAME_COST, MAX_BYTES, MIN_FRAMES, NOTHING, SCAN_LIMIT
 from sse_core.errors import Unavailable
 
 MIN_KEPT = 10000        # rows that are kept at least
@@ -363,10 +363,8 @@ class Shared(Broadcast):
     """A Broadcast whose events, and their ids, come from a shared log. It has the same options."""
 
     def __init__(self, stream: SharedLog, *, history: int, **options: Any) -> None:
-        super().__init__(history=history, **options)
+        super().__init__(history=history, began_with=(0, 0), **options)
         self.stream = stream
-        self._log = Log(history)
-        self.fanned_out_id = self._log.last_id
 
         # On `clock`: the log has all that the store had at this time.
         self._complete_at = -math.inf
@@ -393,7 +391,7 @@ class Shared(Broadcast):
         that the client brought. Another server may have given it out, and its event may be on the
         way here, until the log has all that the store had when the client came.
         """
-        brought = frames.parse_id(opening.last_id or "") if self._ids else None
+        brought = frames.parse_id(opening.last_id or "") if self._log.has_ids else None
         may_come = (brought and brought > self._log.last_id
                     and self._complete_at <= opening.came_at)
         return self.loaded.is_set() and not may_come and super().register(sock, opening, peer)
@@ -469,7 +467,7 @@ class Shared(Broadcast):
         while some := list(islice(events, SCAN_LIMIT)):
             # The mutex is held for some events, and not for all of a long history.
             with self._mutex:
-                for event in some if self._ids else ():
+                for event in some if self._log.has_ids else ():
                     while not self._log.has_room(len(event.payload) + ID_LENGTH):
                         self._log.evict()
                     self._log.append(event.payload, event.id, event.channel, self.clock())
@@ -493,9 +491,9 @@ class Shared(Broadcast):
         after the newest event of this log, and not after the newest row: that may be no event, so
         that no client could resume at it.
         """
-        after = self._log.last_id if self._ids else None
+        after = self._log.last_id if self._log.has_ids else None
         ids = frames.format_id(after), frames.format_id(resumed)
-        payload = self._line_ends(frames.gap_payload(*ids, "evicted", after))
+        payload = self._log.with_line_ends(frames.gap_payload(*ids, "evicted", after))
         with self._mutex:
             self._make_room(len(payload))
             self._log.append(payload, None, None, self.clock())
