@@ -2,7 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= 20
 
-.PHONY: help run test quick test-long fuzz check shuffle bench bench-peers siege soak clean interop screenshots mutants
+.PHONY: help run test quick quick-processes quick-others test-long fuzz check shuffle bench bench-peers siege soak clean \
+	interop screenshots mutants
 
 help:
 	@echo "make run          serve the clock on port 6500"
@@ -28,9 +29,17 @@ test: $(VENV)/ready
 
 QUICK = $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py package.py documentation.py \
 	interop.py bridges.py browser.py)
+# Half of the time is waits, so two halves run at the same time: the tests that mostly start processes, and the others
+PROCESSES = $(addprefix tests/test_, file_stream.py file_faults.py terminal.py command_line.py)
 
 quick: $(VENV)/ready
-	$(VENV)/bin/python -m pytest $(QUICK)
+	@$(MAKE) --no-print-directory -j2 quick-processes quick-others
+
+quick-processes: $(VENV)/ready
+	@$(VENV)/bin/python -m pytest $(PROCESSES)
+
+quick-others: $(VENV)/ready
+	@$(VENV)/bin/python -m pytest $(QUICK) $(PROCESSES:%=--ignore=%)
 
 shuffle: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet pytest-random-order

@@ -86,6 +86,11 @@ def rows(path) -> list:
         path, "select ms, n, data from event order by ms, n")]
 
 
+def count(path) -> int:
+    """Return how many rows there are in the file."""
+    return query(path, "select count(*) from event")[0][0]
+
+
 def add_rows(path, number: int) -> None:
     """Add so many rows to a file, as another program would."""
     query(path, "with recursive count(n) as (select 1 union all select n + 1 from count where n < ?"

@@ -496,6 +496,7 @@ def test_who_gets_no_thread_in_time_is_asked_to_come_back(gated, gate, monkeypat
 def test_a_job_is_dropped_with_its_connection(gated, gate, monkeypatch):
     """Nobody is asked about a request whose connection has gone, and no answer is lost on it."""
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(connections, "GRACE_TIME", 0.1)
     crowd = send_many(gated, 3)
     wait_until(lambda: len(gate.asked) == 2 and unfinished(gated) == 3)
     newer = send_many(gated, 3, get("/newer"))

@@ -18,8 +18,8 @@ import requests
 import sse_server
 from helpers import (KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, get, halt, in_a_thread,
                      wait_until)
-from history_file import (add_rows, gaps, key, on_file, post, publisher, publishing, query, resume,
-                          rows, texts, turn, turned)
+from history_file import (add_rows, count, gaps, key, on_file, post, publisher, publishing, query,
+                          resume, rows, texts, turn, turned)
 from sse_core.stores import sqlite as file_stream
 from sse_core.errors import NotRunning, Unavailable
 from sse_core.stores.sqlite import FileStream
@@ -93,7 +93,7 @@ def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path, countin
     with publishing(path, 100) as stream:
         for _ in range(40):
             ids = stream.publish([Draft(str(number)) for number in range(500)])
-        wait_until(lambda: len(rows(path)) == 10000)
+        wait_until(lambda: count(path) == 10000)
     assert [each for each, _ in rows(path)[-500:]] == ids
     with SSEServer(port=0, history=100, history_file=str(path)) as server:
         log = server._broadcast._log
@@ -104,23 +104,23 @@ def test_a_longer_history_is_kept_ten_times(path, counting_often):
     with publishing(path, 1200) as stream:
         for _ in range(30):
             stream.publish([Draft("x")] * 500)
-        wait_until(lambda: len(rows(path)) == 12000)
+        wait_until(lambda: count(path) == 12000)
 
 
 def test_a_file_does_not_grow_on_while_it_is_written_to_all_the_time(path):
     with publishing(path) as stream:
         add_rows(path, 12000)
         deadline = time.monotonic() + PATIENCE
-        while len(rows(path)) > 10500:
+        while count(path) > 10500:
             stream.publish([Draft("x")] * 100)
             assert time.monotonic() < deadline
-        assert len(rows(path)) >= 10000
+        assert count(path) >= 10000
 
 
 def test_rows_that_another_program_adds_are_trimmed_like_others(path):
     with publishing(path):
         add_rows(path, 15001)
-        wait_until(lambda: len(rows(path)) == 10000)
+        wait_until(lambda: count(path) == 10000)
 
 
 def test_an_empty_file_and_a_link_are_taken(path, tmp_path):
@@ -128,7 +128,7 @@ def test_an_empty_file_and_a_link_are_taken(path, tmp_path):
     (tmp_path / "link").symlink_to(path)
     with publishing(tmp_path / "link") as stream:
         stream.publish([Draft("x")])
-    assert len(rows(path)) == 1
+    assert count(path) == 1
 
 
 def test_without_such_a_file_sqlite_is_not_imported():
@@ -211,7 +211,7 @@ def test_a_publish_that_a_signal_handler_makes_amid_another_is_taken(path):
     with publishing(path) as stream:
         with stream._mutex:
             assert len(stream.publish([Draft("x")])) == 1
-        assert stream.publish([]) == [] and len(rows(path)) == 1
+        assert stream.publish([]) == [] and count(path) == 1
 
 
 # Many processes
@@ -221,7 +221,7 @@ def test_many_processes_begin_with_the_same_new_file(path):
     processes = [publisher(path, str(number), 5) for number in range(6)]
     for process in processes:
         assert len(process.communicate(timeout=PATIENCE)[0].splitlines()) == 5
-    assert len(rows(path)) == 6 * 15
+    assert count(path) == 6 * 15
 
 
 @pytest.mark.parametrize("history", ["0", "64", "1024"])
@@ -327,7 +327,7 @@ def test_a_follower_that_was_trimmed_past_tells_a_gap(path, counting_often):
         with publishing(path) as stream:
             for _ in range(30):
                 stream.publish([Draft(str(number)) for number in range(500)])
-            wait_until(lambda: len(rows(path)) == 10000)
+            wait_until(lambda: count(path) == 10000)
         server.process.send_signal(signal.SIGCONT)
         client.read_until_data("499")
         newest = rows(path)[-64:]
@@ -604,7 +604,7 @@ def test_a_file_of_1_1_0_is_brought_up_to_date_and_hides_no_loss(path, number, i
         assert (got[0] == "evicted") == is_in_doubt and len(got) == number + is_in_doubt
         assert begin(server, "1-1")[:1] == ["x"]
     assert query(path, "pragma user_version") == [(2,)]
-    assert len(rows(path)) == number + 2
+    assert count(path) == number + 2
 
 
 def test_an_id_from_before_the_file_was_lost_is_unknown(path):

@@ -19,7 +19,7 @@ from sse_core.http.pool import Pool
 from sse_core.stores.store import Shared
 from sse_server import SSEServer
 
-MOMENT = 0.05
+MOMENT = 0.02
 OPENING = Opening(b"HEAD", Subscription(frozenset(), True))
 
 

@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_quiet_has_no_status_line(terminal, flags, shown):
 
 
 def test_enter_after_the_end_of_input_still_stops_it(terminal):
-    screen = terminal(*SERVER, "--quiet")
+    screen = terminal(*OFTEN, "--quiet")
     screen.until("Listening")
     screen.type("\x04")
     time.sleep(0.2)         # there is nothing to see: that it runs on is what is tested
@@ -141,7 +142,7 @@ def test_a_job_in_the_background_runs_on_and_leaves_enter_to_the_shell(terminal)
 
 def test_stopped_and_continued_in_the_background_it_serves_on(terminal):
     shell = terminal("bash", "--norc", "-i")
-    shell.type(f"PS1=; stty -echo; {' '.join(SERVER)} --interval 0.05 --quiet\n")
+    shell.type(f"PS1=; stty -echo; {shlex.join(OFTEN)} --interval 0.05 --quiet\n")
     port = int(shell.until(r"Listening on http://127.0.0.1:(\d+)")[1])
     with Client(port) as client:
         client.read_events(1)
