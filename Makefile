@@ -28,7 +28,7 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
 
 QUICK = $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py package.py documentation.py \
-	interop.py bridges.py browser.py)
+	interop.py bridges.py browser.py recipes.py)
 # Half of the time is waits, so two halves run at the same time: the tests that mostly start processes, and the others
 PROCESSES = $(addprefix tests/test_, file_stream.py file_faults.py terminal.py command_line.py)
 

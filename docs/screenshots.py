@@ -1,4 +1,4 @@
-"""Make the pictures of the page, in this folder: python docs/screenshots.py. Takes a minute."""
+"""Make the pictures of the page and of the example dashboard, in this folder: takes a minute."""
 import json
 import math
 import random
@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, List
 
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests")]
@@ -72,6 +72,29 @@ def shoot(page: Page, server: SSEServer) -> None:
     thread.join()
 
 
+def readings(newest: float, swing: float, step: bool) -> List[List[float]]:
+    """Make up two minutes of what a producer of the dashboard publishes, a reading a second."""
+    now, level, made = time.time() * 1000, newest, []
+    for seconds in range(122, 1, -1):
+        if not step or seconds % 12 == 0:
+            level = newest + swing * (math.sin(seconds / 17) + random.random() - 0.5)
+        made.append([now - 1000 * seconds, round(max(0.0, level), 2)])
+    return made
+
+
+def shoot_dashboard(page: Page, server: SSEServer) -> None:
+    """Take the picture of examples/dashboard.html, as it is after two minutes."""
+    metrics = {"load": (0.9, 0.4, True), "cpu": (38, 18, False), "memory": (46.3, 1.2, False),
+               "processes": (214, 6, False), "disk": (61.8, 0.1, True), "write": (1.9, 0.8, False)}
+    kept = {name: json.dumps(readings(*made)) for name, made in metrics.items()}
+    with page.at_start(f"Object.assign(sessionStorage, {json.dumps(kept)})"):
+        for name, (newest, *_) in metrics.items():
+            server.publish(str(newest), name, name)
+        page.open((DOCS.parent / "examples" / "dashboard.html").as_uri() + f"?server={server.url}/")
+        page.wait_for("document.getElementById('status').textContent === 'Live'")
+        take(page, "dashboard", 1280, 800)
+
+
 def main() -> None:
     options = {"retry": 0.5, "publish_tokens": ["say"]}
     with tempfile.TemporaryDirectory() as folder, browser(folder) as page:
@@ -85,6 +108,7 @@ def main() -> None:
             page.wait_for("stream.opens === 2")
             feed(server, OUTAGE)
             shoot(page, server)
+            shoot_dashboard(page, server)
 
 
 if __name__ == "__main__":

@@ -348,3 +348,103 @@ def test_the_commands_of_the_consumer_count_an_order(recipes):
     recipes.start(consume_it)
     assert '{"id": "' in recipes.output(send)
     wait_until(lambda: recipes.output(look) == "tea|2\n")
+
+
+# Pages and those who publish for them
+
+def open_file(page, recipes, name: str) -> None:
+    page.open((recipes.folder / "examples" / name).as_uri())
+
+
+def test_a_page_shows_how_far_a_shell_script_is_also_after_a_reload(recipes, monkeypatch):
+    serve, job = commands("python sse_server.py --port 6500 --publish-token SECRET",
+                          "bash examples/job.sh")
+    monkeypatch.setenv("STEP_TIME", "0.2")
+    recipes.serve(serve)
+    with browser(recipes.folder / "profile") as page:
+        open_file(page, recipes, "progress.html")
+        page.wait_for("document.getElementById('state').textContent === 'Connected'")
+        process = recipes.start(job)
+        page.wait_for("document.getElementById('step').textContent === 'copy (2 of 5)'")
+        assert process.wait(PATIENCE) == 0
+        open_file(page, recipes, "progress.html")
+        page.wait_for("document.getElementById('step').textContent === 'finished (5 of 5)'")
+        assert page.evaluate("document.getElementById('bar').value") == 1
+
+
+@pytest.mark.parametrize("name", ["job.sh", "job.py"])
+def test_a_job_tries_again_until_the_server_is_there(recipes, monkeypatch, name):
+    serve, shell_job, job = commands("python sse_server.py --port 6500 --publish-token SECRET",
+                                     "bash examples/job.sh", "python examples/job.py")
+    monkeypatch.setenv("STEP_TIME", "0")
+    process = recipes.start({"job.sh": shell_job, "job.py": job}[name])
+    # It says so when it has tried once
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    recipes.serve(serve)
+    with Client(int(recipes.ports["6500"]), get("/?channel=job&since=all")) as client:
+        last = client.read_events({"job.sh": 6, "job.py": 1}[name])[-1]
+    assert (last.name, process.wait(PATIENCE)) == ({"job.sh": "progress", "job.py": "report"}[name], 0)
+
+
+def test_a_job_gives_up_at_once_when_the_server_refuses(recipes):
+    job, = commands("python examples/job.py")
+    with SSEServer(port=int(recipes.ports["6500"])):
+        process = recipes.start(job)
+        assert process.wait(PATIENCE) == 1
+
+
+def test_a_dashboard_shows_what_three_producers_publish(recipes):
+    need("node", "nodejs")
+    serve, shell_producer, python_producer, node_producer = commands(
+        "python sse_server.py --port 6500 --publish-token SECRET", "producer.sh", "producer.py",
+        "producer.mjs")
+    shown = "[...document.querySelectorAll('article:not(.empty)')].length === %d"
+    recipes.serve(serve)
+    with browser(recipes.folder / "profile") as page:
+        open_file(page, recipes, "dashboard.html")
+        page.wait_for("document.getElementById('status').textContent === 'Live'")
+        assert not page.evaluate("document.getElementById('hint').hidden")
+        producers = [recipes.start(each)
+                     for each in (shell_producer, python_producer, node_producer)]
+        page.wait_for(shown % 6)
+        assert page.evaluate("document.getElementById('hint').hidden")
+        for producer in producers:
+            os.killpg(producer.pid, signal.SIGKILL)
+        # What is kept is shown at once, to a new tab as well
+        page.evaluate("sessionStorage.clear()")
+        open_file(page, recipes, "dashboard.html")
+        page.wait_for(shown % 6)
+        values = page.evaluate("[...document.querySelectorAll('.number')].map(each => each.textContent)")
+        assert all(float(value) >= 0 for value in values), values
+
+
+def test_a_streamed_text_is_whole_after_a_reload_in_the_middle(recipes):
+    text, = commands("python -m examples.streamed_text")
+    change(recipes, "streamed_text.py", "time.sleep(0.1)", "time.sleep(0.01)")
+    start(recipes, text, "8000", "6500")
+    whole = "".join(f"{number} " if number % 10 else f"{number}\n" for number in range(1, 101))
+    with browser(recipes.folder / "profile") as page:
+        page.open(f"http://127.0.0.1:{recipes.ports['8000']}/")
+        page.click("ask")
+        page.wait_for("document.getElementById('text').textContent.startsWith('1 2 3 4 ')")
+        assert len(page.text("text")) < len(whole)
+        for _ in range(2):
+            page.evaluate("old = true, location.reload()")
+            page.wait_for("!window.old && document.getElementById('text')?.textContent === "
+                          + json.dumps(whole))
+
+
+def test_a_snapshot_and_the_changes_since_make_the_state(recipes):
+    snapshot, = commands("python -m examples.snapshot")
+    change(recipes, "snapshot.py", "time.sleep(0.5)", "time.sleep(0.01)")
+    start(recipes, snapshot, "8000", "6500")
+    url = f"http://127.0.0.1:{recipes.ports['8000']}/"
+    with browser(recipes.folder / "profile") as page:
+        page.open(url)
+        for _ in range(3):
+            # Nothing sleeps between these two, but something may change
+            wait_until(lambda: requests.get(url + "stock", timeout=PATIENCE).json()["stock"]
+                       == page.evaluate("stock"))
+        shown = page.evaluate("[...document.querySelectorAll('tr')].map(row => row.cells[0].textContent)")
+        assert shown == ["tea", "salt", "rice"]

@@ -1,0 +1,58 @@
+"""A job that publishes its result, and tries again when the server is away. For cron, or Celery.
+
+Run it, in the folder of sse_server.py, while the server runs with --publish-token SECRET:
+    SSE_PUBLISH_TOKEN=SECRET python examples/job.py
+"""
+import json
+import os
+import sys
+import time
+import uuid
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+SERVER = "http://127.0.0.1:6500/"
+
+# Seconds of pause before each further try: a minute in all, enough for a restart.
+PAUSES = [0.5, 1, 2, 4, 8, 15, 30]
+
+
+def publish(data, event, channel):
+    """Publish an event and return its id, trying for a minute.
+
+    Raises OSError if it could not be published. It may be published twice, when an answer was lost:
+    so put something into the data by which a reader can tell.
+    """
+    url = f"{SERVER}?{urlencode({'event': event, 'channel': channel})}"
+    bearer = {"Authorization": f"Bearer {os.environ['SSE_PUBLISH_TOKEN']}"}
+    for pause in [*PAUSES, None]:
+        try:
+            with urlopen(Request(url, data.encode(), bearer), timeout=5) as answer:
+                return json.load(answer)["id"]
+        except HTTPError as error:
+            what = OSError(error.read().decode().strip())
+            # What is wrong with the request does not pass by itself.
+            if error.code < 500:
+                raise what from error
+        except (OSError, HTTPException) as error:
+            what = OSError(f"the server is away: {error}")
+        if pause is None:
+            raise what
+        print(f"{what}; next try in {pause} s", file=sys.stderr)
+        time.sleep(pause)
+
+
+# With Celery, let it wait instead of a worker: call this with PAUSES = [], and decorate it with
+# @app.task(autoretry_for=(OSError,), retry_backoff=True)
+def report():
+    result = {"job": str(uuid.uuid4()), "rows": 42}
+    return publish(json.dumps(result), "report", "job")
+
+
+if __name__ == "__main__":
+    try:
+        print(report())
+    except OSError as error:
+        sys.exit(f"not published: {error}")
