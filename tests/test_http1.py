@@ -40,6 +40,8 @@ def both_ways(raw: bytes) -> object:
                          ids=[case[0] for case in REFUSED])
 def test_what_is_malformed_is_refused_with_its_status_however_it_is_cut(raw, status):
     assert both_ways(raw) == status
+    # What follows a head has no say in it.
+    assert outcome([raw + b"\0\xff"]) == status or not raw.endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize("raw, said", [

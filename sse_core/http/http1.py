@@ -209,20 +209,18 @@ def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     # One empty line before the request is ignored (RFC 9112 section 2.2).
     start = 2 if buffer.startswith(b"\r\n") else 0
 
-    # Where the request line ends, and where the head; -1 if that is not there yet. Behind `limit`,
-    # nothing belongs to the head, or it is too long.
+    # Where the request line ends, and where the head; -1 if that is not there yet.
     line_end = buffer.find(b"\r\n", start, start + MAX_LINE + 2)
     limit = start + (MAX_LINE + 2 if line_end < 0 else MAX_HEAD)
     end = buffer.find(b"\r\n\r\n", max(line_end, seen - 3), limit) if line_end >= 0 else -1
     head = _HEAD.match(buffer, start, end + 2) if end >= 0 else None
-    if end >= 0:
-        limit = end + 4
     # What matched whole has no bad byte, and is not looked through again.
     is_head = head is not None and head.end() == end + 2
-    if not is_head and _BAD_BYTE.search(buffer, max(start, seen - 1), limit):
+    looked_at = limit if end < 0 else end + 4
+    if not is_head and _BAD_BYTE.search(buffer, max(start, seen - 1), looked_at):
         raise Refusal(400, "The head has a control character, or a line that does not end in CRLF.")
     if end >= 0:
-        return _parse_head(head, end + 2), end + 4
+        return _parse_head(head, is_head), end + 4
     if len(buffer) < limit:
         return None
     if line_end < 0:
@@ -230,8 +228,8 @@ def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     raise Refusal(431, f"The request head is longer than {MAX_HEAD} bytes.")
 
 
-def _parse_head(head: re.Match[bytes] | None, end: int) -> Request:
-    """Return the request of a head, of which this much matched, and which ends at `end`.
+def _parse_head(head: re.Match[bytes] | None, is_whole: bool) -> Request:
+    """Return the request of a head, of which this much matched: all, or up to some field.
 
     Raises Refusal for what is malformed, and for what is well-formed and still not to be served.
     """
@@ -242,7 +240,7 @@ def _parse_head(head: re.Match[bytes] | None, end: int) -> Request:
     if head[3] != b"1":
         raise Refusal(505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
     authority, path, query = _parse_target(head[2].decode("latin-1"), method)
-    if head.end() < end:
+    if not is_whole:
         # The pattern has stopped before a line that is no field, or after the last one allowed.
         if lines.count("\n") > MAX_FIELDS:
             raise Refusal(431, f"The request has more than {MAX_FIELDS} header fields.")
