@@ -219,8 +219,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
         # What an unset variable gives would be no TLS, no history, or a server open to everybody.
         if options[name] == "":
             raise ValueError(f"{name} is empty: was a variable not set?")
-    for name, needed in ("key", "cert"), ("stream", "redis"), ("sync", "history_file"):
-        if options[name] and not options[needed]:
+    # Without a store, an event reaches only the clients of the process that published it.
+    for name, needed in (("key", "cert"), ("stream", "redis"), ("sync", "history_file"),
+                         ("reuse_port", "history_file or redis")):
+        if options[name] and not any(options[each] for each in needed.split(" or ")):
             raise ValueError(f"{name} needs {needed}")
     if options["redis"] and options["history_file"]:
         raise ValueError("one store is enough: redis, or history_file")
@@ -280,7 +282,8 @@ class SSEServer(_Listener, metaclass=_Documented):
                     the package `redis`
     history_file    the same with an SQLite file, which servers on one machine share. What is
                     published survives a restart, and with `sync` a power failure
-    reuse_port      other servers may listen on the same port: the system shares out the clients
+    reuse_port      other servers may listen on the same port: the system shares out the clients.
+                    Needs a history_file or redis, which the servers share
     on_fault        called when a fault has ended the server, in the thread that met it
 
     Raises ValueError for an option that cannot be meant, and OSError if it cannot listen.

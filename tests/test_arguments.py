@@ -2,6 +2,7 @@
 import configparser
 import os
 import socket
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import sse_server
 from helpers import GET, PATIENCE, TOP, need_ipv6
 from sse_server import SSEServer
+
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux shares a port")
 
 
 @pytest.mark.parametrize("options, said", [
@@ -27,7 +31,8 @@ from sse_server import SSEServer
     ({"key": ""}, "key is empty"), ({"redis": ""}, "redis is empty"),
     ({"stream": ""}, "stream is empty"), ({"history_file": ""}, "history_file is empty"),
     ({"origins": [""]}, "the origin ''"), ({"allowed_hosts": [""]}, "in place of ''"),
-    ({"publish_tokens": [""]}, "publish_tokens: one is empty")])
+    ({"publish_tokens": [""]}, "publish_tokens: one is empty"),
+    pytest.param({"reuse_port": True}, "reuse_port needs history_file or redis", marks=LINUX)])
 def test_an_option_that_cannot_be_meant_is_refused_with_a_sentence(options, said):
     with pytest.raises((ValueError, TypeError), match=said):
         SSEServer(**{"port": 0, **options})

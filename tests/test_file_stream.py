@@ -521,10 +521,11 @@ def test_who_waits_for_the_file_tries_ten_times_a_second(path, monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux shares out a port")
-def test_each_of_those_that_share_a_port_stops_at_once():
+def test_each_of_those_that_share_a_port_stops_at_once(path):
     """The system gives a connect to the port to any of them, so none can wake itself by one."""
-    first = SSEServer(port=0, reuse_port=True)
-    servers = [first] + [SSEServer(port=first.port, reuse_port=True) for _ in range(3)]
+    shared = {"history_file": str(path), "reuse_port": True}
+    first = SSEServer(port=0, **shared)
+    servers = [first] + [SSEServer(port=first.port, **shared) for _ in range(3)]
     for server in servers:
         server.start()
     for server in servers:
