@@ -7,7 +7,7 @@ import sqlite3
 import ssl
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 
@@ -196,27 +196,63 @@ def test_many_requests_at_once_take_their_turns(open_server):
         sending.join(), receiving.join()
 
 
-def test_a_request_is_served_before_the_second_of_another_connection(open_server, monkeypatch):
-    held, release = threading.Event(), threading.Event()
-    mine = open_server._connections
+@contextmanager
+def held(server, monkeypatch):
+    """Hold up the thread that serves all connections, between two turns."""
+    mine, arrived, release = server._connections, threading.Event(), threading.Event()
 
     def hold(now):
         mine._look_at = now + PATIENCE
-        held.set()
+        arrived.set()
         assert release.wait(PATIENCE)
+    monkeypatch.setattr(mine, "_look_for_deadlines", hold)
+    mine._look_at = 0.0
+    mine._wakeup.wake()
+    assert arrived.wait(PATIENCE)
+    yield
+    release.set()
+
+
+def test_a_request_is_served_before_the_second_of_another_connection(open_server, monkeypatch):
     with Client(open_server.port) as client, connect(open_server.port) as one, \
             connect(open_server.port) as other:
         client.open()
-        wait_until(lambda: len(mine._busy) == 2)
-        monkeypatch.setattr(mine, "_look_for_deadlines", hold)
-        mine._look_at = 0.0
-        mine._wakeup.wake()
-        assert held.wait(PATIENCE)
-        one.sendall((POST + b"first") * 10)
-        other.sendall(POST + b"other")
-        release.set()
+        wait_until(lambda: len(open_server._connections._busy) == 2)
+        with held(open_server, monkeypatch):
+            one.sendall((POST + b"first") * 10)
+            other.sendall(POST + b"other")
         data = [event.data for event in client.read_events(11)]
         assert data.index("other") <= 1 and data.count("first") == 10
+
+
+def test_newcomers_are_taken_over_in_the_middle_of_a_long_turn(server, monkeypatch):
+    """Else so many would wait at its end that some were closed."""
+    monkeypatch.setattr(connections, "MAX_NEWCOMERS", 3)
+    parse = http1.parse
+
+    def slow(received, seen=0):
+        if seen:
+            time.sleep(0.02)
+        return parse(received, seen)
+    crowd = []
+    for number in range(25):
+        crowd.append(connect(server.port))
+        crowd[-1].sendall(GET[:5])
+        wait_until(lambda: len(server._connections._busy) == number + 1)
+    monkeypatch.setattr(http1, "parse", slow)
+    with held(server, monkeypatch):
+        for sock in crowd:
+            sock.sendall(GET[5:9])
+    newcomers = []
+    for _ in range(10):
+        newcomers.append(connect(server.port))
+        newcomers[-1].sendall(GET[:5])
+        time.sleep(0.03)        # slower than they are taken over, faster than the turn ends
+    for sock in newcomers:
+        sock.sendall(GET[5:])
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+    for sock in crowd + newcomers:
+        sock.close()
 
 
 # Its time

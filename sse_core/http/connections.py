@@ -248,6 +248,8 @@ class Connections:
                 self._watch(key.data, TURN)
             elif key.data.wait in (READABLE, WRITABLE):
                 self._step(key.data, key.data.wait, now)
+                # A turn of 2,000 handshakes takes a second: too many would wait by its end.
+                self._take_newcomers(now)
         for connection in in_turn:
             self._step(connection, TURN, now)
         for _ in range(len(self._done)):
