@@ -33,17 +33,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from sse_core.engine import frames
-from sse_core.engine.clients import CLIENTS_PER_TURN, Client, Subscription
+from sse_core.engine.clients import CLIENTS_PER_TURN, Client
 from sse_core.engine.groups import Group, Groups
 from sse_core.engine.hub import POLL_INTERVAL, Broadcast
 from sse_core.engine.log import Batch, Bytes, Frame
 from sse_core.engine.stalls import Stalls
-
-# Bytes of joined batches that are kept in one turn, for the next group that wants the same.
-MAX_JOINED = 4 << 20
-
-# Bytes that a frame takes in a batch beside its own, at most.
-FRAME_COST = 200
 
 # Seconds between two sweeps for silent and stalled clients and expired tokens, at most.
 SWEEP_INTERVAL = 1.0
@@ -133,13 +127,11 @@ class Publisher:
         began = self._clock()
         self._serve(ready)
         joining, run = self._broadcast.next_work()
-        if run:
-            self._fan_out(run)
+        self._fan_out(run)
         self._broadcast.fanned_out_to(run)
         for client in joining:
             self._greet(client)
-        if joining:
-            self._clients.remove_joining(len(joining))
+        self._clients.remove_joining(len(joining))
         if self._clock() >= self._sweep_at:
             self._sweep()
         self.counters.turns += 1
@@ -160,28 +152,9 @@ class Publisher:
     # Fan-out to current clients
 
     def _fan_out(self, run: Sequence[Frame]) -> None:
-        """Send frames to the current clients of every group that wants some of them.
-
-        Groups that want the same of them share one batch: what counts are not all channels of a
-        subscription, but those in this run. With thousands of different subscriptions the batches
-        are dropped whenever they exceed MAX_JOINED, and joined anew if they are wanted again.
-        """
-        by_channel: dict[str | None, list[Frame]] = {}
-        for frame in run:
-            by_channel.setdefault(frame.channel, []).append(frame)
-        named = frozenset(channel for channel in by_channel if channel)
-        batches: dict[Subscription, Batch] = {}
-        joined = 0
-        for group in self._groups.wanting(by_channel):
-            channels = group.subscription.channels & named if named else named
-            key = Subscription(channels, group.subscription.chunked)
-            if key not in batches:
-                if joined > MAX_JOINED:
-                    batches, joined = {}, 0
-                wanted = [by_channel.get(channel, ()) for channel in (None, *channels)]
-                batches[key] = batch = Batch(sorted(chain.from_iterable(wanted)), key.chunked)
-                joined += len(batch.data) + FRAME_COST * (1 + len(batch.frames))
-            self._send_to_group(group, batches[key])
+        """Send frames to the current clients of every group that wants some of them."""
+        for group, batch in self._groups.batches(run):
+            self._send_to_group(group, batch)
 
     def _send_to_group(self, group: Group, batch: Batch) -> None:
         """Send a batch to all current clients of a group.

@@ -3,7 +3,7 @@ import json
 import random
 import tracemalloc
 
-import publisher
+from sse_core.engine import groups
 from sse_core.engine.log import SCAN_LIMIT, Batch
 
 
@@ -50,7 +50,7 @@ def test_a_batch_is_joined_once_for_the_channels_that_are_in_it(bench, monkeypat
     def batch(run, chunked):
         joined.append(len(run))
         return Batch(run, chunked)
-    monkeypatch.setattr(publisher, "Batch", batch)
+    monkeypatch.setattr(groups, "Batch", batch)
     b = bench()
     for number in range(300):
         b.peer(channels=[f"u{number}", "all"])

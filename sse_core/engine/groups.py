@@ -1,6 +1,6 @@
-"""Sort clients into groups that are sent the same bytes.
+"""Sort clients into groups that are sent the same bytes, and join these bytes.
 
-    event on channel "news"  ->  the groups that asked for "news"  ->  their current clients
+    new frames  ->  each group that asked for their channels, with one batch for all its clients
 
 A thousand clients that asked for the same channels are one group. An event costs nothing for groups
 that did not ask for its channel: they are not looked at.
@@ -10,10 +10,17 @@ All in here belongs to the publisher thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 
 from sse_core.engine.clients import Client, Subscription
+from sse_core.engine.log import Batch, Frame
+
+# Bytes of joined batches that are kept at a time, for the next group that wants the same.
+MAX_JOINED = 4 << 20
+
+# Bytes that a frame takes in a batch beside its own, at most.
+BATCH_COST = 200
 
 
 class Group:
@@ -85,6 +92,32 @@ class Groups:
     def current_in_group_of(self, client: Client) -> dict[Client, None]:
         """Return the current clients of a client's group, for the caller to change."""
         return self._groups[client.subscription].current
+
+    def batches(self, run: Sequence[Frame]) -> Iterator[tuple[Group, Batch]]:
+        """Yield every group that wants some of these frames, with a batch of those.
+
+        Groups that want the same of them share one batch: what counts are not all channels of a
+        subscription, but those in this run. With thousands of different subscriptions the batches
+        are let go whenever they exceed MAX_JOINED, and joined anew if they are wanted again.
+
+        Clients may leave meanwhile.
+        """
+        by_channel: dict[str | None, list[Frame]] = {}
+        for frame in run:
+            by_channel.setdefault(frame.channel, []).append(frame)
+        named = frozenset(channel for channel in by_channel if channel)
+        batches: dict[Subscription, Batch] = {}
+        joined = 0
+        for group in self.wanting(by_channel):
+            channels = group.subscription.channels & named if named else named
+            key = Subscription(channels, group.subscription.chunked)
+            if key not in batches:
+                if joined > MAX_JOINED:
+                    batches, joined = {}, 0
+                wanted = [by_channel.get(channel, ()) for channel in (None, *channels)]
+                batches[key] = batch = Batch(sorted(chain.from_iterable(wanted)), key.chunked)
+                joined += len(batch.data) + BATCH_COST * (1 + len(batch.frames))
+            yield group, batches[key]
 
     def wanting(self, channels: Collection[str | None]) -> list[Group]:
         """Return every group that wants an event on any of these channels.
