@@ -89,10 +89,10 @@ class Access:
         self.takes_time = authorize is not None
         self._signed = None if jwt_key is None else signed.Signed(jwt_key)
 
-        # In the form of `_host`. None: requests may be for any host.
+        # In the form of `_host`. Empty: requests may be for any host.
         self._allowed_hosts = set(map(_check_allowed_host, _texts(allowed_hosts, "allowed_hosts")))
 
-        # Pages of these may read and publish. None: pages of every origin may.
+        # Pages of these may read and publish. Empty: pages of every origin may.
         self._origins = frozenset(map(_check_origin, _texts(origins, "origins")))
 
         # Hosts by which pages of the server itself are found. Whoever runs it has named them, so no

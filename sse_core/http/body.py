@@ -99,7 +99,7 @@ class Body:
             self._end_line(line, match)
 
     def _end_line(self, line: bytes, match: re.Match[bytes]) -> None:
-        """Say what is due after this line."""
+        """Decide what is due after this line."""
         if self._due is _SIZE:
             size = int(match[1], 16)
             self._ignored += len(line) - match.end(1) - len(b"\r\n") + (0 < size < TINY)

@@ -5,7 +5,7 @@
     POST, application/x-ndjson             each line of the body is an event: all, or none
 
 A parameter that no stream has is ignored, because pages and proxies add their own, unless it looks
-like a slip. One that no event has is refused: whoever publishes should learn that it does nothing.
+like a slip. One that no event has is refused, so that a publisher learns that it does nothing.
 
 No socket, no thread and no clock in here: `now` is handed in. What cannot be meant is a Refusal.
 """

@@ -81,7 +81,8 @@ class Signed:
             if name in claims and _time(claims, name) > now + LEEWAY:
                 raise _invalid(f"The token is not valid yet: its claim {name} is in the future. "
                                "Compare the clock of whoever signed it with this server's.")
-        # Who is not named as the audience has to refuse it (RFC 7519 section 4.1.3).
+        # No audience is configured here, and a recipient that is not named has to refuse the token
+        # (RFC 7519 section 4.1.3).
         if "aud" in claims:
             raise _invalid("The token is for somebody else: it has the claim aud.")
         if claim not in claims:
