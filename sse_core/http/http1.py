@@ -320,10 +320,9 @@ def _check(request: Request, authority: str) -> None:
     authority: of an absolute target, or empty, as a Host may be, too.
     """
     if request.method not in METHODS:
-        if request.method in KNOWN_METHODS:
-            raise Refusal(405, "Use GET to receive events, and POST to publish.",
-                          [f"Allow: {', '.join(METHODS)}"])
-        raise Refusal(501, f"This server supports the methods {', '.join(METHODS)}.")
+        raise Refusal(405 if request.method in KNOWN_METHODS else 501,
+                      "Use GET to receive events, and POST to publish.",
+                      [f"Allow: {', '.join(METHODS)}"])
     # RFC 9112 section 3.2. HTTP/1.0 has no such field.
     if "host" not in request.known and request.chunked:
         raise Refusal(400, "HTTP/1.1 needs the header field Host.")

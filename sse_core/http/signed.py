@@ -139,23 +139,18 @@ def _time(claims: dict[str, Any], name: str) -> float:
 def _load(key: str) -> tuple[str, Any]:
     """Return the algorithm of a key, and the key as PyJWT takes it. Raises ValueError; ImportError.
     """
-    if "-----BEGIN" in key:
-        return _load_pem(key.encode())
-    if len(key.encode()) < MIN_SECRET or key != key.strip() or key.startswith(_PUBLIC):
-        raise ValueError(f"the key for signed tokens is neither a secret of {MIN_SECRET} bytes at "
-                         "least, without white space around it, nor a public key in PEM")
-    return "HS256", key
-
-
-def _load_pem(pem: bytes) -> tuple[str, Any]:
-    """Return the algorithm of a public key, and the key. Raises ValueError; ImportError."""
+    if "-----BEGIN" not in key:
+        if len(key.encode()) < MIN_SECRET or key != key.strip() or key.startswith(_PUBLIC):
+            raise ValueError(f"the key for signed tokens is neither a secret of {MIN_SECRET} bytes "
+                             "at least, without white space around it, nor a public key in PEM")
+        return "HS256", key
     # Here and not above: most servers have no such key, and may not have the package.
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
     # A private key raises, too. It does not belong here: whoever reads it could sign.
     with suppress(ValueError, UnsupportedAlgorithm):
-        public = load_pem_public_key(pem)
+        public = load_pem_public_key(key.encode())
         if isinstance(public, rsa.RSAPublicKey) and public.key_size >= MIN_RSA:
             return "RS256", public
         if isinstance(public, ec.EllipticCurvePublicKey) and public.curve.name == "secp256r1":
