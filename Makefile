@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= 20
 
-.PHONY: help run test quick quick-processes quick-others test-long fuzz check shuffle bench bench-peers siege soak clean \
-	interop screenshots mutants
+.PHONY: help run test quick quick-files quick-processes quick-others test-long fuzz check shuffle bench bench-peers \
+	siege soak clean interop screenshots mutants
 
 help:
 	@echo "make run          serve the clock on port 6500"
@@ -29,17 +29,22 @@ test: $(VENV)/ready
 
 QUICK = $(addprefix --ignore=tests/test_, page.py event_source.py redis.py redis_faults.py package.py documentation.py \
 	interop.py bridges.py browser.py recipes.py)
-# Half of the time is waits, so two halves run at the same time: the tests that mostly start processes, and the others
-PROCESSES = $(addprefix tests/test_, file_stream.py file_faults.py terminal.py command_line.py)
+# More than half of the time is waits, so three parts run at the same time: the tests of the history file, those that
+# mostly start processes or wait for a time, and the others.
+FILES = $(addprefix tests/test_, file_stream.py file_faults.py)
+PROCESSES = $(addprefix tests/test_, terminal.py command_line.py lifecycle.py sources.py bounds.py dead_peers.py signed.py)
 
 quick: $(VENV)/ready
-	@$(MAKE) --no-print-directory -j2 quick-processes quick-others
+	@$(MAKE) --no-print-directory -j3 quick-files quick-processes quick-others
+
+quick-files: $(VENV)/ready
+	@$(VENV)/bin/python -m pytest $(FILES)
 
 quick-processes: $(VENV)/ready
 	@$(VENV)/bin/python -m pytest $(PROCESSES)
 
 quick-others: $(VENV)/ready
-	@$(VENV)/bin/python -m pytest $(QUICK) $(PROCESSES:%=--ignore=%)
+	@$(VENV)/bin/python -m pytest $(QUICK) $(addprefix --ignore=, $(FILES) $(PROCESSES))
 
 shuffle: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet pytest-random-order
