@@ -228,7 +228,8 @@ def test_the_table_of_bounds_is_what_the_code_says():
     assert table == [
         connections.REQUEST_TIME, connections.IDLE_TIME, connections.LINGER_TIME,
         connections.MAX_CONNECTIONS, connections.MAX_NEWCOMERS, connections.MAX_THREADS,
-        connections.PLACE_TIME, http1.MAX_LINE, http1.MAX_HEAD, http1.MAX_FIELDS,
+        connections.PLACE_TIME, connections.STORE_TIME, http1.MAX_LINE, http1.MAX_HEAD,
+        http1.MAX_FIELDS,
         frames.MAX_EVENT, connections.MAX_BODIES, frames.MAX_NAME,
         parameters.MAX_ASKED, parameters.MAX_NAMES, log.MAX_LATEST, http1.MAX_LAST_ID,
         signed.MAX_TOKEN, clients.MAX_LISTED, stalls.STALL_TIMEOUT, publisher.MAX_INPUT]
