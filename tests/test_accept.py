@@ -32,7 +32,7 @@ def test_a_request_may_arrive_a_byte_at_a_time(server):
         assert client.open().stream.status == 200
 
 
-def test_what_was_looked_at_of_a_head_is_not_looked_at_again(server, monkeypatch):
+def test_the_part_of_a_head_that_was_scanned_is_not_scanned_again(server, monkeypatch):
     parse, looked = http1.parse, []
 
     def watched(raw, seen):
@@ -100,7 +100,7 @@ def test_resets_at_any_moment_harm_nobody(server):
         wait_until(lambda: server.clients == 1)
 
 
-def test_who_leaves_during_its_request_is_one_line_of_verbose(server, caplog):
+def test_a_client_that_leaves_during_its_request_is_one_line_of_verbose(server, caplog):
     caplog.set_level(logging.DEBUG)
     sock = connect(server.port)
     sock.sendall(GET[:10])

@@ -41,7 +41,7 @@ def test_an_option_that_cannot_be_meant_is_refused_with_a_sentence(options, said
 @pytest.mark.parametrize("event, said", [
     (({"a": 1},), "json.dumps"), ((b"x",), "json.dumps"), ((None,), "json.dumps"),
     ((1,), "json.dumps"), (("x", 1), "strings"), (("x", None, ["a"]), "strings")])
-def test_what_is_no_text_is_a_type_error(event, said):
+def test_an_argument_that_is_no_text_is_a_type_error(event, said):
     with SSEServer(port=0) as server, pytest.raises(TypeError, match=said):
         server.publish(*event)
 

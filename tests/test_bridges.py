@@ -1,4 +1,4 @@
-"""The documentation's pipes from other systems, run against a real MQTT broker and a real PostgreSQL."""
+"""The documentation's pipes from other systems, run against a real MQTT broker and PostgreSQL."""
 import json
 import os
 import shutil

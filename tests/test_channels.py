@@ -30,7 +30,7 @@ def test_a_client_gets_its_channels_and_what_is_for_everyone_live_and_on_resume(
     assert ask(open_server.port, get("/?channel=a%0A")).startswith(b"HTTP/1.1 400 ")
 
 
-def test_what_was_published_is_what_arrives(open_server):
+def test_every_event_arrives_as_it_was_published(open_server):
     """Random Unicode for data, names and channels, by the library and by POST."""
     seed = random.randrange(1 << 32)
     draw = random.Random(seed)

@@ -331,7 +331,7 @@ def test_beside_a_publish_token_there_is_no_clock_and_beside_an_interval_there_i
 HASTY = "from sse_core.cli import command_line; command_line.TICK = 0.02"
 
 
-def test_what_comes_from_the_environment_is_named():
+def test_an_option_taken_from_the_environment_is_named():
     """It can be left over from another day."""
     pytest.importorskip("jwt", reason="signed tokens need the package PyJWT")
     key = "a-secret-of-this-test-that-is-long"

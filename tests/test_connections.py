@@ -160,7 +160,7 @@ def test_an_answer_over_tls_ends_with_close_notify(secure):
                     pass
 
 
-def test_who_waits_for_a_continue_gets_it_once_and_no_more_time(open_server, monkeypatch):
+def test_100_continue_is_sent_once_and_gives_no_more_time(open_server, monkeypatch):
     monkeypatch.setattr(connections, "REQUEST_TIME", 0.5)
     began = time.monotonic()
     with connect(open_server.port) as sock:
@@ -309,7 +309,7 @@ def test_a_peer_that_does_not_take_its_answer_is_cut(open_server, monkeypatch):
         wait_until(lambda: not unfinished(open_server), timeout=connections.PLACE_TIME / 2)
 
 
-def test_who_takes_a_long_answer_gets_all_of_it(open_server):
+def test_a_client_gets_all_of_a_long_answer(open_server):
     body = b'{"data": ""}\n' * 60_000
     answer = post(open_server.port, f"/{PUBLISH_TOKEN}", body, "Connection: close",
                   "Content-Type: application/x-ndjson")
@@ -382,7 +382,7 @@ def test_a_kept_connection_is_as_old_as_its_last_request(open_server, monkeypatc
                 wait_until(lambda: open_server.figures()["events"] == 3 + bool(more))
 
 
-def test_nobody_is_evicted_before_a_time_of_grace(server, monkeypatch):
+def test_no_connection_is_evicted_before_a_time_of_grace(server, monkeypatch):
     """So that an honest crowd gets in, which has sent all but what it is about to."""
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 1)
     monkeypatch.setattr(connections, "GRACE_TIME", 0.5)
@@ -512,7 +512,7 @@ def test_requests_wait_for_a_thread_while_all_others_are_answered(gated, gate):
     assert request_threads() == 2
 
 
-def test_who_gets_no_thread_in_time_is_asked_to_come_back(gated, gate, monkeypatch):
+def test_a_client_that_gets_no_thread_in_time_is_asked_to_come_back(gated, gate, monkeypatch):
     monkeypatch.setattr(connections, "PLACE_TIME", 0.3)
     at_work = send_many(gated, 2)
     wait_until(lambda: len(gate.asked) == 2)
@@ -547,7 +547,7 @@ def test_a_job_is_dropped_with_its_connection(gated, gate, monkeypatch):
     assert sorted(gate.asked) == ["/newer"] * 3 + ["/token"] * 2
 
 
-def test_what_comes_during_a_job_is_read_after_it(gated, gate):
+def test_bytes_that_come_during_a_job_are_read_after_it(gated, gate):
     """And costs nothing meanwhile: a socket that stays readable would spin."""
     with Client(gated.port, GET[:10]) as client:
         wait_until(lambda: unfinished(gated))       # it is waited for
@@ -709,7 +709,7 @@ def test_a_refused_request_that_wholly_came_is_not_lingered_for(open_server, req
 
 @pytest.mark.parametrize("request_, status", [
     (b"GET /" + b"a" * http1.MAX_LINE, 414), (POST.replace(b"SECRET", b"wrong"), 401)])
-def test_who_is_refused_while_it_sends_may_go_on_for_a_while(open_server, request_, status):
+def test_a_client_refused_while_it_sends_may_go_on_for_a_while(open_server, request_, status):
     """To close would reset the connection, and could lose the answer."""
     with connect(open_server.port) as sock:
         sock.sendall(request_)
@@ -719,7 +719,7 @@ def test_who_is_refused_while_it_sends_may_go_on_for_a_while(open_server, reques
     wait_until(lambda: not unfinished(open_server), timeout=connections.LINGER_TIME / 4)
 
 
-def test_who_is_refused_and_sends_without_end_is_cut(server, monkeypatch):
+def test_a_client_that_is_refused_and_sends_without_end_is_cut(server, monkeypatch):
     monkeypatch.setattr(connections, "LINGER_TIME", 0.2)
     with connect(server.port) as sock, pytest.raises(OSError):
         sock.sendall(b"GET /" + b"a" * http1.MAX_LINE)
@@ -738,7 +738,7 @@ def test_a_fault_of_a_connection_costs_that_connection_alone(server, monkeypatch
     assert ask(server.port, get("/-/health")).endswith(b"ok\n")
 
 
-def test_what_a_logging_handler_raises_costs_one_connection_alone(server):
+def test_an_error_in_a_logging_handler_costs_one_connection_alone(server):
     class Naive(logging.Handler):
         def emit(self, record):
             raise ZeroDivisionError("a fault of the handler's own")

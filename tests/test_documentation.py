@@ -286,7 +286,8 @@ def test_all_cores_serve_one_stream(shell):
 
 
 def test_the_program_on_asyncio_serves_its_events(shell):
-    code = program("asyncio").replace("6500", shell.ports["6500"]).replace("sleep(1)", "sleep(0.01)")
+    code = program("asyncio").replace("sleep(1)", "sleep(0.01)")
+    code = code.replace("6500", shell.ports["6500"])
     shell.start(f"PYTHONPATH={TOP} exec {sys.executable} -c {shlex.quote(code)}")
     port = int(shell.ports["6500"])
     wait_until(lambda: subprocess.run(["curl", "-s", "-I", f"http://127.0.0.1:{port}/"],

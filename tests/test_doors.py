@@ -117,7 +117,7 @@ def test_a_program_decides_who_gets_the_page_below_the_top():
     "text/event-stream, text/html, application/json",                   # Datastar
     "text/html;q=0.5,text/event-stream;q=0.1", "*/*", "application/json", "text/html;q=0", ""])
 @pytest.mark.parametrize("path", ["/", "/one"])
-def test_what_takes_a_stream_gets_the_stream_though_it_takes_html_too(path, accept):
+def test_a_client_that_accepts_a_stream_gets_it_though_it_accepts_html_too(path, accept):
     with SSEServer(port=0, tokens=["one"]) as server:
         bearer = "Authorization: Bearer one"
         assert kind_of(server.port, path, f"Accept: {accept}", bearer) == (200, "text/event-stream")

@@ -243,7 +243,8 @@ class Driver:
             self.turn()
         assert not self.readers and not len(self.broadcast.clients)
         groups = self.publisher._groups
-        assert not any((groups._groups, groups._by_channel, self.publisher._stalls._owing, self.broadcast.clients.lagging,
+        assert not any((groups._groups, groups._by_channel, self.publisher._stalls._owing,
+                        self.broadcast.clients.lagging,
                         self.broadcast.clients.pace._paid))
 
     def serve_all(self) -> None:
@@ -349,7 +350,7 @@ def check_whole(events: List[Event], texts: List[str], seed: int) -> None:
     assert at == len(texts) and not gap, f"seed {seed}: ends at {at} of {len(texts)}"
 
 
-def test_fuzz_a_pipe_waits_for_who_keeps_the_pace_and_tells_the_others(request):
+def test_fuzz_a_pipe_waits_for_clients_that_keep_the_pace_and_tells_the_others(request):
     for _ in range(request.config.getoption("fuzz") * 3):
         patience(random.randrange(1 << 32))
 

@@ -100,7 +100,7 @@ def over_openssl(ours: socket.socket) -> TLSSocket:
     return sock
 
 
-def test_of_a_record_that_tls_has_begun_all_but_the_last_byte_is_sent():
+def test_all_but_the_last_byte_of_a_record_that_tls_has_begun_counts_as_sent():
     ours, theirs = socket.socketpair()
     with over_openssl(ours) as sock, theirs:
         openssl = sock._sslobj

@@ -249,7 +249,7 @@ def test_a_file_that_may_not_grow(path):
             assert texts(client) == [data for _, data in rows(path)] and not gaps(client)
 
 
-def test_who_cannot_write_still_reads_at_full_speed(path):
+def test_a_server_that_cannot_write_still_reads_at_full_speed(path):
     with watched(path, 2) as ((server, _), (client, _)):
         post(server, "before")
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (4096, -1))
@@ -280,7 +280,8 @@ MOVES = {
     "renamed": lambda path: path.rename(f"{path}.away"),
     "renamed with its -wal": lambda path: [
         os.rename(f"{path}{ending}", f"{path}.away{ending}") for ending in ("", "-wal", "-shm")],
-    "replaced by a copy": lambda path: (copy(path, f"{path}.copy"), os.replace(f"{path}.copy", path)),
+    "replaced by a copy": lambda path: (copy(path, f"{path}.copy"),
+                                        os.replace(f"{path}.copy", path)),
     "its folder renamed": lambda path: path.parent.rename(f"{path.parent}.away")}
 
 
@@ -341,7 +342,7 @@ def test_a_file_that_is_moved_away_and_back_is_the_same(nested):
             assert texts(client) == ["before", "after"]
 
 
-def test_what_is_committed_to_a_file_that_was_just_removed_is_not_acknowledged(path):
+def test_an_event_committed_to_a_file_that_was_just_removed_is_not_acknowledged(path):
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         stream.publish([Draft("one")])
         other.execute("begin immediate")
@@ -490,7 +491,7 @@ def test_a_process_that_is_stopped_in_mid_transaction_and_then_killed(path):
             assert texts(client) == ["before", "after"]
 
 
-def test_who_reads_on_waits_for_no_other_process(path, monkeypatch):
+def test_reading_on_waits_for_no_other_process(path, monkeypatch):
     monkeypatch.setattr(sqlite, "BUSY_TIME", 1.0)
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         shared = turned(stream)

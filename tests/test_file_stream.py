@@ -225,7 +225,7 @@ def test_many_processes_begin_with_the_same_new_file(path):
 
 
 @pytest.mark.parametrize("history", ["0", "64", "1024"])
-def test_a_pipe_is_held_back_for_who_reads(path, history):
+def test_a_pipe_is_held_back_for_a_client_that_reads(path, history):
     lines = [f"{number} {'x' * 1000}" for number in range(6000)]
     server = Server("--stdin", "--wait-clients", "1", "--history-file", str(path), "--history",
                     history)
@@ -278,7 +278,7 @@ def acknowledged_by(process: subprocess.Popen) -> dict:
 
 
 @pytest.mark.parametrize("number", [12, pytest.param(40, marks=pytest.mark.long)])
-def test_what_was_acknowledged_is_there_after_kill_9_at_any_moment(path, number):
+def test_an_acknowledged_event_is_there_after_kill_9_at_any_moment(path, number):
     seed = random.randrange(1 << 32)
     draw, killed, running = random.Random(seed), [], []
     with on_file(path, 1, "--history", "100000") as (server,), Client(server.port) as client:
@@ -368,7 +368,7 @@ def test_a_gap_for_everybody_does_not_name_an_event_of_another_channel(path):
         assert gaps(client) == [{"after": first, "resumed": None, "reason": "evicted"}]
 
 
-def test_what_is_trimmed_exactly_up_to_where_a_server_stands_is_no_gap(path):
+def test_rows_trimmed_exactly_up_to_where_a_server_stands_are_no_gap(path):
     with on_file(path) as (server,), Client(server.port) as client:
         client.open()
         post(server, "one")
@@ -409,14 +409,15 @@ def test_looks_are_10_ms_apart_while_others_write_and_50_ms_some_seconds_later(p
         assert shared._log.next == 3
 
 
-def test_what_is_loaded_and_a_gap_leave_the_log_in_its_bounds(path):
+def test_loading_rows_and_telling_a_gap_keep_the_log_in_its_bounds(path):
     with publishing(path) as stream:
         events = [Event((number, 0), b"data: x\n\n", None) for number in range(1, 100)]
         for size in range(500, 1500, 7):
             shared = Shared(stream, **{**KEPT, "history": 64})
             shared._log._size = size
             shared.preload(iter(events), NOTHING)
-            assert shared._log._bytes <= size and shared._log.last_id == shared.fanned_out_id == (99, 0)
+            assert shared._log._bytes <= size
+            assert shared._log.last_id == shared.fanned_out_id == (99, 0)
         shared = Shared(stream, **{**KEPT, "history": 64})
         shared.preload(iter(events), NOTHING)
         assert (shared._log.first, shared._log.next, shared.fanned_out) == (35, 99, 99)
@@ -477,7 +478,7 @@ def test_its_thread_ends_at_once(path):
 
 
 @pytest.mark.parametrize("wait", [False, True])
-def test_what_is_no_event_is_refused_and_what_a_signal_handler_publishes_as_well(path, wait):
+def test_a_bad_event_and_a_publish_of_a_signal_handler_are_refused(path, wait):
     with SSEServer(port=0, history_file=str(path)) as server:
         with pytest.raises(ValueError):
             server.publish("x", event="a\nb", wait=wait)
@@ -486,7 +487,7 @@ def test_what_is_no_event_is_refused_and_what_a_signal_handler_publishes_as_well
         assert rows(path) == []
 
 
-def test_who_waits_for_slow_clients_waits_for_no_other_look_at_the_file(path):
+def test_a_publish_that_waits_for_slow_clients_waits_for_no_look_at_the_file(path):
     with SSEServer(port=0, history_file=str(path)) as server:
         began = time.monotonic()
         for _ in range(100):
@@ -494,7 +495,7 @@ def test_who_waits_for_slow_clients_waits_for_no_other_look_at_the_file(path):
         assert time.monotonic() - began < 2.5       # 50 ms each would be 5 s
 
 
-def test_who_waits_until_all_is_sent_goes_on_at_once_when_all_is_read(path):
+def test_a_drain_goes_on_at_once_when_all_is_read(path):
     with publishing(path) as stream, ThreadPoolExecutor(1) as pool:
         shared, waited = turned(stream), 0.0
         for _ in range(10):
@@ -507,7 +508,7 @@ def test_who_waits_until_all_is_sent_goes_on_at_once_when_all_is_read(path):
         assert waited < 0.5
 
 
-def test_who_waits_for_the_file_tries_ten_times_a_second(path, monkeypatch):
+def test_a_publish_that_waits_for_the_file_tries_ten_times_a_second(path, monkeypatch):
     tries = []
     with SSEServer(port=0, history_file=str(path)) as server, ThreadPoolExecutor(1) as pool:
         stream = server._broadcast.stream
@@ -560,7 +561,7 @@ def test_the_id_of_a_new_and_empty_file_is_no_gap_after_a_restart(path):
 
 
 @pytest.mark.parametrize("since", ["all", "7d"])
-def test_what_a_start_leaves_in_the_file_is_a_gap(path, since):
+def test_rows_that_a_start_leaves_in_the_file_are_a_gap(path, since):
     with publishing(path) as stream:
         for number in range(75):
             stream.publish([Draft(str(number).ljust(1000000))])
@@ -579,7 +580,7 @@ def test_all_is_a_gap_after_a_restart_only_if_something_is_missing(path, history
         assert got[0] == (reason or "x") and len(got) == min(history, 150) + bool(reason)
 
 
-def test_what_was_removed_from_the_file_is_a_gap_also_with_a_larger_history(path):
+def test_rows_removed_from_the_file_are_a_gap_also_with_a_larger_history(path):
     with publishing(path) as stream:
         ids = stream.publish([Draft("x")] * 20)
         trim_to(path, 10)
@@ -733,7 +734,7 @@ def test_a_start_on_a_long_history_can_be_stopped_and_tells_that_it_is_not_ready
     assert time.monotonic() - began < 1
 
 
-def test_nobody_is_locked_out_between_two_pages_of_a_load(path, monkeypatch):
+def test_another_process_may_write_between_two_pages_of_a_load(path, monkeypatch):
     with publishing(path) as stream:
         for _ in range(5):
             stream.publish([Draft("x")] * 500)

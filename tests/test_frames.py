@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from sse_core.engine import frames
-from sse_core.engine.log import BATCH, FRAME_COST, MAX_CHANNELS, MAX_BYTES, NOTHING, SCAN_LIMIT, Batch, Log
+from sse_core.engine.log import (BATCH, FRAME_COST, MAX_BYTES, MAX_CHANNELS, NOTHING, SCAN_LIMIT,
+                                 Batch, Log)
 from helpers import TOP
 from wire import Decoder, Event
 
@@ -43,7 +44,7 @@ def test_an_event_is_encoded_as_fields_that_say_just_what_it_was(data, event, pa
     ("x", "a\nb"), ("x", "a\rb"), ("x", "a\0b"), ("x", "\ud800"), ("\udfff", None),
     ("x", "n" * 1025), ("x", "gap"),
     ("x" * (frames.MAX_EVENT + 1), None), ("é" * (frames.MAX_EVENT // 2 + 1), None)])
-def test_what_no_event_can_hold_is_a_value_error(data, event):
+def test_a_value_that_no_event_can_hold_is_a_value_error(data, event):
     with pytest.raises(ValueError):
         frames.Draft(data, event)
 

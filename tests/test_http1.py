@@ -38,7 +38,7 @@ def both_ways(raw: bytes) -> object:
 
 @pytest.mark.parametrize("raw, status", [case[1:] for case in REFUSED],
                          ids=[case[0] for case in REFUSED])
-def test_what_is_malformed_is_refused_with_its_status_however_it_is_cut(raw, status):
+def test_a_malformed_head_is_refused_with_its_status_however_it_is_cut(raw, status):
     assert both_ways(raw) == status
     # What follows a head has no say in it.
     assert outcome([raw + b"\0\xff"]) == status or not raw.endswith(b"\r\n\r\n")
@@ -58,7 +58,7 @@ def test_refusals_say_what_is_wrong(raw, said):
 
 
 @pytest.mark.parametrize("raw, wanted", TAKEN, ids=lambda value: repr(value)[:40])
-def test_what_is_well_formed_is_taken_and_read_alike_however_it_is_cut(raw, wanted):
+def test_a_well_formed_head_is_taken_and_read_alike_however_it_is_cut(raw, wanted):
     request = both_ways(raw)
     assert {name: getattr(request, name) for name in wanted} == wanted
     for cut in range(min(len(raw), 200)):

@@ -97,7 +97,7 @@ SHARED = {
 
 @pytest.mark.parametrize("first", ["publish", "describe_clients"])
 @pytest.mark.parametrize("second", BROADCAST)
-def test_nobody_is_in_the_broadcast_while_another_is(sock, first, second):
+def test_no_thread_is_in_the_hub_while_another_is(sock, first, second):
     """The first has read the newest id, or is going through the clients: it asks for the time."""
     door = Door(lambda: BROADCAST[first](broadcast, client))
     broadcast = Broadcast(**KEPT, clock=door, wall=lambda: 1000.0)
@@ -135,7 +135,7 @@ def test_many_that_publish_and_register_are_all_counted(sock):
     assert taken.count(True) == len(broadcast.close()) == 100
 
 
-def test_who_takes_all_clients_does_not_while_another_goes_through_them():
+def test_all_clients_are_removed_only_when_no_thread_goes_through_them():
     door = Door(lambda: broadcast.describe_clients())
     broadcast = Broadcast(**KEPT, clock=door)
     broadcast.wakeup.wake = door.enter         # after the stop, which would have waited for it
@@ -155,26 +155,26 @@ class Stream:
 
 
 @pytest.mark.parametrize("second", SHARED)
-def test_nobody_changes_the_log_of_a_shared_one_while_another_is_in_it(second):
+def test_no_thread_changes_the_log_of_a_store_hub_while_another_is_in_it(second):
     door = Door(lambda: shared.describe_clients())
     shared = Shared(Stream(), **KEPT, clock=door)
     assert waits(door, lambda: SHARED[second](shared))
 
 
-def test_who_waits_for_clients_looks_alone_whether_there_is_room():
+def test_a_publish_that_waits_for_clients_looks_alone_whether_there_is_room():
     door, came = Door(lambda: shared.describe_clients()), []
     shared = Shared(Stream(lambda: came.append(door.opened.is_set())), **KEPT, clock=door)
     assert waits(door, lambda: shared.publish("x", wait=True)) and came == [True]
 
 
-def test_who_has_published_and_waits_says_so_alone():
+def test_a_publish_that_has_come_back_and_waits_says_so_alone():
     door = Door(lambda: shared.describe_clients())
     shared = Shared(Stream(door.enter), **KEPT, clock=door)
     assert waits(door, lambda: shared.publish("x", wait=True), enter=False)
 
 
 @pytest.mark.parametrize("second", ["submit", "cancel", "stop", "take"])
-def test_nobody_changes_the_line_of_a_pool_while_another_does(second):
+def test_no_thread_changes_the_queue_of_a_pool_while_another_does(second):
     pool, begun, opened = Pool(1), threading.Event(), threading.Event()
     first = pool.submit(lambda: begun.set() or opened.wait(PATIENCE))
     assert begun.wait(PATIENCE)
@@ -194,7 +194,7 @@ def test_nobody_changes_the_line_of_a_pool_while_another_does(second):
     pool.stop(time.monotonic() + PATIENCE)
 
 
-def test_nobody_queues_an_order_while_another_ends_the_queue(tmp_path):
+def test_no_thread_queues_an_order_while_another_ends_the_queue(tmp_path):
     stream = FileStream(tmp_path / "events.db", 10, False)
     other = threading.Thread(target=stream.submit, args=([Draft("x")],))
     with stream._mutex:
@@ -215,7 +215,7 @@ class Slow(SSEServer):
 
 
 @pytest.mark.parametrize("second", ["start", "stop"])
-def test_nobody_starts_or_stops_a_server_while_another_starts_it(second):
+def test_no_thread_starts_or_stops_a_server_while_another_starts_it(second):
     server = Slow(port=0)
     server.door = Door(server.start)
     try:

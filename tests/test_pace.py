@@ -36,7 +36,8 @@ CASES = {
     "one that takes 16 KiB each second, for an hour":
         ([BEHIND, *((float(second), "pay", 16 << 10) for second in range(1, 3600))], 3600.0, True),
     "one that takes half of the least pace, for half a minute":
-        ([BEHIND, *((float(second), "pay", MIN_RATE // 2) for second in range(1, 28))], 28.0, False),
+        ([BEHIND, *((float(second), "pay", MIN_RATE // 2) for second in range(1, 28))],
+         28.0, False),
     "one that was given up and has paid what it owed":
         ([BEHIND, (60.0, "pay", 60 * MIN_RATE)], 60.1, True),
     "one that was given up and has paid half of it":
@@ -139,7 +140,7 @@ def test_a_pause_that_is_partly_made_good_costs_the_rest():
     assert held(pace, "another", 10.0) == pytest.approx(LONGEST - 5.0 + 0.9, abs=0.2)
 
 
-def test_a_pause_is_not_made_good_by_those_who_do_not_hold_up_the_source():
+def test_a_pause_is_not_made_good_by_clients_that_do_not_hold_up_the_source():
     pace = after([BEHIND])
     pace.hold(OLDEST, 0.0)
     pace.pay("client", MAX_LUMP, LATER, 8.0)

@@ -175,7 +175,7 @@ ONE = get(f"/{PUBLISH_TOKEN}", "Content-Length: 3", method="POST") + b"one"
     (ONE.replace(b"POST", b"GET"), 400), (get("/", method="HEAD"), 200),
     (get("/", method="OPTIONS"), 204), (ONE.replace(b"/1.1", b"/1.0"), 200)],
     ids=lambda value: repr(value)[:50])
-def test_what_follows_one_that_is_refused_or_closes_is_never_done(open_server, bad, status):
+def test_a_request_behind_one_that_is_refused_or_closes_is_never_done(open_server, bad, status):
     with Client(open_server.port) as client:
         client.open()
         assert b"HTTP/1.1 %d " % status in ask(open_server.port, ONE + bad + b"\r\n" + ONE)
@@ -218,7 +218,7 @@ def test_each_request_of_a_kept_connection_has_its_own_time(open_server, monkeyp
 @pytest.mark.parametrize("version, expects, body, answer", [
     ("1.1", True, b"", b"HTTP/1.1 100 Continue\r\n\r\n"), ("1.1", False, b"", b"HTTP/1.1 200 "),
     ("1.0", True, b"", b"HTTP/1.1 200 "), ("1.1", True, b"hello", b"HTTP/1.1 200 ")])
-def test_who_waits_for_a_continue_gets_it_and_nobody_else(open_server, version, expects, body,
+def test_only_a_client_that_waits_for_100_continue_gets_it(open_server, version, expects, body,
                                                          answer):
     expect = ["Expect: 100-continue"] if expects else []
     head = get(f"/{PUBLISH_TOKEN}", "Content-Length: 5", *expect, method="POST")

@@ -83,7 +83,7 @@ def test_every_event_passes_a_proxy_at_once_and_as_it_was(name, tmp_path):
 
 
 @each_proxy
-def test_what_the_server_itself_refuses_passes_a_proxy_as_it_is(name, tmp_path):
+def test_an_answer_that_refuses_passes_a_proxy_as_it_is(name, tmp_path):
     with serving("--token", "TOKEN", "--interval", "0") as server, \
             proxied(name, server.port, tmp_path) as port:
         answer = ask(port, get("/wrong", STREAM, "Connection: close"))

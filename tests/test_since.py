@@ -85,7 +85,7 @@ def test_an_id_wins_over_since(server):
 
 @pytest.mark.parametrize("since", ["", "x", "-1", "10", "10m", "1e3", "10w", "10.5.5m", "all ",
                                    "1" * 13, "%D9%A1%D9%A0m", "0-0-0", "LATEST"])
-def test_what_is_no_beginning_is_a_400(server, since):
+def test_a_since_that_says_no_beginning_is_a_400(server, since):
     good = since in ("10", "10m")
     answer = ask(server.port, get(f"/?since={since.replace(' ', '+')}", method="HEAD"))
     assert answer.startswith(b"HTTP/1.1 200 " if good else b"HTTP/1.1 400 ")
@@ -127,7 +127,7 @@ def test_the_first_event_of_an_epoch_is_missed_if_it_has_left():
     assert log.locate((1, 0)) == (1, "evicted") and log.locate((10, 0)) == (1, None)
 
 
-def test_what_a_store_has_left_out_or_removed_is_a_gap_for_whoever_begins_before_it():
+def test_events_that_a_store_left_out_or_removed_are_a_gap_for_a_client_before_them():
     log = Log(64)
     log.begin((1000, 5))
     for number in range(3):
@@ -169,7 +169,7 @@ def test_an_id_from_before_a_store_was_lost_is_unknown_also_when_there_are_new_e
     assert log.locate((1000, 0))[1] and log.locate((2000, 5))[1] == "evicted"
 
 
-def test_who_begins_where_a_gap_was_told_to_everybody_is_told_it_too():
+def test_a_client_that_begins_where_a_gap_was_told_to_all_is_told_it_too():
     log = Log(64)
     log.begin(NOTHING)
     log.append(b"x", (100, 0), None, 0.0)
@@ -221,7 +221,7 @@ def test_a_client_that_says_where_to_begin_is_not_welcomed(server, since):
         assert client.stream.welcome is None
 
 
-def test_what_latest_leaves_out_is_told(server):
+def test_events_that_latest_leaves_out_are_told(server):
     for channel in "ab":
         server.publish(channel * 40_000, None, channel)
     server.publish("c")

@@ -55,7 +55,7 @@ def case(tmp_path):
     case.truth.close()
 
 
-def test_what_comes_once_and_in_order_is_no_fault(case):
+def test_events_that_come_once_and_in_order_are_no_fault(case):
     assert case.client.due() == case.rows[1]
     case.send(*range(1, 8))
     assert case.client.due() is None
@@ -69,7 +69,7 @@ def test_what_comes_once_and_in_order_is_no_fault(case):
 @pytest.mark.parametrize("numbers", [
     (1, 2, 4, 5), (2,), (1, 2, 2, 3), (1, 2, 1), (1, 3, 2, 4), (0,), (1, 2, 3, 1, 2, 3)],
     ids=["lost", "first lost", "doubled", "old", "out of order", "the one before", "all anew"])
-def test_what_is_lost_doubled_or_out_of_order_is_a_fault(case, numbers):
+def test_an_event_lost_doubled_or_out_of_order_is_a_fault(case, numbers):
     case.send(*numbers)
     assert case.faults
 
@@ -131,7 +131,7 @@ def test_to_stand_at_an_event_that_never_was_is_a_fault(case):
     assert case.faults == 1
 
 
-def test_what_was_acknowledged_must_be_in_the_file(case):
+def test_an_acknowledged_event_must_be_in_the_file(case):
     case.truth.confirm(case.rows[3])
     assert case.faults == 0
     case.truth.confirm(case.rows[3]._replace(data="p 3 0 1 other"))

@@ -114,7 +114,7 @@ def test_a_signal_stops_a_pipe_that_is_open():
         assert time.monotonic() - began < 3
 
 
-def test_what_cannot_be_read_is_at_its_end(caplog):
+def test_a_source_that_cannot_be_read_is_at_its_end(caplog):
     descriptor = os.open(os.devnull, os.O_WRONLY)
     assert sources.lines(lambda drafts, wait: None, threading.Event(), descriptor) == 0
     os.close(descriptor)

@@ -121,7 +121,7 @@ def test_a_silent_tls_handshake_holds_up_nobody_and_is_cut(secure, monkeypatch):
         assert silent.recv(1) == b""
 
 
-def test_who_closes_without_a_byte_is_no_fault_of_tls(secure, caplog):
+def test_a_client_that_closes_without_a_byte_is_no_fault_of_tls(secure, caplog):
     caplog.set_level(logging.DEBUG)
     with connect(secure.port):
         wait_until(lambda: unfinished(secure))
@@ -173,7 +173,7 @@ def one_line_and_status_2(*arguments) -> str:
     (["--cert", str(TOP / "Makefile")], "cannot use "),
     (["--token", ""], "tokens: one is empty"),
     (["--origin", "example.org"], "no browser sends the origin 'example.org'")])
-def test_what_would_be_no_protection_is_one_line_and_status_2(arguments, said):
+def test_options_that_would_protect_nothing_are_one_line_and_status_2(arguments, said):
     assert said in one_line_and_status_2(*arguments)
 
 
@@ -261,7 +261,8 @@ def test_a_certificate_that_cannot_be_loaded_is_one_warning_and_the_old_one_stay
             return any(text in message for message in caplog.messages)
         cert.write_text("half a certif")
         wait_until(lambda: is_told("cannot use"))
-        time.sleep(0.1)         # the time of some more looks: that no more is told is what is tested
+        # The time of some more looks: that no more is told is what is tested.
+        time.sleep(0.1)
         assert served(server.port) == old and len(caplog.messages) == 1
         assert caplog.messages[0].endswith("; the old certificate is served on")
         cert.unlink()

@@ -51,7 +51,7 @@ def test_a_line_of_json_is_an_event(line, event):
 
 
 @pytest.mark.parametrize("line, said", BAD, ids=range(len(BAD)))
-def test_what_is_no_event_is_told_why(line, said):
+def test_a_bad_event_is_told_why_it_is_refused(line, said):
     with pytest.raises(ValueError, match=said):
         frames.parse_draft(line)
 
