@@ -27,19 +27,19 @@ def publish(data, event, channel):
     """
     url = f"{SERVER}?{urlencode({'event': event, 'channel': channel})}"
     bearer = {"Authorization": f"Bearer {os.environ['SSE_PUBLISH_TOKEN']}"}
-    for pause in [*PAUSES, None]:
+    pauses = iter(PAUSES)
+    while True:
         try:
             with urlopen(Request(url, data.encode(), bearer), timeout=5) as answer:
                 return json.load(answer)["id"]
-        except HTTPError as error:
-            what = OSError(error.read().decode().strip())
-            # What is wrong with the request does not pass by itself.
-            if error.code < 500:
-                raise what from error
         except (OSError, HTTPException) as error:
-            what = OSError(f"the server is away: {error}")
-        if pause is None:
-            raise what
+            is_answer = isinstance(error, HTTPError)
+            # The server's own words say what to do.
+            what = error.read().decode().strip() if is_answer else str(error)
+            pause = next(pauses, None)
+            # What is wrong with a request does not pass by itself.
+            if pause is None or is_answer and error.code < 500:
+                raise OSError(what) from error
         print(f"{what}; next try in {pause} s", file=sys.stderr)
         time.sleep(pause)
 

@@ -36,12 +36,13 @@ PAGE = """<!DOCTYPE html>
   }
 
   function show() {
-    document.getElementById("stock").replaceChildren(...Object.entries(stock).map(([item, pieces]) => {
+    const rows = Object.entries(stock).map(([item, pieces]) => {
       const row = document.createElement("tr");
       row.insertCell().textContent = item;
       row.insertCell().textContent = pieces;
       return row;
-    }));
+    });
+    document.getElementById("stock").replaceChildren(...rows);
   }
 
   load();
@@ -78,11 +79,14 @@ def sell():
 
 class App(BaseHTTPRequestHandler):
     def do_GET(self):
-        is_stock = self.path == "/stock"
+        if self.path == "/stock":
+            kind, text = "application/json", json.dumps(snapshot())
+        else:
+            kind, text = "text/html; charset=utf-8", PAGE
         self.send_response(200)
-        self.send_header("Content-Type", "application/json" if is_stock else "text/html; charset=utf-8")
+        self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write((json.dumps(snapshot()) if is_stock else PAGE).encode())
+        self.wfile.write(text.encode())
 
 
 if __name__ == "__main__":

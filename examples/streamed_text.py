@@ -45,8 +45,9 @@ events = SSEServer(port=6500, history=10_000, origins=["http://127.0.0.1:8000", 
 def answer(run):
     """Publish a text in parts. A model's answer would go here."""
     for number in range(1, 101):
+        part = f"{number} " if number % 10 else f"{number}\n"
         # As JSON, because a part may begin or end with a line break.
-        events.publish(json.dumps(f"{number} " if number % 10 else f"{number}\n"), "part", f"run/{run}")
+        events.publish(json.dumps(part), "part", f"run/{run}")
         time.sleep(0.1)
     events.publish("", "done", f"run/{run}")
 

@@ -3,6 +3,7 @@ import getpass
 import grp
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -108,6 +109,12 @@ def check_that_each_user_has_a_channel_of_their_own(ann: User, bob: User) -> Non
         assert status in ann.status("user/bob", *fields)
 
 
+def listeners(port: str) -> int:
+    """Return how many sockets listen on a port, which have the state 0A."""
+    table = Path("/proc/net/tcp").read_text()
+    return len(re.findall(rf" 0100007F:{int(port):04X} 00000000:0000 0A ", table))
+
+
 def workers(process: subprocess.Popen) -> list:
     """Return the processes that a server of applications has forked, without its helpers."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -140,7 +147,8 @@ def in_workers(request, recipes):
     """An app that carries the server in each of two workers: the process."""
     need_modules(request.param, IN_WORKERS[request.param])
     process = start(recipes, IN_WORKERS[request.param], "8000", "6500")
-    wait_until(lambda: len(workers(process)) == 2)
+    # A worker that is not ready yet hears no signal
+    wait_until(lambda: listeners(recipes.ports["6500"]) == 2)
     return process
 
 
@@ -176,11 +184,26 @@ def test_users_miss_nothing_when_a_worker_is_killed(recipes, in_workers):
     killed = workers(in_workers)[0]
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: not os.path.exists(f"/proc/{killed}"))
-    wait_until(lambda: len(workers(in_workers)) == 2)
+    wait_until(lambda: listeners(recipes.ports["6500"]) == 2)
     ann.send("ann", "after")
     for _ in range(6):
         with ann.watch(last_id) as stream:
             assert [event.data for event in stream.read_events(1)] == ["ann: after"]
+
+
+@pytest.mark.interop
+def test_a_restart_of_the_workers_ends_streams_in_order_and_loses_nothing(recipes, in_workers):
+    ann = User(recipes, "ann", "8000", "6500", "/")
+    ann.send("ann", "before")
+    with ann.watch() as stream:
+        last_id = stream.read_events(1)[0].id
+        in_workers.send_signal(signal.SIGTERM)
+        assert stream.read_to_end().ended
+    in_workers.wait(PATIENCE)
+    start(recipes, in_workers.args[2], "8000", "6500")
+    ann.send("ann", "after")
+    with ann.watch(last_id) as stream:
+        assert [event.data for event in stream.read_events(1)] == ["ann: after"]
 
 
 @pytest.mark.interop
