@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
@@ -223,10 +224,29 @@ def equivalents() -> Dict[str, str]:
     return entries
 
 
-def stale() -> List[str]:
-    """Return the entries of the list of equivalent mutants that match no mutant any more."""
+def shape(entry: str) -> str:
+    """Return what is left of an entry's text when its names are taken away."""
+    first, *lines = entry.splitlines()
+    return "\n".join([first.split()[-1], *(
+        re.sub(r"[A-Za-z_]\w*", lambda name: name[0] if iskeyword(name[0]) else "x", line)
+        for line in lines)])
+
+
+def renew() -> List[str]:
+    """Rewrite the entries of equivalent mutants whose names have changed; return all others.
+
+    An entry that matches no mutant is rewritten if there is just one mutant of the same shape.
+    """
+    known = equivalents()
     keys = {mutant.key() for module in MODULES for mutant in Finder(module).mutants}
-    return [entry for entry in equivalents() if entry not in keys]
+    lost = []
+    for entry in known.keys() - keys:
+        alike = [key for key in keys - known.keys() if shape(key) == shape(entry)]
+        if len(alike) == 1:
+            EQUIVALENT.write_text(EQUIVALENT.read_text().replace(f"{entry}\n", f"{alike[0]}\n"))
+        else:
+            lost.append("\n\n".join([entry, *(f"perhaps now: {key}" for key in alike[:3])]))
+    return lost
 
 
 def choose(options: argparse.Namespace) -> List[Mutant]:
@@ -304,14 +324,15 @@ def main() -> None:
     add("--operator", metavar="NAME", help="only such ones: lock, compare, constant ...")
     add("--only", metavar="ID", help="this one, and show what it changes")
     add("--list", action="store_true", help="say which there would be")
-    add("--stale", action="store_true", help="say which equivalent ones are gone from the code")
+    add("--renew", action="store_true",
+        help="rewrite the entries of equivalent ones after a rename, and print those that are gone")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time")
     add("--confirm", action="store_true", help="count no test that fails by chance")
     add("--out", metavar="FILE", help="for the results, JSON in lines")
     add("pytest", nargs="*", help="the tests, in place of the quick ones")
     options = parser.parse_args()
-    if options.stale:
-        sys.exit("\n\n".join(stale()) or None)
+    if options.renew:
+        sys.exit("\n\n".join(renew()) or None)
     mutants = choose(options)
     if not mutants:
         parser.error("there is no such mutant")
