@@ -4,6 +4,7 @@
 # Run it, in the folder of sse_server.py, while the server runs with --publish-token SECRET:
 #     SSE_PUBLISH_TOKEN=SECRET bash examples/job.sh
 set -euo pipefail
+: "${SSE_PUBLISH_TOKEN:?set it to the publish token of the server}"
 
 publish() {    # publish DATA: try for half a minute, and let the job go on in any case
   # The token comes from a file, because everybody can see a command line.
