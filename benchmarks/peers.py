@@ -47,7 +47,7 @@ text { font: 12px system-ui, sans-serif; fill: #333 }
 line { stroke: #8884 } .bar { fill: #7d8fa3 } .ours { fill: #d9730d }
 @media (prefers-color-scheme: dark) { text { fill: #ddd } .tick { fill: #aaa } }
 </style>"""
-INTRODUCTION = """# Beside others
+INTRODUCTION = """# Comparison with other servers
 
 The same load for all: {clients} clients, each event 68 bytes of data. The server has core 0, its
 clients core 1. Steady is {events} events at {rate} a second, a burst {burst} events at once. CPU
