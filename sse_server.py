@@ -225,7 +225,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
         if options[name] and not any(options[each] for each in needed.split(" or ")):
             raise ValueError(f"{name} needs {needed}")
     if options["redis"] and options["history_file"]:
-        raise ValueError("one store is enough: redis, or history_file")
+        raise ValueError("redis and history_file cannot be combined")
     if not isinstance(options["port"], int) or not 0 <= options["port"] < 1 << 16:
         raise ValueError("port is not from 0 to 65535")
     if not isinstance(options["history"], int):
@@ -611,7 +611,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                              if name in names})
     except (OSError, ValueError) as error:
         # Without the number of an OSError.
-        logger.error("%s: %s", command_line.PROGRAM, error.args[-1])
+        reason = error.args[-1]
+        if isinstance(error, ValueError):
+            reason = command_line.with_flags(reason)
+        elif error.errno == errno.EADDRINUSE:
+            reason += ": stop the program that listens there, or choose another port with --port"
+        logger.error("%s: %s", command_line.PROGRAM, reason)
         return 2
     # Only now, because signals may interrupt what comes before: the question for a password.
     command_line.catch_signals(waker)
@@ -683,10 +688,12 @@ def _run_source(server: SSEServer, options: argparse.Namespace, wake: Callable[[
             pass
         number = sources.lines(server._broadcast.publish_all, server._stopping, sys.stdin.fileno(),
                                frames.parse_draft if options.json else frames.Draft)
-        clients = server.clients
+        clients, stopped = server.clients, server._stopping.is_set()
         server.drain()
-        logger.log(logging.INFO if clients else logging.WARNING,
-                   "the input has ended; events: %d, clients: %d", number, clients)
+        # A server that was told to stop has not seen the end.
+        if not stopped:
+            logger.log(logging.INFO if clients else logging.WARNING,
+                       "the input has ended; events: %d, clients: %d", number, clients)
         wake()
     elif options.interval:
         sources.clock(server.publish, server._stopping, options.interval)

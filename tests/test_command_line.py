@@ -110,13 +110,14 @@ def test_requests_iterates_and_ends_without_an_exception():
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--port", "65536"], "port is not from 0 to 65535"),
+    (["--port", "65536"], ": --port is not from 0 to 65535"),
     (["--port", "x"], "argument --port: invalid int value: 'x'"),
     (["--port", "-1"], "port is not from 0 to 65535"),
     (["--interval", "-1"], "interval must be a number of seconds from 0 on"),
     (["--interval", "nan"], "interval must be a number of seconds from 0 on"),
     (["--json"], "--json and --wait-clients need --stdin"),
-    (["--sync"], "sync needs history_file"), (["--stream", "x"], "stream needs redis"),
+    (["--sync"], ": --sync needs --history-file\n"), (["--stream", "x"], ": --stream needs --redis\n"),
+    (["--key", "x"], ": --key needs --cert\n"), (["--port", "0", "--token", ""], ": --token: one is empty"),
     (["--port", "0", "--origin", "https://a.test/"], "write https://a.test\n"),
     (["--port", "0", "--allowed-host", "a.test:80"], "write a.test in place of 'a.test:80'\n"),
     (["--nonsense"], "unrecognized argument --nonsense (--help shows the options)"),
@@ -140,7 +141,8 @@ def test_a_busy_port_is_one_line_and_status_2():
                               capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (f"sse_server.py: cannot listen on 127.0.0.1 port {port}: "
-                           "Address already in use\n")
+                           "Address already in use: stop the program that listens there, or "
+                           "choose another port with --port\n")
 
 
 def test_works_from_any_folder_with_nothing_installed(tmp_path):
@@ -368,7 +370,7 @@ def test_tokens_come_from_files_too(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--token-file", "--publish-token-file"])
 @pytest.mark.parametrize("name, said", [
-    ("empty", "empty' holds no token"), ("none", "none': [Errno 2] No such file"),
+    ("empty", "empty' holds no token"), ("none", "none': No such file"),
     ("odd", "odd': 'utf-8' codec can't decode")])
 def test_a_file_without_a_token_lets_in_nobody_and_does_not_start(tmp_path, capsys, flag, name,
                                                                  said):

@@ -169,9 +169,9 @@ def one_line_and_status_2(*arguments) -> str:
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--cert", "/nowhere"], "cannot use /nowhere"), (["--key", "x"], "key needs cert"),
+    (["--cert", "/nowhere"], "cannot use /nowhere"), (["--key", "x"], "key needs --cert"),
     (["--cert", str(TOP / "Makefile")], "cannot use "),
-    (["--token", ""], "tokens: one is empty"),
+    (["--token", ""], "--token: one is empty"),
     (["--origin", "example.org"], "no browser sends the origin 'example.org'")])
 def test_options_that_would_protect_nothing_are_one_line_and_status_2(arguments, said):
     assert said in one_line_and_status_2(*arguments)

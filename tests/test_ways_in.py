@@ -174,6 +174,13 @@ def test_a_pipe_waits_for_its_clients_and_says_whom_it_reached():
         assert "the input has ended; events: 2, clients: 2\n" in server.close()
 
 
+def test_a_pipe_that_is_stopped_before_its_end_does_not_say_that_it_ended():
+    with serving("--stdin", "--loud") as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
+        assert "the input has ended" not in server.close()
+
+
 def test_a_pipe_that_reached_nobody_is_a_warning():
     with serving("--stdin") as server:
         server.process.stdin.write(b"1\n")

@@ -49,6 +49,12 @@ TICK = 1.0
 # Environment variables that hold tokens or a key. In a command line, everybody could see these.
 VARIABLES = ("SSE_TOKEN", "SSE_PUBLISH_TOKEN", "SSE_JWT_KEY")
 
+# Options of SSEServer that its messages name, and their flags.
+OPTIONS = {name: name.replace("_", "-") for name in (
+    "cert", "heartbeat", "history", "history_file", "host", "jwt_key", "key", "max_clients",
+    "patience", "port", "redis", "retry", "reuse_port", "stream", "sync")}
+OPTIONS.update(tokens="token", publish_tokens="publish-token")
+
 # The method `add_argument` of one group of --help.
 Add = Callable[..., object]
 
@@ -70,13 +76,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     command line ends the process with one line on standard error and status 2.
     """
     parser = Parser(prog=PROGRAM, usage="%(prog)s [OPTION ...]",
-                    description="A small Server-Sent Events server.")
+                    description="A small Server-Sent Events server. Without options, it "
+                    "streams the local time on http://127.0.0.1:6500/.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="log connects and disconnects too")
     loudness.add_argument("--quiet", action="store_true", help="log warnings only")
-    for title, add_flags in (("events in", _events_in), ("who may", _who_may),
-                             ("how long and how many", _how_long), ("where", _where)):
+    for title, add_flags in (("events", _events_in), ("access", _who_may),
+                             ("limits", _how_long), ("network", _where)):
         add_flags(parser.add_argument_group(title).add_argument)
     # Not `parse_args`, which would show all that it does not know.
     options, unknown = parser.parse_known_args(arguments)
@@ -128,20 +135,21 @@ def _who_may(add: Add) -> None:
     """Add the flags that say who may watch and publish. Their values are never shown."""
     add("--token", action="append", dest="tokens", metavar="TOKEN",
         default=os.environ.get("SSE_TOKEN", "").split(),
-        help="who may watch; can be repeated, and come from SSE_TOKEN, too (default: everybody)")
+        help="let in who has this token; can be repeated; also from SSE_TOKEN (default: everybody)")
     add("--publish-token", action="append", dest="publish_tokens", metavar="TOKEN",
         default=os.environ.get("SSE_PUBLISH_TOKEN", "").split(),
-        help="who may publish by POST; likewise, or from SSE_PUBLISH_TOKEN (default: nobody)")
+        help="let who has this token publish by POST; can be repeated; also from "
+             "SSE_PUBLISH_TOKEN (default: nobody)")
     add("--token-file", type=tokens_in, action="extend", dest="tokens", metavar="FILE",
-        help="a file with who may watch, a token a line; # begins a comment; can be repeated")
+        help="file with tokens for --token, one on each line; # begins a comment; can be repeated")
     add("--publish-token-file", type=tokens_in, action="extend", dest="publish_tokens",
-        metavar="FILE", help="the same for who may publish")
+        metavar="FILE", help="the same for --publish-token")
     add("--jwt-key", default=os.environ.get("SSE_JWT_KEY"), metavar="KEY",
         help="secret or PEM public key of signed tokens, which grant channels; or SSE_JWT_KEY")
     add("--origin", action="append", dest="origins", default=[], metavar="ORIGIN",
         help="whose pages may read and publish: https://example.org; repeatable (default: all)")
     add("--allowed-host", action="append", dest="allowed_hosts", default=[], metavar="NAME",
-        help="refuse requests whose Host is another; can be repeated (default: any)")
+        help="refuse requests for any other host name; can be repeated (default: any)")
 
 
 def _how_long(add: Add) -> None:
@@ -166,7 +174,7 @@ def _where(add: Add) -> None:
     add("--reuse-port", action="store_true", help="other servers may listen on the same port, too")
     add("--cert", metavar="FILE", help="certificate chain for TLS, PEM")
     add("--key", metavar="FILE",
-        help="its key, if not in the same file; for an encrypted one, the password is asked for")
+        help="private key, if not in the file of --cert; if encrypted, its password is asked for")
 
 
 def tokens_in(path: str) -> list[str]:
@@ -178,11 +186,22 @@ def tokens_in(path: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {path!r}: {error}") from None
+        reason = getattr(error, "strerror", error)
+        raise argparse.ArgumentTypeError(f"cannot read {path!r}: {reason}") from None
     tokens = [line for line in lines if line and not line.startswith("#")]
     if not tokens:
         raise argparse.ArgumentTypeError(f"{path!r} holds no token")
     return tokens
+
+
+def with_flags(message: str) -> str:
+    """Return a message of SSEServer with flags in place of the options that it names.
+
+    Only where an option is meant, because many are common words: at the start and in a list.
+    """
+    names = "|".join(sorted(OPTIONS, key=len, reverse=True))
+    return re.sub(rf"(^|needs |, | or | and )({names})\b(?!-)",
+                  lambda match: f"{match[1]}--{OPTIONS[match[2]]}", message)
 
 
 def open_missing_streams() -> None:
