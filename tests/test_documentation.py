@@ -185,7 +185,10 @@ def test_other_programs_read_and_add_rows_of_the_file(shell):
             client.read_until_data("hello")
         assert shell.output(read).splitlines()[-1].endswith("|hello")
         shell.output(copy)
-    with SSEServer(port=0, history_file=shell.folder / "copy.db") as server:
+        server.publish("not in the copy")
+    remove, install = commands("rm -f events.db", "install -m 600")
+    shell.output(remove), shell.output(install)
+    with SSEServer(port=0, history_file=shell.folder / "events.db") as server:
         with Client(server.port, get("/?since=all")) as client:
             assert [event.data for event in client.read_events(2)] == ["ours", "hello"]
 
@@ -300,8 +303,8 @@ def test_a_signed_token_lets_its_user_in(shell):
     pytest.importorskip("jwt")
     signing = subprocess.run([sys.executable, "-c", program("jwt.encode")],
                              capture_output=True, text=True)
-    key = re.search(r'key = "(.*)"', program("jwt.encode"))[1]
-    with SSEServer(port=0, jwt_key=key) as server:
-        url = f"{server.url}/{signing.stdout.strip()}?channel="
-        assert requests.head(url + "user-42/mail", timeout=PATIENCE).status_code == 200
-        assert requests.head(url + "user-420/mail", timeout=PATIENCE).status_code == 403
+    serve, = commands("SSE_JWT_KEY='a secret of")
+    shell.serve(serve)
+    url = f"http://127.0.0.1:{shell.ports['6500']}/{signing.stdout.strip()}?channel="
+    assert requests.head(url + "user-42/mail", timeout=PATIENCE).status_code == 200
+    assert requests.head(url + "user-420/mail", timeout=PATIENCE).status_code == 403
