@@ -82,21 +82,27 @@ def silent_and_dribbling() -> None:
 
 
 def newcomers(port: int, context: Optional[ssl.SSLContext], number: int = 150,
-              request: bytes = GET) -> List[float]:
-    """Return the milliseconds in which so many peers, one after the other, have an answer."""
-    times = []
+              request: bytes = GET) -> Tuple[List[float], int]:
+    """Return the milliseconds in which so many peers, one after the other, have an answer.
+
+    And how many of these answers were no 200, or none at all.
+    """
+    times, refused = [], 0
     for _ in range(number):
         began = time.monotonic()
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
                 with context.wrap_socket(sock) if context else sock as talk:
                     talk.sendall(request)
-                    assert talk.recv(100).startswith(b"HTTP/1.1 ")
+                    answer = talk.recv(100)
+                    assert answer.startswith(b"HTTP/1.1 ")
+                    refused += not answer.startswith(b"HTTP/1.1 200")
         except OSError:             # closed unanswered: it counts as the longest
             began -= 10
+            refused += 1
         times.append((time.monotonic() - began) * 1e3)
         time.sleep(0.01)
-    return times
+    return times, refused
 
 
 def at_the_doors(name: str, folder: str) -> None:
@@ -116,14 +122,14 @@ def at_the_doors(name: str, folder: str) -> None:
             process = subprocess.Popen(command, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             assert process.stdout.readline() == "there\n"
-        times = newcomers(server.port, context)
+        times, refused = newcomers(server.port, context)
         events = [] if tls else [deliver(server, clients, EVENTS, 1 / RATE)["p99"]
                                  for _ in range(3)]
         figures.append((percentile(times, .5), percentile(times, .99), min(events, default=0)))
     process.communicate()
     (p50, p99, quiet), (p50_then, p99_then, then) = figures
     say(f"{name}: {attack.number} peers; a newcomer is answered in p50 {p50_then:.1f} p99 {p99_then:.1f} ms "
-        f"(quiet {p50:.1f} and {p99:.1f}); "
+        f"(quiet {p50:.1f} and {p99:.1f}), {refused} of {len(times)} are refused; "
         + ("over TLS" if tls
            else f"events p99 {then:.2f} ms, {then / quiet:.2f} times the quiet run"))
     clients.close()
@@ -220,7 +226,7 @@ def crowd_at_authorize(_: str) -> None:
     time.sleep(0.2)
     asked = []
     for request in (b"GET /-/health" + HOST + b"\r\n", POST):
-        times = newcomers(server.port, None, 100, request)
+        times, _ = newcomers(server.port, None, 100, request)
         asked.append(f"p50 {percentile(times, .5):.1f} p99 {percentile(times, .99):.1f}")
     slow.join()
     times, lost = result
@@ -239,7 +245,7 @@ def locked_file(folder: str) -> None:
     socks = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(250)]
     for sock in socks:
         sock.sendall(POST)
-    times = newcomers(server.port, None, 30)
+    times, _ = newcomers(server.port, None, 30)
     time.sleep(max(0, began + 0.6 - time.monotonic()))
     holder.execute("rollback")
     taken = sum(sock.recv(1000).startswith(b"HTTP/1.1 200 ") for sock in socks)
@@ -253,7 +259,7 @@ def locked_file(folder: str) -> None:
 
 
 def out_of_descriptors() -> None:
-    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
     process = subprocess.Popen([sys.executable, str(HERE / "serve.py")], text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, preexec_fn=limit)
@@ -275,7 +281,7 @@ def out_of_descriptors() -> None:
     process.stdin.close()
     warnings = process.stderr.read().count("\n")
     process.wait(10)
-    say(f"out of descriptors (limit 64): {share:.1%} of a core, existing clients served, "
+    say(f"out of descriptors (limit 128): {share:.1%} of a core, existing clients served, "
         f"{warnings} warning, a new client answered in {recovered * 1e3:.0f} ms afterwards")
     clients.close()
 
