@@ -18,8 +18,7 @@ import pytest
 import requests
 
 from helpers import (PATIENCE, PUBLISH_TOKEN, TOP, Client, ask, connect, get, need_ipv6, post,
-                     wait_until,
-                     serving)
+                     serving, wait_until)
 from sse_core.cli.command_line import parse_arguments, status_lines
 from sse_server import SSEServer
 
