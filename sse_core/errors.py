@@ -16,7 +16,7 @@ class WouldWait(Unavailable):
     """A thread that may not wait would have to wait for the publisher. Nothing was published."""
 
 
-class Refusal(Exception):
+class HTTPError(Exception):
     """An answer that says what was wrong with a request.
 
     text: a sentence that says what to do. fields: header fields of the answer, as `Name: value`.

@@ -14,7 +14,7 @@ from helpers import Client, connect, get, post
 from origin_cases import ORIGINS
 from sse_core.http import http1, signed
 from sse_core.http.access import EVERYTHING, Access, Grant
-from sse_core.errors import Refusal
+from sse_core.errors import HTTPError
 from sse_server import SSEServer
 
 NOW = 1_700_000_000.5
@@ -36,9 +36,9 @@ def outcome(decide, *arguments, **options):
     """Return what is decided: a grant, or the status and the text of a refusal."""
     try:
         return decide(*arguments, **options)
-    except Refusal as refusal:
-        assert refusal.text.isprintable() and SECRET not in refusal.text
-        return refusal.status, refusal.text
+    except HTTPError as http_error:
+        assert http_error.text.isprintable() and SECRET not in http_error.text
+        return http_error.status, http_error.text
 
 
 def refused(result, status, said=""):
@@ -190,7 +190,7 @@ def test_a_channel_is_granted_by_its_name_or_how_it_begins(granted, channel, is_
     if is_granted:
         grant.check(channel)
         return
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HTTPError) as caught:
         grant.check(channel)
     assert caught.value.status == 403
     assert (repr(channel) if channel else "everyone") in caught.value.text
@@ -294,7 +294,7 @@ def test_a_wrong_token_is_told_as_unknown_and_none_as_missing(keys, path, fields
                       }[rule])
     for decide, method in ((rules.admit, "GET"), (rules.admit_post, "POST")):
         if method == "GET" or rule != "authorize":
-            with pytest.raises(Refusal) as caught:
+            with pytest.raises(HTTPError) as caught:
                 decide(request(path, *fields, method=method), NOW)
             assert ("not known" in caught.value.text) is is_known_to_be_wrong
             assert ("missing" in caught.value.text) is not is_known_to_be_wrong

@@ -6,7 +6,7 @@ import pytest
 
 from sse_core.http.body import MAX_IGNORED, Body
 from sse_core.engine.frames import MAX_EVENT
-from sse_core.errors import Refusal
+from sse_core.errors import HTTPError
 
 HELLO = b"5\r\nhello\r\n"
 END = b"0\r\n\r\n"
@@ -22,9 +22,9 @@ def outcome(length, pieces) -> object:
                 follows = body.feed(piece)
             else:
                 follows += piece
-    except Refusal as refusal:
-        assert refusal.text.endswith(".") and len(refusal.text) < 200
-        return refusal.status
+    except HTTPError as http_error:
+        assert http_error.text.endswith(".") and len(http_error.text) < 200
+        return http_error.status
     return None if follows is None else (bytes(body.data), follows)
 
 
@@ -129,7 +129,7 @@ def test_a_chunk_that_does_not_end_where_it_says_is_refused_at_once():
     """And not when the line would be there: its sender may wait for an answer."""
     body = Body(None)
     assert body.feed(b"4\r\nhell") is None
-    with pytest.raises(Refusal):
+    with pytest.raises(HTTPError):
         body.feed(b"o")
 
 

@@ -8,7 +8,7 @@ import pytest
 from heads import H, REFUSED, TAKEN, get, host, mutated, post
 from sse_core.http import http1, parameters
 from sse_core.http.http1 import parse
-from sse_core.errors import Refusal
+from sse_core.errors import HTTPError
 
 
 def outcome(pieces) -> object:
@@ -21,9 +21,9 @@ def outcome(pieces) -> object:
         buffer += piece
         try:
             parsed = parse(buffer, seen)
-        except Refusal as refusal:
-            assert refusal.text.endswith(".") and len(refusal.text) < 200
-            return refusal.status
+        except HTTPError as http_error:
+            assert http_error.text.endswith(".") and len(http_error.text) < 200
+            return http_error.status
         if parsed:
             return parsed[0]
         seen = len(buffer)
@@ -52,7 +52,7 @@ def test_a_malformed_head_is_refused_with_its_status_however_it_is_cut(raw, stat
     (host(b"/"), "Host is not"), (get(fields=H + b"Expect: x\r\n"), "100-continue"),
     (post(b"Transfer-Encoding: x\r\n"), "chunked")])
 def test_refusals_say_what_is_wrong(raw, said):
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(HTTPError) as refused:
         parse(raw)
     assert said in refused.value.text
 

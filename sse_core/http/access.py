@@ -11,7 +11,7 @@ A request is asked, in this order:
 The result is a Grant. Which pages may read the answer is another question, and a browser's to
 decide: `cross_origin` tells it.
 
-No socket, no thread and no clock in here: `now` is handed in. What is not allowed is a Refusal.
+No socket, no thread and no clock in here: `now` is handed in. What is not allowed is an HTTPError.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
 
-from sse_core.errors import Refusal
+from sse_core.errors import HTTPError
 from sse_core.http import signed
 from sse_core.http.http1 import HOST, Request
 
@@ -49,17 +49,18 @@ class Grant(NamedTuple):
     until: float = math.inf
 
     def check(self, *channels: str | None) -> None:
-        """Raise Refusal for a channel that is not granted.
+        """Raise HTTPError for a channel that is not granted.
 
         None stands for an event without a channel. It goes to everyone, so only `*` grants it.
         """
         for channel in channels:
             if channel is None and "*" not in self.channels:
-                raise Refusal(403, "You may not publish to everyone: add a channel, ?channel=NAME.")
+                raise HTTPError(403, "You may not publish to everyone: add a channel, "
+                                     "?channel=NAME.")
             if channel is not None and not any(
                     channel == each or each.endswith("*") and channel.startswith(each[:-1])
                     for each in self.channels):
-                raise Refusal(403, f"You may not use the channel {channel[:100]!r}.")
+                raise HTTPError(403, f"You may not use the channel {channel[:100]!r}.")
 
 
 # Of a plain token, and of everybody where no token is asked for.
@@ -102,18 +103,18 @@ class Access:
         self._scheme = scheme
 
     def check_host(self, request: Request) -> None:
-        """Raise Refusal for a Host that is not allowed. Call it first, for every request.
+        """Raise HTTPError for a Host that is not allowed. Call it first, for every request.
 
         A page of another site can have its own name lead here (DNS rebinding). To a browser, this
         server is of that page's origin then, so the page may read everything.
         """
         if self._allowed_hosts and _host(request.known.get("host", "")) not in self._allowed_hosts:
-            raise Refusal(421, "This Host is not served here: use one that --allowed-host names.")
+            raise HTTPError(421, "This Host is not served here: use one that --allowed-host names.")
 
     def admit(self, request: Request, now: float) -> Grant:
         """Return what a request may subscribe to. Events without a channel go to all admitted.
 
-        now: seconds since 1970. Raises Refusal, also for a channel that is asked for and not
+        now: seconds since 1970. Raises HTTPError, also for a channel that is asked for and not
         granted; what `authorize` raises; TypeError for what it may not return.
         """
         grant = EVERYTHING
@@ -129,32 +130,32 @@ class Access:
         return grant
 
     def admit_post(self, request: Request, now: float, *, body_names: bool = False) -> Grant:
-        """Return where a POST may publish to. Call it before the body is read. Raises Refusal.
+        """Return where a POST may publish to. Call it before the body is read. Raises HTTPError.
 
         now: seconds since 1970. A POST that names no channel is for everyone, which needs `*`.
         body_names: the lines of the body name the channels. Then the caller has to `check` that of
         each event, and only what the query names is checked here.
         """
         if not self._may_post_from(request):
-            raise Refusal(403, "Pages of this origin may not publish, unless --origin names it.")
+            raise HTTPError(403, "Pages of this origin may not publish, unless --origin names it.")
         if not (self._publish_tokens or self._signed):
-            raise Refusal(403, "Publishing is not enabled: no --publish-token was given.")
+            raise HTTPError(403, "Publishing is not enabled: no --publish-token was given.")
         grant = self._grant(request, self._publish_tokens, "publish", now)
         grant.check(*request.query.get("channel", () if body_names else (None,)))
         return grant
 
     def admit_list(self, request: Request) -> None:
-        """Raise Refusal unless a request may see the clients one by one: only publishers may.
+        """Raise HTTPError unless a request may see the clients one by one: only publishers may.
 
         A signed token does not count: it is for some channels, and the list has all clients.
         """
         if not self._publish_tokens:
-            raise Refusal(403, "The list of clients needs a --publish-token, and none was given.")
+            raise HTTPError(403, "The list of clients needs a --publish-token, and none was given.")
         if not request.has_token(self._publish_tokens):
             raise _refused("publish token", request)
 
     def _grant(self, request: Request, tokens: list[bytes], claim: str, now: float) -> Grant:
-        """Return what the token of a request grants. Raises Refusal if it grants nothing.
+        """Return what the token of a request grants. Raises HTTPError if it grants nothing.
 
         tokens: the plain ones that count. claim: the one of a signed token that counts.
         """
@@ -219,7 +220,7 @@ def _plain(tokens: Sequence[str], what: str) -> list[bytes]:
     return [token.encode() for token in texts]
 
 
-def _refused(what: str, request: Request) -> Refusal:
+def _refused(what: str, request: Request) -> HTTPError:
     """Return how a request is refused that has no token, or a wrong one.
 
     what: which token it needs. Without any, the challenge names no error (RFC 6750 section 3.1).
@@ -229,8 +230,8 @@ def _refused(what: str, request: Request) -> Refusal:
     is_given = request.bearer or in_path
     problem = f"This {what} is not known to the server" if is_given else f"A {what} is missing"
     error = ' error="invalid_token"' if is_given else ""
-    return Refusal(401, f"{problem}. Put a valid one in the path, /TOKEN, or in the header field "
-                        "Authorization: Bearer TOKEN.", [f"WWW-Authenticate: Bearer{error}"])
+    return HTTPError(401, f"{problem}. Put a valid one in the path, /TOKEN, or in the header field "
+                          "Authorization: Bearer TOKEN.", [f"WWW-Authenticate: Bearer{error}"])
 
 
 def _host(text: str) -> str:

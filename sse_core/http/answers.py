@@ -28,7 +28,7 @@ from typing import Any, Callable
 from sse_core.engine import frames
 from sse_core.engine.clients import Opening, Subscription
 from sse_core.engine.hub import Broadcast
-from sse_core.errors import NotRunning, Refusal, Unavailable
+from sse_core.errors import HTTPError, NotRunning, Unavailable
 from sse_core.http import http1, parameters
 from sse_core.http.access import Access, Grant
 from sse_core.http.http1 import Request
@@ -102,13 +102,13 @@ class Answers:
         return self._access.takes_time or request.path.startswith("/-/")
 
     def asks_program(self, request: Request) -> bool:
-        """Return whether `respond` asks a program's `authorize` and may block. Raises Refusal."""
+        """Return whether `respond` asks a program's `authorize` and may block. Raises HTTPError."""
         return self._access.takes_time and self._answer_to_all(request) is None
 
     def respond(self, request: Request) -> bytes | Opening:
         """Return the answer to a request without a body, or what is to be registered.
 
-        Raises Refusal, for `refuse` to answer, and whatever a program's `authorize` raises.
+        Raises HTTPError, for `refuse` to answer, and whatever a program's `authorize` raises.
         """
         answer = self._answer_to_all(request)
         if answer is not None:
@@ -121,20 +121,20 @@ class Answers:
     def _answer_to_all(self, request: Request) -> bytes | None:
         """Return the answer to a request that needs no right to subscribe; None to any other.
 
-        Raises Refusal, as for a Host that is not allowed, or a list that is for publishers only.
+        Raises HTTPError, as for a Host that is not allowed, or a list that is for publishers only.
         """
         # Before the Host is looked at: load balancers send any, or none.
         if request.path == "/-/health" and request.method != "OPTIONS":
             trouble = self._hub.trouble()
             if trouble:
-                raise Refusal(503, f"{trouble}.")
+                raise HTTPError(503, f"{trouble}.")
             return _whole(request, b"ok\n", TEXT, [NO_STORE])
         self._access.check_host(request)
         if request.method == "OPTIONS":
             return _whole(request, b"", TEXT, self._preflight(request), status=204)
         # Browsers ask for it by themselves, at whatever server they have open.
         if request.path == "/favicon.ico":
-            raise Refusal(404, "This server has no icon.")
+            raise HTTPError(404, "This server has no icon.")
         if request.path == "/-/status" and "list" in request.query:
             self._access.admit_list(request)
             # Without the fields of cross_origin: no page may read it.
@@ -152,7 +152,7 @@ class Answers:
     def _open(self, request: Request, grant: Grant) -> bytes | Opening:
         """Return a stream's opening; of a HEAD request, only the head of the stream.
 
-        Raises Refusal for parameters that mean nothing.
+        Raises HTTPError for parameters that mean nothing.
         """
         asked = Subscription(parameters.channels(request), request.chunked)
         start = parameters.start(request, time.time())
@@ -189,7 +189,7 @@ class Answers:
         """Return where a POST may publish to.
 
         Call it before the body is read, so that a client need not send what will be refused. Raises
-        Refusal.
+        HTTPError.
         """
         self._access.check_host(request)
         # The lines of a list name their channels themselves.
@@ -201,8 +201,8 @@ class Answers:
     def post(self, request: Request, body: bytes, grant: Grant) -> bytes:
         """Publish the body of a POST that is admitted, and return the answer.
 
-        Raises Refusal; NotRunning, and Unavailable, if nothing can be published now; of the latter,
-        WouldWait in a thread that may not wait.
+        Raises HTTPError; NotRunning, and Unavailable, if nothing can be published now; of the
+        latter, WouldWait in a thread that may not wait.
         """
         ids = self._hub.publish_all(parameters.drafts(request, body, grant))
         return self.posted(request, ids)
@@ -214,18 +214,19 @@ class Answers:
         return _whole(request, _json(answer), JSON, self._access.cross_origin(request),
                       keep_alive=request.keeps_alive)
 
-    def refuse(self, refusal: Refusal, request: Request | None) -> bytes:
+    def refuse(self, http_error: HTTPError, request: Request | None) -> bytes:
         """Return the answer that says what was wrong.
 
         request: None if it could not be read. An EventSource, or a client like it, is told `busy`
         where the server is at fault, or short of something.
         """
         # Of a request that could not be read, nobody knows what it accepts. Reports are no streams.
-        if (request and refusal.status in (500, 503) and request.method == "GET"
+        if (request and http_error.status in (500, 503) and request.method == "GET"
                 and request.accepts("text/event-stream") and not request.path.startswith("/-/")):
             return self._busy(request)
-        fields = [*refusal.fields, *self._access.cross_origin(request)]
-        return _whole(request, f"{refusal.text}\n".encode(), TEXT, fields, status=refusal.status)
+        fields = [*http_error.fields, *self._access.cross_origin(request)]
+        body = f"{http_error.text}\n".encode()
+        return _whole(request, body, TEXT, fields, status=http_error.status)
 
     def _report(self, request: Request) -> bytes:
         """Return the metrics, or the status."""
@@ -234,7 +235,7 @@ class Answers:
             return _whole(request, metrics(self._figures()).encode(), METRICS, fields)
         if request.path == "/-/status":
             return _whole(request, _json(self._figures()), JSON, fields)
-        raise Refusal(404, "Nothing is here. There are /-/health, /-/metrics and /-/status.")
+        raise HTTPError(404, "Nothing is here. There are /-/health, /-/metrics and /-/status.")
 
     def _preflight(self, request: Request) -> list[str]:
         """Return the fields that let a page send what it asks to (WHATWG Fetch, CORS protocol).
@@ -267,21 +268,21 @@ def _whole(request: Request | None, body: bytes, content_type: str, fields: Sequ
     return head if request and request.method == "HEAD" else head + body
 
 
-def refusal_of(error: Exception) -> Refusal:
+def http_error_of(error: Exception) -> HTTPError:
     """Return how a request is refused, given what was raised while it was served.
 
     503 is for what passes by itself. Anything that is not known is a fault, of the server or of a
     program's `authorize`: 500. The caller has to log that.
     """
-    if isinstance(error, Refusal):
+    if isinstance(error, HTTPError):
         return error
     if isinstance(error, NotRunning):
-        return Refusal(503, "The server is stopping.", ["Retry-After: 1"])
+        return HTTPError(503, "The server is stopping.", ["Retry-After: 1"])
     if isinstance(error, Unavailable):
-        return Refusal(503, f"{error}. Try again later; it may have been published.",
-                       ["Retry-After: 5"])
+        return HTTPError(503, f"{error}. Try again later; it may have been published.",
+                         ["Retry-After: 5"])
     # Its text could tell a stranger about the inside of the program.
-    return Refusal(500, "The server could not answer this request; its log says why.")
+    return HTTPError(500, "The server could not answer this request; its log says why.")
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ import re
 from io import BytesIO
 
 from sse_core.engine.frames import MAX_EVENT
-from sse_core.errors import Refusal
+from sse_core.errors import HTTPError
 from sse_core.http.http1 import TOKEN, VALUE
 
 # Bytes of extensions and trailers in all. Each tiny chunk counts as one, too.
@@ -38,7 +38,7 @@ _TRAILER = re.compile(rb"(%b(\Z|:%b))?(\r\n?)?" % (TOKEN, VALUE))
 class Body:
     """Decode one body: of `length` bytes, or chunked if that is None.
 
-    The constructor and `feed` raise Refusal for more than an event can hold, and for what is not
+    The constructor and `feed` raise HTTPError for more than an event can hold, and for what is not
     chunked as said. After that, the object is of no use.
     """
 
@@ -76,24 +76,24 @@ class Body:
         return source.read()
 
     def _expect(self, length: int) -> None:
-        """Have so many bytes of data read next. Raises Refusal before any of them is."""
+        """Have so many bytes of data read next. Raises HTTPError before any of them is."""
         if len(self.data) + length > MAX_EVENT:
-            raise Refusal(413, f"The body is longer than {MAX_EVENT} bytes. Send less at once.")
+            raise HTTPError(413, f"The body is longer than {MAX_EVENT} bytes. Send less at once.")
         self._left = length
 
     def _take_line(self) -> None:
         """Look at the line that is due, as far as it is there. Act upon it if it is whole.
 
-        Raises Refusal for a line that cannot become right any more.
+        Raises HTTPError for a line that cannot become right any more.
         """
         # For the type checker: `feed` calls this only if there is one.
         assert self._due
         line, match = self._line, self._due.fullmatch(self._line)
         if not match:
-            raise Refusal(400, "The body is not encoded in chunks, as Transfer-Encoding says.")
+            raise HTTPError(400, "The body is not encoded in chunks, as Transfer-Encoding says.")
         if self._ignored + len(line) > MAX_IGNORED:
-            raise Refusal(400, f"The chunks have more than {MAX_IGNORED} bytes of extensions and "
-                               f"trailers, or too many are shorter than {TINY} bytes.")
+            raise HTTPError(400, f"The chunks have more than {MAX_IGNORED} bytes of extensions and "
+                                 f"trailers, or too many are shorter than {TINY} bytes.")
         if line.endswith(b"\n"):
             self._line = b""
             self._end_line(line, match)

@@ -54,9 +54,9 @@ from typing import Any, Callable, TypeVar, Union
 from sse_core.engine.clients import Opening
 from sse_core.engine.frames import Draft
 from sse_core.engine.wakeup import WakeUp
-from sse_core.errors import NotRunning, Refusal, Unavailable, WouldWait
+from sse_core.errors import HTTPError, NotRunning, Unavailable, WouldWait
 from sse_core.http import http1, parameters
-from sse_core.http.answers import Answers, refusal_of
+from sse_core.http.answers import Answers, http_error_of
 from sse_core.http.body import Body
 from sse_core.http.http1 import Request
 from sse_core.http.pool import Pool
@@ -394,18 +394,18 @@ class Connections:
         self._idle[connection] = None
 
     def hold(self, length: int, held: int) -> int:
-        """Count so many bytes of a body in place of those `held`. Raises Refusal."""
+        """Count so many bytes of a body in place of those `held`. Raises HTTPError."""
         total = self._held + length - held
         if length > held and total > MAX_BODIES:
-            raise Refusal(503, "This server holds too many bodies of requests. Try again later.",
-                          ["Retry-After: 1"])
+            raise HTTPError(503, "This server holds too many bodies of requests. Try again later.",
+                            ["Retry-After: 1"])
         self._held = total
         return length
 
-    def refused(self, refusal: Refusal, peer: str) -> None:
+    def refused(self, http_error: HTTPError, peer: str) -> None:
         """Count and log a refusal."""
-        self._refused[refusal.status] = self._refused.get(refusal.status, 0) + 1
-        logger.debug("%s refused: %d %s", peer, refusal.status, refusal.text)
+        self._refused[http_error.status] = self._refused.get(http_error.status, 0) + 1
+        logger.debug("%s refused: %d %s", peer, http_error.status, http_error.text)
 
 
 class Connection:
@@ -479,11 +479,11 @@ class Connection:
         except (OSError, TimeUp):
             raise
         except Exception as error:
-            refusal = refusal_of(error)
-            if refusal.status == 500:
+            http_error = http_error_of(error)
+            if http_error.status == 500:
                 # A fault, ours or of `authorize`: it costs this connection alone.
                 logger.exception("%s: the request could not be answered", self.peer)
-            yield from self._refuse(refusal, request)
+            yield from self._refuse(http_error, request)
         finally:
             self._held = self._others.hold(0, self._held)
         return False
@@ -502,8 +502,8 @@ class Connection:
             yield answer
             while time.monotonic() < until:
                 yield answer
-            raise Refusal(503, "This server has as many clients as it can take, or is not ready "
-                               "yet: /-/health says so. Try again later.", ["Retry-After: 10"])
+            raise HTTPError(503, "This server has as many clients as it can take, or is not ready "
+                                 "yet: /-/health says so. Try again later.", ["Retry-After: 10"])
         yield from self._send_answer(answer)
         return False
 
@@ -527,27 +527,27 @@ class Connection:
     def _work(self, pool: Pool, call: Callable[[], T]) -> Code[T]:
         """Have a thread do what may block.
 
-        Raises Refusal, NotRunning or Unavailable; RuntimeError if the call fails.
+        Raises HTTPError, NotRunning or Unavailable; RuntimeError if the call fails.
         """
         job = pool.submit(call)
         yield from self._wait(job)
         error = job.exception()
         if error is None:
             return job.result()
-        if isinstance(error, (Refusal, NotRunning, Unavailable)):
+        if isinstance(error, (HTTPError, NotRunning, Unavailable)):
             raise error
         # An OSError, too: it is not the peer that has left.
         raise RuntimeError("the request could not be worked on") from error
 
     def _wait(self, job: Future[Any]) -> Code[None]:
-        """Wait until a job is done. Raises Refusal if nobody has begun it in time."""
+        """Wait until a job is done. Raises HTTPError if nobody has begun it in time."""
         self.deadline = time.monotonic() + PLACE_TIME
         yield job
         if job.cancelled():
-            raise Refusal(503, "This server is too busy. Try again later.", ["Retry-After: 5"])
+            raise HTTPError(503, "This server is too busy. Try again later.", ["Retry-After: 5"])
 
     def _read_head(self) -> Code[Request | None]:
-        """Return the request; None if the peer closes before it is whole. Raises Refusal."""
+        """Return the request; None if the peer closes before it is whole. Raises HTTPError."""
         seen = 0
         while True:
             # Whatever is wrong with a head, nothing more of the request follows its end.
@@ -562,7 +562,10 @@ class Connection:
                 return None
 
     def _read_body(self, request: Request) -> Code[bytes]:
-        """Return the body of a POST. Raises Refusal; ConnectionAbortedError if it is cut short."""
+        """Return the body of a POST.
+
+        Raises HTTPError; ConnectionAbortedError if it is cut short.
+        """
         body = Body(request.body_length)
         rest = body.feed(self._received)
         if rest is None and request.chunked and "expect" in request.known:
@@ -578,7 +581,9 @@ class Connection:
         return bytes(body.data)
 
     def _receive(self) -> Code[bool]:
-        """Add to what was received; False at the end of the stream. Raises Refusal when time is up.
+        """Add to what was received; False at the end of the stream.
+
+        Raises HTTPError when time is up.
         """
         data = None
         try:
@@ -591,7 +596,8 @@ class Connection:
             # A 408 could pass for the answer to the request that comes just now.
             if self._is_idle:
                 return False
-            raise Refusal(408, f"The request took longer than {REQUEST_TIME:g} seconds.") from None
+            raise HTTPError(
+                408, f"The request took longer than {REQUEST_TIME:g} seconds.") from None
         if self._is_idle:
             self._begin()
         self._received += data
@@ -615,9 +621,9 @@ class Connection:
             if rest:
                 yield WRITABLE
 
-    def _refuse(self, refusal: Refusal, request: Request | None) -> Code[None]:
-        self._others.refused(refusal, self.peer)
-        yield from self._send_answer(self._answers.refuse(refusal, request))
+    def _refuse(self, http_error: HTTPError, request: Request | None) -> Code[None]:
+        self._others.refused(http_error, self.peer)
+        yield from self._send_answer(self._answers.refuse(http_error, request))
 
     def _linger(self) -> Code[None]:
         """End what we send, and give a peer that may still be sending the time to read it.

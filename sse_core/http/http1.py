@@ -4,7 +4,7 @@
 
     nothing is wrong so far      None: it needs more bytes
     a head that can be served    a Request, and how many bytes it took
-    anything else                a Refusal, as soon as it can be seen
+    anything else                an HTTPError, as soon as it can be seen
 
 It is strict, because requests are smuggled through what two parsers read differently (RFC 9112
 section 11.2). What it takes, every other parser reads in the same way: no bare LF or CR, no folded
@@ -25,7 +25,7 @@ from binascii import a2b_qp
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sse_core.errors import Refusal
+from sse_core.errors import HTTPError
 
 # Bytes of the request line: as many as RFC 9112 section 3 wants to be supported.
 MAX_LINE = 8000
@@ -143,12 +143,12 @@ class Request(NamedTuple):
     def body_length(self) -> int | None:
         """The bytes of a POST's body, or None if it comes in chunks (RFC 9112 section 6.3).
 
-        Raises Refusal if the head says neither: then nobody knows where the body ends.
+        Raises HTTPError if the head says neither: then nobody knows where the body ends.
         """
         if "transfer-encoding" in self.known:
             return None
         if "content-length" not in self.known:
-            raise Refusal(411, "Send a Content-Length, or Transfer-Encoding: chunked.")
+            raise HTTPError(411, "Send a Content-Length, or Transfer-Encoding: chunked.")
         return int(self.known["content-length"])
 
     @property
@@ -203,7 +203,7 @@ def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     """Parse the request head at the start of `buffer`; `seen` bytes of it were looked at before.
 
     Returns the request and the length of its head in bytes, or None if more bytes are needed.
-    Raises Refusal for what is wrong, as soon as it is seen, and with the same status however the
+    Raises HTTPError for what is wrong, as soon as it is seen, and with the same status however the
     bytes arrived.
     """
     # One empty line before the request is ignored (RFC 9112 section 2.2).
@@ -218,34 +218,35 @@ def parse(buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
     is_head = head is not None and head.end() == end + 2
     looked_at = limit if end < 0 else end + 4
     if not is_head and _BAD_BYTE.search(buffer, max(start, seen - 1), looked_at):
-        raise Refusal(400, "The head has a control character, or a line that does not end in CRLF.")
+        raise HTTPError(400, "The head has a control character, or a line that does not end in "
+                             "CRLF.")
     if end >= 0:
         return _parse_head(head, is_head), end + 4
     if len(buffer) < limit:
         return None
     if line_end < 0:
-        raise Refusal(414, f"The request line is longer than {MAX_LINE} bytes.")
-    raise Refusal(431, f"The request head is longer than {MAX_HEAD} bytes.")
+        raise HTTPError(414, f"The request line is longer than {MAX_LINE} bytes.")
+    raise HTTPError(431, f"The request head is longer than {MAX_HEAD} bytes.")
 
 
 def _parse_head(head: re.Match[bytes] | None, is_whole: bool) -> Request:
     """Return the request of a head, of which this much matched: all, or up to some field.
 
-    Raises Refusal for what is malformed, and for what is well-formed and still not to be served.
+    Raises HTTPError for what is malformed, and for what is well-formed and still not to be served.
     """
     if head is None:
-        raise Refusal(400, "The request line is not `METHOD TARGET HTTP/1.1`.")
+        raise HTTPError(400, "The request line is not `METHOD TARGET HTTP/1.1`.")
     # In this encoding each byte is a character, so that nothing is lost.
     method, lines = head[1].decode(), head[5].decode("latin-1")
     if head[3] != b"1":
-        raise Refusal(505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
+        raise HTTPError(505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
     authority, path, query = _parse_target(head[2].decode("latin-1"), method)
     if not is_whole:
         # The pattern has stopped before a line that is no field, or after the last one allowed.
         if lines.count("\n") > MAX_FIELDS:
-            raise Refusal(431, f"The request has more than {MAX_FIELDS} header fields.")
-        raise Refusal(400, "A header field is not `Name: value` (no space before the colon, "
-                           "no folded lines).")
+            raise HTTPError(431, f"The request has more than {MAX_FIELDS} header fields.")
+        raise HTTPError(400, "A header field is not `Name: value` (no space before the colon, "
+                             "no folded lines).")
     request = Request(method, path, query, (1, int(head[4])), _take_apart(_KNOWN, lines), lines)
     _check(request, authority)
     _check_framing(request)
@@ -259,21 +260,21 @@ def _parse_target(target: str, method: str) -> tuple[str, str, dict[str, list[st
     """Return authority, path and query of a target (RFC 9112 section 3.2).
 
     It is a path, a URL, which has an authority, or `*` for OPTIONS. The target of a method that is
-    not served does not matter. Raises Refusal for what is none of these, or cannot be decoded.
+    not served does not matter. Raises HTTPError for what is none of these, or cannot be decoded.
     """
     if method not in METHODS or (method, target) == ("OPTIONS", "*"):
         return "", target, {}
     match = _TARGET.fullmatch(target)
     if not match or not target.isascii() or _BAD_PERCENT.search(target):
-        raise Refusal(400, "The request target is not a path that starts with /, percent-encoded, "
-                           "with two hex digits after each %.")
+        raise HTTPError(400, "The request target is not a path that starts with /, "
+                             "percent-encoded, with two hex digits after each %.")
     authority, path, query = match.groups("")
     if query.count("&") >= MAX_FIELDS:
-        raise Refusal(400, f"The query has more than {MAX_FIELDS} parameters.")
+        raise HTTPError(400, f"The query has more than {MAX_FIELDS} parameters.")
     try:
         return authority, _decode(path or "/"), _parse_query(query) if query else {}
     except UnicodeDecodeError:
-        raise Refusal(400, "The request target is not UTF-8.") from None
+        raise HTTPError(400, "The request target is not UTF-8.") from None
 
 
 def _parse_query(query: str) -> dict[str, list[str]]:
@@ -301,13 +302,13 @@ def _decode(quoted: str) -> str:
 def _take_apart(pattern: re.Pattern[str], lines: str) -> dict[str, str]:
     """Return the fields in these lines that the pattern finds, each with all its values.
 
-    Raises Refusal for a second value of a field that has only one (RFC 9110 section 5.3).
+    Raises HTTPError for a second value of a field that has only one (RFC 9110 section 5.3).
     """
     fields: dict[str, str] = {}
     for name, value in pattern.findall(lines):
         name, value = name.lower(), value.strip(" \t")
         if name in fields and name in _SINGLE.split("|"):
-            raise Refusal(400, f"The header field {name} is given more than once.")
+            raise HTTPError(400, f"The header field {name} is given more than once.")
         # Cookies are the one list without commas: HTTP/2 splits them (RFC 9113 section 8.2.3).
         comma = "; " if name == "cookie" else ", "
         fields[name] = fields[name] + comma + value if name in fields else value
@@ -315,27 +316,27 @@ def _take_apart(pattern: re.Pattern[str], lines: str) -> dict[str, str]:
 
 
 def _check(request: Request, authority: str) -> None:
-    """Raise Refusal for a method, a Host or an Expect that this server cannot serve.
+    """Raise HTTPError for a method, a Host or an Expect that this server cannot serve.
 
     authority: of an absolute target, or empty, as a Host may be, too.
     """
     if request.method not in METHODS:
-        raise Refusal(405 if request.method in KNOWN_METHODS else 501,
-                      "Use GET to receive events, and POST to publish.",
-                      [f"Allow: {', '.join(METHODS)}"])
+        raise HTTPError(405 if request.method in KNOWN_METHODS else 501,
+                        "Use GET to receive events, and POST to publish.",
+                        [f"Allow: {', '.join(METHODS)}"])
     # RFC 9112 section 3.2. HTTP/1.0 has no such field.
     if "host" not in request.known and request.chunked:
-        raise Refusal(400, "HTTP/1.1 needs the header field Host.")
+        raise HTTPError(400, "HTTP/1.1 needs the header field Host.")
     for host in (request.known.get("host", ""), authority):
         if not HOST.fullmatch(host):
-            raise Refusal(400, "The Host is not a name or an address, and perhaps a port.")
+            raise HTTPError(400, "The Host is not a name or an address, and perhaps a port.")
     # RFC 9110 section 10.1.1.
     if request.known.get("expect", "100-continue").lower() != "100-continue":
-        raise Refusal(417, "The only Expect that this server supports is 100-continue.")
+        raise HTTPError(417, "The only Expect that this server supports is 100-continue.")
 
 
 def _check_framing(request: Request) -> None:
-    """Raise Refusal for a body that another reader of this head could see end elsewhere.
+    """Raise HTTPError for a body that another reader of this head could see end elsewhere.
 
     Such a reader would take the rest of the body for the next request, or the next request for a
     part of the body (RFC 9112 sections 6.3 and 11.2).
@@ -343,16 +344,16 @@ def _check_framing(request: Request) -> None:
     # `isdigit` alone would take digits of other scripts, too.
     length = request.known.get("content-length", "0")
     if not (length.isascii() and length.isdigit() and len(length) < 16):
-        raise Refusal(400, "Content-Length is not a number.")
+        raise HTTPError(400, "Content-Length is not a number.")
     coding = request.known.get("transfer-encoding")
     # One reader goes by the one, and another by the other.
     if coding is not None and "content-length" in request.known:
-        raise Refusal(400, "Content-Length and Transfer-Encoding exclude each other.")
+        raise HTTPError(400, "Content-Length and Transfer-Encoding exclude each other.")
     # Many readers expect no body here, whatever the head says.
     if request.method != "POST" and (coding is not None or length.strip("0")):
-        raise Refusal(400, f"A {request.method} request must not have a body.")
+        raise HTTPError(400, f"A {request.method} request must not have a body.")
     # A proxy of that version hands it on without knowing what it is (RFC 9112 section 6.1).
     if coding is not None and not request.chunked:
-        raise Refusal(400, "HTTP/1.0 has no Transfer-Encoding.")
+        raise HTTPError(400, "HTTP/1.0 has no Transfer-Encoding.")
     if coding is not None and coding.lower() != "chunked":
-        raise Refusal(501, "The only Transfer-Encoding that this server supports is chunked.")
+        raise HTTPError(501, "The only Transfer-Encoding that this server supports is chunked.")

@@ -7,7 +7,7 @@
 A parameter that no stream has is ignored, because pages and proxies add their own, unless it looks
 like a slip. One that no event has is refused, so that a publisher learns that it does nothing.
 
-No socket, no thread and no clock in here: `now` is handed in. What cannot be meant is a Refusal.
+No socket, no thread and no clock in here: `now` is handed in. What cannot be meant is an HTTPError.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from difflib import get_close_matches
 
 from sse_core.engine import frames
 from sse_core.engine.frames import Draft
-from sse_core.errors import Refusal
+from sse_core.errors import HTTPError
 from sse_core.http.access import Grant
 from sse_core.http.http1 import Request
 
@@ -55,7 +55,7 @@ def is_list(request: Request) -> bool:
 
 
 def check_encoding(request: Request) -> None:
-    """Raise Refusal if the body of a POST is compressed, or says of itself that it is not UTF-8.
+    """Raise HTTPError if the body of a POST is compressed, or says of itself that it is not UTF-8.
 
     This needs the head alone, so that a client learns it before it sends the body.
     """
@@ -63,23 +63,24 @@ def check_encoding(request: Request) -> None:
     charset = _CHARSET.search(request.known.get("content-type", "").lower())
     if coding not in ("", "identity"):
         # The field says which codings would have been accepted (RFC 9110 section 12.5.3).
-        raise Refusal(415, "Send the body uncompressed, without Content-Encoding.",
-                      ["Accept-Encoding: identity"])
+        raise HTTPError(415, "Send the body uncompressed, without Content-Encoding.",
+                        ["Accept-Encoding: identity"])
     if charset and charset[1] not in UTF_8:
-        raise Refusal(415, "Send the body in UTF-8, and with that charset or none in Content-Type.")
+        raise HTTPError(415, "Send the body in UTF-8, and with that charset or none in "
+                             "Content-Type.")
 
 
 def drafts(request: Request, body: bytes, grant: Grant) -> list[Draft]:
     """Return the events that a POST makes of its body: one, or those of its lines.
 
-    Raises Refusal if there is anything in it that is no event, or one on a channel that is not
+    Raises HTTPError if there is anything in it that is no event, or one on a channel that is not
     granted. So either all are published or none.
     """
     try:
         # A byte order mark before a list is not content. Before data, it is a character of it.
         text = body.decode("utf-8-sig" if is_list(request) else "utf-8")
     except UnicodeDecodeError:
-        raise Refusal(400, "The body is not UTF-8.") from None
+        raise HTTPError(400, "The body is not UTF-8.") from None
     drafts = _lines(request, text) if is_list(request) else [_one(request, text)]
     grant.check(*(draft.channel for draft in drafts))
     return drafts
@@ -88,35 +89,35 @@ def drafts(request: Request, body: bytes, grant: Grant) -> list[Draft]:
 def _one(request: Request, text: str) -> Draft:
     """Return the event whose data is the body, with the name and the channel of the query.
 
-    Raises Refusal for a parameter that would have no effect, and for what no event can hold.
+    Raises HTTPError for a parameter that would have no effect, and for what no event can hold.
     """
     for name, values in request.query.items():
         if name not in ("event", "channel"):
-            raise Refusal(400, f"The parameter {name!r} is not known. Use event and channel.")
+            raise HTTPError(400, f"The parameter {name!r} is not known. Use event and channel.")
         if len(values) > 1:
-            raise Refusal(400, f"An event has one {name}. To publish several events at once, send "
-                               f"them as lines of {NDJSON}.")
+            raise HTTPError(400, f"An event has one {name}. To publish several events at once, "
+                                 f"send them as lines of {NDJSON}.")
     try:
         return Draft(text, request.parameter("event"), request.parameter("channel"))
     except ValueError as error:
-        raise Refusal(400, f"This event cannot be published: {error}.") from None
+        raise HTTPError(400, f"This event cannot be published: {error}.") from None
 
 
 def _lines(request: Request, text: str) -> list[Draft]:
     """Return the events that the lines describe, as `parse_draft` reads them, without blank lines.
 
-    Raises Refusal, which names the line by its number, counted from 1 as editors do.
+    Raises HTTPError, which names the line by its number, counted from 1 as editors do.
     """
     if request.query:
-        raise Refusal(400, f"With {NDJSON}, put event and channel into the lines, not the query.")
+        raise HTTPError(400, f"With {NDJSON}, put event and channel into the lines, not the query.")
     # `splitlines` would also split at what may stand within a JSON string, such as U+2028.
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
             found.append(frames.parse_draft(line))
         except ValueError as error:
-            raise Refusal(400, f"Line {number} is not an event, and none was published: {error}."
-                          ) from None
+            raise HTTPError(400, f"Line {number} is not an event, and none was published: {error}."
+                            ) from None
     return [draft for draft in found if draft]
 
 
@@ -129,7 +130,7 @@ def start(request: Request, now: float) -> tuple[str | None, float | None]:
         none of these           None, None: the stream begins with the next event
 
     now: seconds since 1970. An id wins over `since`, so that a client that reconnects goes on, and
-    does not start anew. Raises Refusal for a `since` that means nothing.
+    does not start anew. Raises HTTPError for a `since` that means nothing.
     """
     # Of both, an empty `since` is one that means nothing, and not one that is left out.
     since = request.parameter("since" if "since" in request.query else "last_event_id")
@@ -141,8 +142,8 @@ def start(request: Request, now: float) -> tuple[str | None, float | None]:
         return since, None
     match = _SINCE.fullmatch(since)
     if not match:
-        raise Refusal(400, "The parameter since is all, latest, an id, a unix time in seconds, or "
-                           "a time ago as 90s, 10m, 24h or 7d.")
+        raise HTTPError(400, "The parameter since is all, latest, an id, a unix time in seconds, "
+                             "or a time ago as 90s, 10m, 24h or 7d.")
     ago = float(match[1]) * AGO[match[2]] if match[2] else now - float(match[1])
     # At least 1: 0 is `all`, and nothing has an id of before 1970.
     begin = max(1, int((now - ago) * 1000))
@@ -152,21 +153,21 @@ def start(request: Request, now: float) -> tuple[str | None, float | None]:
 def channels(request: Request) -> frozenset[str]:
     """Return the channels that a client asks for. An empty set is for events without a channel.
 
-    Raises Refusal for too many, for what no channel is called, and for a parameter that is nearly a
-    known one: a client that misspells `channel` would wait for events that never come.
+    Raises HTTPError for too many, for what no channel is called, and for a parameter that is nearly
+    a known one: a client that misspells `channel` would wait for events that never come.
     """
     unknown = [name for name in request.query if name not in WATCHING and len(name) < 20]
     # A comparison takes some 20 us, so there are few, and only of short names.
     for name in unknown[:3]:
         for meant in get_close_matches(name, WATCHING, 1):
-            raise Refusal(400, f"The parameter {name!r} is not known. Did you mean {meant!r}?")
+            raise HTTPError(400, f"The parameter {name!r} is not known. Did you mean {meant!r}?")
     channels = request.query.get("channel", [])
     if len(channels) > MAX_ASKED or sum(map(len, channels)) > MAX_NAMES:
-        raise Refusal(400, f"A client may ask for at most {MAX_ASKED} channels, with at most "
-                           f"{MAX_NAMES} characters in all their names.")
+        raise HTTPError(400, f"A client may ask for at most {MAX_ASKED} channels, with at most "
+                             f"{MAX_NAMES} characters in all their names.")
     try:
         for channel in channels:
             frames.check_name("channel", channel)
     except ValueError as error:
-        raise Refusal(400, f"This is not a channel: {error}.") from None
+        raise HTTPError(400, f"This is not a channel: {error}.") from None
     return frozenset(channels)

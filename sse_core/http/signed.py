@@ -6,7 +6,7 @@ PyJWT verifies the signature and nothing else. The claims are judged here, by a 
 in: so what a token grants is a function of the token, the key and the time. The key decides on the
 algorithm, and never the token, which could name one for which what everybody knows is the secret.
 
-No socket, no thread and no clock in here. What grants nothing is a Refusal.
+No socket, no thread and no clock in here. What grants nothing is an HTTPError.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from sse_core.errors import Refusal
+from sse_core.errors import HTTPError
 from sse_core.http.http1 import Request
 
 # Name of the cookie with a signed token, because an EventSource sends no bearer token.
@@ -69,8 +69,8 @@ class Signed:
         """Return the channels that a claim of a token grants, and until when.
 
         claim: `subscribe` or `publish`. Both times are in seconds since 1970. A channel may end in
-        `*`, see Grant. Raises Refusal, which says what is wrong with the token: 403 if it is good,
-        but not for this, and 401 else.
+        `*`, see Grant. Raises HTTPError, which says what is wrong with the token: 403 if it is
+        good, but not for this, and 401 else.
         """
         claims = self._claims(token)
         # Required here, although RFC 7519 does not: a token that leaks must end some day.
@@ -86,7 +86,7 @@ class Signed:
         if "aud" in claims:
             raise _invalid("The token is for somebody else: it has the claim aud.")
         if claim not in claims:
-            raise Refusal(403, f"The token grants nothing here: it has no claim {claim}.")
+            raise HTTPError(403, f"The token grants nothing here: it has no claim {claim}.")
         channels = claims[claim]
         if not isinstance(channels, list) or not all(isinstance(each, str) for each in channels):
             raise _invalid(f"The token's claim {claim} is not a list of channels.")
@@ -95,7 +95,7 @@ class Signed:
     def _claims(self, token: str) -> dict[str, Any]:
         """Return the claims of a token, which the key's own algorithm must have signed.
 
-        Raises Refusal, the same for whatever is wrong, so that nobody learns how near a guess is.
+        Raises HTTPError, the same for whatever is wrong, so that nobody learns how near a guess is.
         """
         claims = None
         # The text of what is raised may quote the token, so it goes nowhere.
@@ -122,13 +122,13 @@ def find_token(request: Request) -> str | None:
     return next((value for name, _, value in pairs if name == COOKIE), None)
 
 
-def _invalid(text: str) -> Refusal:
+def _invalid(text: str) -> HTTPError:
     """Return how a token is refused (RFC 6750 section 3.1)."""
-    return Refusal(401, text, ['WWW-Authenticate: Bearer error="invalid_token"'])
+    return HTTPError(401, text, ['WWW-Authenticate: Bearer error="invalid_token"'])
 
 
 def _time(claims: dict[str, Any], name: str) -> float:
-    """Return a claim in seconds since 1970. Raises Refusal if it is none."""
+    """Return a claim in seconds since 1970. Raises HTTPError if it is none."""
     value = claims.get(name)
     # True is an int to Python. NaN is not less than anything, so it is refused, too.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value < LAST_TIME:
