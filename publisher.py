@@ -35,7 +35,7 @@ from typing import Any
 from sse_core.engine import frames
 from sse_core.engine.clients import CLIENTS_PER_TURN, Client
 from sse_core.engine.groups import Group, Groups
-from sse_core.engine.hub import POLL_INTERVAL, Broadcast
+from sse_core.engine.hub import POLL_INTERVAL, Hub
 from sse_core.engine.log import Batch, Bytes, Frame
 from sse_core.engine.stalls import Stalls
 
@@ -62,12 +62,12 @@ logger = logging.getLogger("sse_server")
 class Publisher:
     """Send what is in the log of a hub to all clients of the hub."""
 
-    def __init__(self, broadcast: Broadcast) -> None:
-        self._broadcast = broadcast
-        self._clients = broadcast.clients
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._clients = hub.clients
 
         # Monotonic seconds.
-        self._clock = broadcast.clock
+        self._clock = hub.clock
 
         # Over all clients: frames begun, bytes sent, gaps told, drops by reason. Any thread may
         # read them.
@@ -77,10 +77,10 @@ class Publisher:
         # The current clients, by what they are sent.
         self._groups = Groups()
 
-        self._stalls = Stalls(broadcast.clients)
+        self._stalls = Stalls(hub.clients)
 
         # Seconds of silence after which a client is sent a comment; 0: never.
-        self._heartbeat = heartbeat = broadcast.heartbeat
+        self._heartbeat = heartbeat = hub.heartbeat
 
         # Seconds from one sweep to the next, and when that is. A comment is late by an eighth at
         # most.
@@ -90,7 +90,7 @@ class Publisher:
         # Watches every client for input, and the lagging ones for room, too. The data of each is
         # the client; that of the wake-up is None.
         self._selector = selectors.DefaultSelector()
-        self._selector.register(broadcast.wakeup.open(), READ)
+        self._selector.register(hub.wakeup.open(), READ)
 
     def figures(self) -> dict[str, Any]:
         """Return all that is counted, for `/-/metrics`, `/-/status` and the status line.
@@ -98,7 +98,7 @@ class Publisher:
         Any thread may call it.
         """
         counters = self.counters
-        return {**self._broadcast.figures(), **vars(counters), "drops": dict(counters.drops),
+        return {**self._hub.figures(), **vars(counters), "drops": dict(counters.drops),
                 "turn_seconds": round(counters.turn_seconds, 6)}
 
     # For the publisher thread
@@ -106,9 +106,9 @@ class Publisher:
     def run(self) -> None:
         """Take turns until the hub is stopped and has nothing left to send, or time is up."""
         try:
-            self._broadcast.forbid_waiting()
-            while not self._broadcast.done():
-                longest = POLL_INTERVAL if self._broadcast.stopping else math.inf
+            self._hub.forbid_waiting()
+            while not self._hub.done():
+                longest = POLL_INTERVAL if self._hub.stopping else math.inf
                 self.turn(min(longest, max(0.0, self._sweep_at - self._clock())))
         except BaseException:
             # A stream may be in the middle of a frame. So none is ended in order.
@@ -123,12 +123,12 @@ class Publisher:
         Tests take turns by themselves.
         """
         _yield()
-        ready = self._selector.select(0 if self._broadcast.has_work() else timeout)
+        ready = self._selector.select(0 if self._hub.has_work() else timeout)
         began = self._clock()
         self._serve(ready)
-        joining, run = self._broadcast.next_work()
+        joining, run = self._hub.next_work()
         self._fan_out(run)
-        self._broadcast.fanned_out_to(run)
+        self._hub.fanned_out_to(run)
         for client in joining:
             self._greet(client)
         self._clients.remove_joining(len(joining))
@@ -144,10 +144,10 @@ class Publisher:
         """
         for client in [client for group in self._groups for client in group.current]:
             self._end(client)
-        for client in self._broadcast.close():
+        for client in self._hub.close():
             client.sock.close()
         self._selector.close()
-        self._broadcast.wakeup.close()
+        self._hub.wakeup.close()
 
     # Fan-out to current clients
 
@@ -186,7 +186,7 @@ class Publisher:
 
     def _fall_behind(self, client: Client, batch: Batch, sent: int) -> None:
         """Make a current client lagging, whose socket took `sent` bytes of a batch."""
-        client.cursor, client.delivered_id = batch.frames[0].number, self._broadcast.fanned_out_id
+        client.cursor, client.delivered_id = batch.frames[0].number, self._hub.fanned_out_id
         self._watch(client)
         self.counters.bytes += sent
         self.counters.deliveries += client.advance(batch, client.cursor, sent)
@@ -214,7 +214,7 @@ class Publisher:
         for key, mask in ready:
             client = key.data
             if client is None:
-                self._broadcast.wakeup.clear()
+                self._hub.wakeup.clear()
             elif (not mask & READ or self._discard_input(client)) and mask & ~READ:
                 writable.add(client)
         if writable:
@@ -225,7 +225,7 @@ class Publisher:
     def _advance(self, client: Client) -> None:
         """Send a client what it is due by itself: its unsent bytes and a batch, in one send."""
         unsent = client.unsent
-        batch, end, tells_gap = self._broadcast.next_batch(client)
+        batch, end, tells_gap = self._hub.next_batch(client)
         both = b"".join((unsent, batch.data)) if unsent and batch.data else unsent or batch.data
         sent = self._send(client, both)
         if sent < 0:
@@ -246,7 +246,7 @@ class Publisher:
         """Sort a client, after a send, among those that lag or those that are current."""
         is_lagging = client in self._clients.lagging
         # The cursor can also be beyond the fan-out, if the client joined amid a backlog.
-        is_level = client.cursor == self._broadcast.fanned_out
+        is_level = client.cursor == self._hub.fanned_out
         if client.unsent or client.gap or not is_level:
             if not is_lagging:
                 self._watch(client)
@@ -302,7 +302,7 @@ class Publisher:
     def _sweep(self) -> None:
         """Drop clients that are stalled or whose tokens have expired; send comments to silent ones.
         """
-        now, wall = self._clock(), self._broadcast.wall()
+        now, wall = self._clock(), self._hub.wall()
         self._sweep_at = now + self._sweep_every
         # To look at all takes 0.1 to 0.3 ms for 10,000 clients.
         for client in [client for client in self._everyone() if client.ends_at <= wall]:
@@ -323,8 +323,8 @@ class Publisher:
 
     def _beat(self, client: Client) -> None:
         """Send a current client a comment. If its socket does not take all, it lags from here."""
-        client.cursor = self._broadcast.fanned_out
-        client.delivered_id = self._broadcast.fanned_out_id
+        client.cursor = self._hub.fanned_out
+        client.delivered_id = self._hub.fanned_out_id
         client.unsent = client.subscription.framed(frames.HEARTBEAT)
         self._advance(client)
 

@@ -43,7 +43,7 @@ from typing import Any, Callable, NoReturn
 from publisher import Publisher
 from sse_core.cli import command_line, descriptors, sources
 from sse_core.engine import frames
-from sse_core.engine.hub import Broadcast
+from sse_core.engine.hub import Hub
 from sse_core.errors import NotRunning, Unavailable
 from sse_core.http.access import Access, Authorize
 from sse_core.http.answers import Answers
@@ -338,14 +338,14 @@ class SSEServer(_Listener, metaclass=_Documented):
         # The hub takes events and clients from any thread. If there is a store, events come back
         # from it; then `_shared` is the same object, else None.
         self._shared = Shared(store, **kept) if store else None
-        self._broadcast = self._shared or Broadcast(**kept)
+        self._hub = self._shared or Hub(**kept)
 
-        self._publisher = Publisher(self._broadcast)
-        answers = Answers(access, self._broadcast, page=PAGE.read_bytes() if PAGE else None,
+        self._publisher = Publisher(self._hub)
+        answers = Answers(access, self._hub, page=PAGE.read_bytes() if PAGE else None,
                           stream_type=STREAM_TYPE if history else ORIGINAL_STREAM_TYPE,
                           figures=self.figures, status=self.status)
         submit_all = self._shared.submit_all if self._shared else None
-        connections = Connections(answers, self._broadcast.register, submit_all, context)
+        connections = Connections(answers, self._hub.register, submit_all, context)
         stopping = threading.Event()
         self._acceptor = self._thread("accept", self._accept)
         self._serving = self._thread("connections", self._serve)
@@ -370,7 +370,7 @@ class SSEServer(_Listener, metaclass=_Documented):
                 with suppress(NotRunning):
                     target()
             except BaseException as fault:
-                self._broadcast.fail(fault)
+                self._hub.fail(fault)
                 self._ended.set()
                 # A logging handler may raise.
                 try:
@@ -381,7 +381,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         return threading.Thread(target=run, name=name, daemon=True)
 
     def _serve(self) -> None:
-        self._broadcast.forbid_waiting()
+        self._hub.forbid_waiting()
         self._connections.run()
 
     def start(self) -> SSEServer:
@@ -430,7 +430,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         """
         if self._process != os.getpid():
             return
-        self._broadcast.refuse_inside()
+        self._hub.refuse_inside()
         self._stopping.set()
         if threading.current_thread() in (self._acceptor, self._serving, self._sender,
                                           *self._store_threads):
@@ -446,8 +446,8 @@ class SSEServer(_Listener, metaclass=_Documented):
                 # Whatever a logging handler raises.
                 atexit.unregister(self.__exit__)
                 self._ended.set()
-            if self._broadcast.fault:
-                raise Fault("a fault has ended the server") from self._broadcast.fault
+            if self._hub.fault:
+                raise Fault("a fault has ended the server") from self._hub.fault
 
     def _stop(self) -> None:
         # All clients are gone when this is logged.
@@ -458,7 +458,7 @@ class SSEServer(_Listener, metaclass=_Documented):
             self._unblock_accept()
             self._acceptor.join()
         self._stop_connections()
-        self._broadcast.stop()
+        self._hub.stop()
         if self._sender.ident is None:
             self._publisher.close()
         else:
@@ -531,7 +531,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         self._refuse_fork()
         if not self._started:
             raise NotRunning("the server has not been started")
-        return self._broadcast.publish(data, event, channel, wait)
+        return self._hub.publish(data, event, channel, wait)
 
     def drain(self) -> None:
         """Wait until clients have every event, but for those that `patience` gives up.
@@ -539,7 +539,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         Raises NotRunning in a forked child, and what `publish` raises in a signal handler.
         """
         self._refuse_fork()
-        self._broadcast.drain()
+        self._hub.drain()
 
     @property
     def port(self) -> int:
@@ -557,7 +557,7 @@ class SSEServer(_Listener, metaclass=_Documented):
     @property
     def clients(self) -> int:
         """How many clients are registered."""
-        return len(self._broadcast.clients)
+        return len(self._hub.clients)
 
     def figures(self) -> dict[str, Any]:
         """Return what `/-/status` shows: what was counted since the start.
@@ -571,7 +571,7 @@ class SSEServer(_Listener, metaclass=_Documented):
 
         Times are in seconds.
         """
-        return {**self.figures(), "list": self._broadcast.describe_clients()}
+        return {**self.figures(), "list": self._hub.describe_clients()}
 
     def _refuse_fork(self) -> None:
         """Raise NotRunning in a child of the process in which the server was made.
@@ -632,7 +632,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source.start()
         command_line.wait_for_stop(wakee, not options.stdin, status, writer)
     source.join()
-    return 1 if server._broadcast.fault else 0
+    return 1 if server._hub.fault else 0
 
 
 def _first_lines(server: SSEServer, options: argparse.Namespace) -> Iterator[str]:
@@ -686,7 +686,7 @@ def _run_source(server: SSEServer, options: argparse.Namespace, wake: Callable[[
     if options.stdin:
         while server.clients < options.wait_clients and not server._stopping.wait(WAIT_CHECK):
             pass
-        number = sources.lines(server._broadcast.publish_all, server._stopping, sys.stdin.fileno(),
+        number = sources.lines(server._hub.publish_all, server._stopping, sys.stdin.fileno(),
                                frames.parse_draft if options.json else frames.Draft)
         clients, stopped = server.clients, server._stopping.is_set()
         server.drain()

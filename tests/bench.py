@@ -10,7 +10,7 @@ from functools import partial
 from helpers import KEPT, in_a_thread
 from publisher import Publisher
 from sse_core.engine.clients import Opening, Subscription
-from sse_core.engine.hub import Broadcast
+from sse_core.engine.hub import Hub
 from sse_core.stores.store import Shared
 from wire import Decoder
 
@@ -44,16 +44,16 @@ def opening(chunked: bool = True, channels=(), last_id: str = None, since: float
 class Peer:
     """A registered client and the test's end of its socket pair."""
 
-    def __init__(self, broadcast: Broadcast, narrow: bool = False, peer: str = "",
+    def __init__(self, hub: Hub, narrow: bool = False, peer: str = "",
                  wrap=lambda sock: sock, **options) -> None:
         ours, self.sock = socket.socketpair()
         ours.setblocking(False)
         self.sock.setblocking(False)
         self.server_end = Narrow(ours) if narrow else wrap(ours)
         self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "",
-                              original=not broadcast._log.has_ids)
+                              original=not hub._log.has_ids)
         self.raw = bytearray()
-        assert broadcast.register(self.server_end, opening(**options), peer)
+        assert hub.register(self.server_end, opening(**options), peer)
 
     def take(self) -> Decoder:
         """Receive all that is there now."""
@@ -80,11 +80,11 @@ class Bench:
         self.thread = None
         self.watched = None                     # a thread of which it is told when it looks
         self.looked = threading.Event()         # at the clock, as who waits does at each turn
-        make = partial(Shared, None) if options.pop("shared", False) else Broadcast
-        self.broadcast = make(clock=self.clock, wall=lambda: self.now,
+        make = partial(Shared, None) if options.pop("shared", False) else Hub
+        self.hub = make(clock=self.clock, wall=lambda: self.now,
                               **{**KEPT, **options, "heartbeat": heartbeat})
-        self.publisher = Publisher(self.broadcast)
-        self.publish = self.broadcast.publish
+        self.publisher = Publisher(self.hub)
+        self.publish = self.hub.publish
 
     def clock(self) -> float:
         if threading.current_thread() is self.watched:
@@ -92,7 +92,7 @@ class Bench:
         return self.now
 
     def peer(self, **options) -> Peer:
-        self.peers.append(Peer(self.broadcast, **options))
+        self.peers.append(Peer(self.hub, **options))
         return self.peers[-1]
 
     def turn(self, times: int = 1) -> None:
@@ -106,11 +106,11 @@ class Bench:
         """
         idle = 0
         while idle < 2 and self.watched.is_alive():
-            before = self.broadcast.figures()["events"]
+            before = self.hub.figures()["events"]
             self.looked.clear()
             self.turn()
             idle += self.looked.wait(0.02)
-            if self.broadcast.figures()["events"] != before or self.broadcast.has_work():
+            if self.hub.figures()["events"] != before or self.hub.has_work():
                 idle = 0
 
     def groups(self) -> int:
@@ -122,7 +122,7 @@ class Bench:
         self.thread = in_a_thread(self.publisher.run)
 
     def stop(self) -> None:
-        self.broadcast.stop()
+        self.hub.stop()
         if self.thread:
             self.thread.join()
         else:
@@ -146,14 +146,14 @@ def piped(b, texts: list, read, step: float = 0.25, seconds: float = 1000.0) -> 
     def pipe():
         for text in texts:
             b.publish(text, wait=True)
-        b.broadcast.drain()
+        b.hub.drain()
         done.set()
     b.watched = in_a_thread(pipe)
     while not done.is_set() and b.now - began < seconds:
         read()
         b.turn_until_it_waits()
         b.now += step
-    b.broadcast.stop()
+    b.hub.stop()
     b.watched.join()
     assert done.is_set()
     return b.now - began

@@ -22,7 +22,7 @@ PATIENCE = 20.0         # seconds until a condition that is waited for counts as
 MAIN = TOP / "sse_server.py"
 GET = b"GET /token HTTP/1.1\r\nHost: test\r\n\r\n"
 PUBLISH_TOKEN = "SECRET"    # of the fixture `open_server`
-# What SSEServer makes a Broadcast with, by default
+# What SSEServer makes a Hub with, by default
 KEPT = {"history": 1024, "retry": 3.0, "max_clients": 10000, "patience": 5.0,
         "heartbeat": 15.0}
 

@@ -145,7 +145,7 @@ class Reader:
         if self.last_id is not None:
             self.at, self.gap = story.place(self.last_id, channels)
             self.since = self.at
-        self.peer = Peer(bench.broadcast, narrow=True, peer=name, chunked=chunked,
+        self.peer = Peer(bench.hub, narrow=True, peer=name, chunked=chunked,
                          channels=channels, last_id=last_id)
         self.sock = self.peer.server_end
         self.sock.__class__, self.sock.reader = Judged, self

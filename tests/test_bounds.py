@@ -55,7 +55,7 @@ def test_the_kernel_holds_little_for_a_stalled_client(server):
     with Client(server.port, receive_buffer=4096) as deaf, Client(server.port) as reader:
         deaf.open(), reader.open()
         wait_until(lambda: server.clients == 2)
-        registered = next(iter(server._broadcast.clients._all)).sock
+        registered = next(iter(server._hub.clients._all)).sock
         buffer = registered.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         assert buffer == 128 << 10 if sys.platform == "linux" else 64 << 10    # it doubles it
         assert registered.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -63,7 +63,7 @@ def test_the_kernel_holds_little_for_a_stalled_client(server):
         for number in range(100):
             server.publish("x" * 100000)
             reader.read_events(number + 1)
-        lagging, = server._broadcast.clients.lagging
+        lagging, = server._hub.clients.lagging
         assert lagging.cursor <= 4      # of 100 frames of 100 kB, so 400 kB is all that it was sent
 
 

@@ -770,7 +770,7 @@ def test_all_connections_are_closed_when_their_thread_ends_by_a_fault(monkeypatc
         server._connections._look_at = 0.0
         connect(server.port).close()
         assert silent.recv(1) == b""
-        wait_until(lambda: server._broadcast.fault)
+        wait_until(lambda: server._hub.fault)
     assert "a fault ended the thread connections" in caplog.text
 
 

@@ -35,7 +35,7 @@ def stops_reading(b, events: int) -> float:
     with ours, theirs:
         ours.setblocking(False)
         theirs.settimeout(5)
-        assert b.broadcast.register(ours, opening())
+        assert b.hub.register(ours, opening())
         for _ in range(events):
             b.publish("x" * 1000)
             b.turn()
@@ -43,7 +43,7 @@ def stops_reading(b, events: int) -> float:
         theirs.recv(8000)
         wait_until(lambda: b.pass_time(0.01) or not unsent_moves(ours))
         stopped = b.now
-        while len(b.broadcast.clients):
+        while len(b.hub.clients):
             b.pass_time(0.5)
             assert b.now < stopped + 100
         return b.now - stopped
@@ -64,15 +64,15 @@ def test_a_stalled_client_is_dropped_after_30_seconds_and_logged_once(bench, cap
     b.publish("x")
     b.turn()
     b.pass_time(STALL_TIMEOUT - 1)
-    assert len(b.broadcast.clients) == 2
+    assert len(b.hub.clients) == 2
     # It takes one byte, so the time begins anew.
     narrow.server_end.room = 1
     b.turn()
     b.pass_time(STALL_TIMEOUT - 1)
-    assert len(b.broadcast.clients) == 2
+    assert len(b.hub.clients) == 2
     with caplog.at_level(logging.WARNING):
         b.pass_time(10)
-    assert len(b.broadcast.clients) == 1 and narrow.sock.recv(100) and narrow.sock.recv(100) == b""
+    assert len(b.hub.clients) == 1 and narrow.sock.recv(100) and narrow.sock.recv(100) == b""
     assert [record.getMessage() for record in caplog.records] == ["10.0.0.1:7 dropped: stalled"]
     b.publish("y")
     b.turn()
@@ -87,7 +87,7 @@ def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(
     with ours, theirs:
         ours.setblocking(False)
         theirs.settimeout(5)
-        assert b.broadcast.register(ours, opening())
+        assert b.hub.register(ours, opening())
         for _ in range(40):
             b.publish("x" * 10_000)
             b.turn()
@@ -96,9 +96,9 @@ def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(
             read += len(theirs.recv(size))
             time.sleep(0.002)
             b.pass_time(every)
-        assert read and len(b.broadcast.clients) == 1
+        assert read and len(b.hub.clients) == 1
         # Its kernel takes what it has room for when it likes, and not by our clock.
-        wait_until(lambda: b.pass_time(1) or not len(b.broadcast.clients))
+        wait_until(lambda: b.pass_time(1) or not len(b.hub.clients))
         drops = {**dict.fromkeys(publisher.REASONS, 0), "stalled": 1}
         assert b.publisher.counters.drops == drops
 
@@ -149,9 +149,9 @@ def test_a_client_that_fell_behind_is_asked_again_at_once_among_any_number(bench
     narrow.server_end.room = 1
     b.turn()
     b.pass_time(STALL_TIMEOUT - 2)
-    assert len(b.broadcast.clients) == 100
+    assert len(b.hub.clients) == 100
     b.pass_time(4)
-    assert len(b.broadcast.clients) == 99
+    assert len(b.hub.clients) == 99
 
 
 def test_a_client_that_the_system_cannot_watch_is_dropped_and_counted(bench, caplog,
@@ -181,7 +181,7 @@ def test_a_client_that_closes_is_removed_at_once_and_what_it_sends_is_discarded(
     talking.sock.send(b"x" * 60_000)
     closing.sock.close()
     b.turn(3)
-    assert len(b.broadcast.clients) == 1
+    assert len(b.hub.clients) == 1
     b.publish("still there")
     b.turn()
     assert talking.data() == ["still there"]
@@ -195,11 +195,11 @@ def test_a_client_that_sends_64_kib_after_its_request_is_dropped(bench):
     for size in (40_000, (64 << 10) - 40_000):
         talking.sock.send(b"x" * size)
         b.turn(2)
-        assert len(b.broadcast.clients) == 2
+        assert len(b.hub.clients) == 2
     talking.sock.send(b"x")
     b.publish("to the other")
     b.turn(2)
-    assert len(b.broadcast.clients) == 1 and other.data() == ["to the other"]
+    assert len(b.hub.clients) == 1 and other.data() == ["to the other"]
     assert b.publisher.counters.drops["flooding"] == 1
 
 
@@ -209,10 +209,10 @@ def test_no_more_than_max_clients_are_taken_until_one_leaves(bench):
     b.peer(), b.peer()
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert not b.broadcast.register(ours, opening())
+        assert not b.hub.register(ours, opening())
         b.turn()
         first.sock.close()
         b.turn()
-        assert b.broadcast.register(ours, opening())
+        assert b.hub.register(ours, opening())
         b.turn()
         assert theirs.recv(100) == HEAD

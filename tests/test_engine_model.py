@@ -33,9 +33,9 @@ class Driver:
         self.bench = Bench(draw.choice((0.0, 2.0, 10.0)), history=history, shared=self.shared,
                            max_clients=40)
         self.bench.heartbeat = self.bench.publisher._heartbeat
-        self.broadcast, self.publisher = self.bench.broadcast, self.bench.publisher
-        self.broadcast.wall = lambda: self.bench.now + self.skew
-        size = self.broadcast._log._size = draw.choice((64 << 20, 300_000, 20_000))
+        self.hub, self.publisher = self.bench.hub, self.bench.publisher
+        self.hub.wall = lambda: self.bench.now + self.skew
+        size = self.hub._log._size = draw.choice((64 << 20, 300_000, 20_000))
         self.story = Story(history, size, (0, 0) if self.shared else (1_000_000, 0))
         self.complete_at, self.preloaded = -1.0 if self.shared else 1e9, 0
         self.readers: List[Reader] = []
@@ -73,7 +73,7 @@ class Driver:
         """Turn until an event can be published without waiting for the publisher."""
         gone, kept = self.story.evictions(length), len(self.story.entries) - self.story.first
         most = (kept - gone + 1) * 3 / 4
-        while gone and self.broadcast._log.next - self.broadcast.fanned_out > most:
+        while gone and self.hub._log.next - self.hub.fanned_out > most:
             self.turn()
 
     def publish(self, small: bool = False) -> None:
@@ -85,7 +85,7 @@ class Driver:
             return self.add(data, name, channel, length)
         last, ms = self.story.last, int((self.bench.now + self.skew) * 1000)
         id = ((ms, 0) if ms > last[0] else (last[0], last[1] + 1)) if self.story.ids else None
-        assert self.broadcast.publish(data, name or None, channel) == spelled(id)
+        assert self.hub.publish(data, name or None, channel) == spelled(id)
         self.story.append(id, channel, name or "message", data, length, ID_ROOM)
 
     def add(self, data: str, name: str, channel: Optional[str], length: int) -> None:
@@ -95,7 +95,7 @@ class Driver:
             id = self.draw.randrange(ms), self.draw.randrange(3)
             self.tell_gap()
             self.make_way(length + ID_ROOM)
-        self.broadcast.add(Coming(id, frames.encode(data, name), channel))
+        self.hub.add(Coming(id, frames.encode(data, name), channel))
         self.story.append(id, channel, name or "message", data, length, ID_ROOM)
 
     def burst(self) -> None:
@@ -107,7 +107,7 @@ class Driver:
         data = json.dumps({"after": spelled(after), "resumed": spelled(resumed),
                            "reason": "evicted"})
         self.make_way(len(data) + 30)
-        self.broadcast.tell_gap(resumed)
+        self.hub.tell_gap(resumed)
         payload = f"event: gap\ndata: {data}\nid: {spelled(after)}\n\n"
         self.story.append(None, None, "gap", data, len(payload), 0)
 
@@ -119,13 +119,13 @@ class Driver:
             id = 50 + number // 3, number % 3
             coming.append(Coming(id, frames.encode(data, name), channel))
             self.story.append(id, channel, name or "message", data, length, ID_ROOM)
-        self.broadcast.preload(iter(coming), missing)
+        self.hub.preload(iter(coming), missing)
         self.story.begin(missing)
         self.preloaded = len(coming)
 
     def complete(self) -> None:
         self.complete_at = self.bench.now - self.draw.choice((0, 0, 1))
-        self.broadcast.complete(self.complete_at)
+        self.hub.complete(self.complete_at)
 
     # Clients
 
@@ -156,7 +156,7 @@ class Driver:
         """What it had before it came may come yet."""
         ours, peer = socket.socketpair()
         with ours, peer:
-            assert not self.broadcast.register(ours, opening(last_id=last_id, came_at=came_at))
+            assert not self.hub.register(ours, opening(last_id=last_id, came_at=came_at))
 
     def give_room(self) -> None:
         for reader in self.draw.sample(self.readers, min(2, len(self.readers))):
@@ -192,7 +192,7 @@ class Driver:
         self.publisher.turn(0)
         if self.is_behind:
             self.behind_at = self.bench.now
-        self.is_behind = self.broadcast.has_work()
+        self.is_behind = self.hub.has_work()
         self.check_drops()
         self.check_heartbeats()
 
@@ -241,11 +241,11 @@ class Driver:
             reader.gone = True
         for _ in range(3):
             self.turn()
-        assert not self.readers and not len(self.broadcast.clients)
+        assert not self.readers and not len(self.hub.clients)
         groups = self.publisher._groups
         assert not any((groups._groups, groups._by_channel, self.publisher._stalls._owing,
-                        self.broadcast.clients.lagging,
-                        self.broadcast.clients.pace._paid))
+                        self.hub.clients.lagging,
+                        self.hub.clients.pace._paid))
 
     def serve_all(self) -> None:
         """Give everybody room until nobody lags."""
@@ -254,7 +254,7 @@ class Driver:
                 reader.sock.room = WIDE
             self.turn()
             self.take()
-            if not self.broadcast.has_work() and not self.broadcast.figures()["lagging"]:
+            if not self.hub.has_work() and not self.hub.figures()["lagging"]:
                 for reader in self.readers:
                     reader.sock.room = 0 if reader.narrow else WIDE
                 return
@@ -282,20 +282,20 @@ class Driver:
                              ("gaps", [each.gaps for each in everyone])):
             assert 0 <= figures[figure] - sum(told) <= partial, figure
         assert sum(figures["drops"].values()) == len(self.left)
-        listed = {each["peer"]: each for each in self.broadcast.describe_clients()}
+        listed = {each["peer"]: each for each in self.hub.describe_clients()}
         assert listed.keys() == {reader.name for reader in self.readers}
         for reader in self.readers:
             shown = listed[reader.name]
             assert shown["channels"] == len(reader.channels), reader.name
             assert 0 <= shown["lag_frames"] <= len(self.story.entries) and shown["lag_seconds"] >= 0
             is_held_up = reader.blocked_at is not None or reader.is_full()
-            under_way = is_held_up or self.broadcast.has_work()
+            under_way = is_held_up or self.hub.has_work()
             assert under_way or not shown["lag_frames"] or reader.due()
 
     def stop(self) -> None:
         """All that do not hold it up get the end chunk, but those in the middle of a frame."""
-        self.broadcast.stop()
-        while not self.broadcast.done():
+        self.hub.stop()
+        while not self.hub.done():
             self.bench.now += 0.05
             self.turn()
         before = {reader.name: (reader.blocked_at, reader.stream.partial, reader.bytes)
@@ -461,9 +461,9 @@ def threads(seed: int) -> None:
 
 
 def close(bench: Bench) -> None:
-    bench.broadcast.stop()
+    bench.hub.stop()
     bench.now += 10         # nobody is waited for
-    bench.broadcast.wakeup.wake()
+    bench.hub.wakeup.wake()
     bench.stop()
     for peer in bench.peers:
         peer.sock.close()
@@ -486,7 +486,7 @@ def bench():
 
 def resumed_with_half_a_heartbeat(bench) -> Tuple[Bench, Peer]:
     b = bench(shared=True, heartbeat=10.0)
-    b.broadcast.preload(iter([Coming((1, 0), frames.encode("1"), None)]), NOTHING)
+    b.hub.preload(iter([Coming((1, 0), frames.encode("1"), None)]), NOTHING)
     resumed = b.peer(narrow=True, last_id="1-0")
     resumed.server_end.room = WIDE
     b.turn()
@@ -499,7 +499,7 @@ def test_half_a_heartbeat_does_not_make_a_client_forget_its_id(bench):
     b, resumed = resumed_with_half_a_heartbeat(bench)
     resumed.server_end.room = WIDE
     for number in (2, 3, 4):
-        b.broadcast.add(Coming((number, 0), frames.encode(str(number)), None))
+        b.hub.add(Coming((number, 0), frames.encode(str(number)), None))
     b.turn(3)
     assert resumed.data() == ["2", "3", "4"]
 
@@ -514,12 +514,12 @@ def test_half_a_heartbeat_is_followed_by_its_other_half(bench):
 
 def test_the_gap_of_a_source_that_has_left_the_log_is_told(bench):
     b = bench(shared=True)
-    b.broadcast.preload(iter([Coming((1, 0), frames.encode("1"), None)]), NOTHING)
-    b.broadcast.tell_gap((5, 0))
+    b.hub.preload(iter([Coming((1, 0), frames.encode("1"), None)]), NOTHING)
+    b.hub.tell_gap((5, 0))
     for number in range(5, 69):
-        b.broadcast.add(Coming((number, 0), frames.encode(str(number)), None))
+        b.hub.add(Coming((number, 0), frames.encode(str(number)), None))
         b.turn()
     back = b.peer(last_id="1-0")
     b.turn(2)
-    assert b.broadcast._log.first == 2
+    assert b.hub._log.first == 2
     assert [event.name for event in back.take().events[:2]] == ["gap", "message"]

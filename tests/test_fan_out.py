@@ -52,7 +52,7 @@ def test_a_send_that_is_cut_at_any_byte_is_finished_before_the_next_frame(bench,
         b.turn()
         assert whole.data() == narrow.data() == ["one", "two\nlines", "three", "four", "five"], cut
         assert whole.raw[-150:] == narrow.raw[-150:]
-        assert not b.broadcast.clients.lagging
+        assert not b.hub.clients.lagging
         # The publisher does not wait for the socket any more, either.
         assert not b.publisher._selector.select(0)
 
@@ -158,13 +158,13 @@ def test_a_client_that_never_reads_delays_none_of_fifty_that_do(bench):
         for reader in readers:
             assert reader.take().events[-1].data == text
     assert all(reader.data() == texts for reader in readers)
-    assert len(b.broadcast.clients.lagging) == 1 and len(b.broadcast.clients) == 51
+    assert len(b.hub.clients.lagging) == 1 and len(b.hub.clients) == 51
     b.turn(1)
     for _ in range(300):
         deaf.take()
         b.turn()
     assert [event.name for event in deaf.stream.events].count("gap") == 1
-    assert deaf.data()[-1] == texts[-1] and not b.broadcast.clients.lagging
+    assert deaf.data()[-1] == texts[-1] and not b.hub.clients.lagging
 
 
 def test_a_reset_during_the_fan_out_harms_no_other_client(bench):
@@ -175,8 +175,8 @@ def test_a_reset_during_the_fan_out_harms_no_other_client(bench):
         peer.sock.close()
     b.publish("x")
     # Before the selector tells that they are gone
-    b.publisher._fan_out([b.broadcast._log.frame(0)])
-    assert len(b.broadcast.clients) == 6
+    b.publisher._fan_out([b.hub._log.frame(0)])
+    assert len(b.hub.clients) == 6
     assert all(peer.data() == ["x"] for index, peer in enumerate(peers) if index % 3)
 
 
@@ -224,11 +224,11 @@ def test_a_client_for_whom_nothing_is_left_becomes_current(bench):
     b.turn(5)
     mine = b.peer(channels=["a"], last_id="0-0")
     b.turn()
-    assert b.broadcast.clients.lagging
+    assert b.hub.clients.lagging
     for _ in range(10):
         b.turn()
         mine.take()
-    assert not b.broadcast.clients.lagging
+    assert not b.hub.clients.lagging
     b.publish("late", channel="a")
     b.turn()
     assert mine.data()[-1] == "late"
@@ -247,7 +247,7 @@ def test_clients_with_tokens_of_their_own_share_a_group_and_each_ends_in_time(be
     b.publish("two")
     b.turn()
     assert soon[0].data() == ["one"] and soon[2].data() == later.data() == ["one", "two"]
-    assert lagging.sock.recv(100) == b"" and len(b.broadcast.clients) == 2
+    assert lagging.sock.recv(100) == b"" and len(b.hub.clients) == 2
     assert b.publisher.counters.drops["expired"] == 3
 
 
@@ -260,7 +260,7 @@ def test_a_turn_serves_some_hundreds_of_lagging_clients_and_then_looks_for_event
     assert len(reader.take().head) == 1
     b.publish("x" * 1000)
     b.turn()
-    assert len(b.broadcast.clients.lagging) == 3 * CLIENTS_PER_TURN
+    assert len(b.hub.clients.lagging) == 3 * CLIENTS_PER_TURN
     for peer in lagging:
         peer.server_end.room = 1 << 20
     b.publish("new")

@@ -21,7 +21,7 @@ def test_equal_bytes_are_joined_once_whatever_channels_clients_choose(bench):
     b.turn(3)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(b.broadcast.clients.lagging) == 200 and peak < 32 << 20
+    assert len(b.hub.clients.lagging) == 200 and peak < 32 << 20
 
 
 def test_memory_of_a_turn_is_bounded_however_many_sets_of_channels_there_are(bench):
@@ -73,7 +73,7 @@ def test_resuming_on_a_channel_without_events_scans_the_log_in_pieces(bench):
     back = b.peer(channels=["mine"], last_id=start)
     unknown = b.peer(channels=["mine"], last_id="1-0")
     turns = 0
-    while turns == 0 or b.broadcast.clients.lagging:
+    while turns == 0 or b.hub.clients.lagging:
         b.turn()
         turns += 1
     assert 8 <= turns <= 14

@@ -96,7 +96,7 @@ def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path, countin
         wait_until(lambda: count(path) == 10000)
     assert [each for each, _ in rows(path)[-500:]] == ids
     with SSEServer(port=0, history=100, history_file=str(path)) as server:
-        log = server._broadcast._log
+        log = server._hub._log
         assert log.frame(log.first).id == key(ids[400]) and log.last_id == key(ids[-1])
 
 
@@ -469,7 +469,7 @@ def test_megabytes_are_read_in_small_batches(path, monkeypatch):
 def test_its_thread_ends_at_once(path):
     with SSEServer(port=0, history_file=str(path)) as server:
         server.publish("x")
-        wait_until(lambda: server._broadcast._log.next)
+        wait_until(lambda: server._hub._log.next)
         began = time.monotonic()
     assert time.monotonic() - began < 1 and os.listdir(path.parent) == ["events.db"]
     for wait in (False, True):
@@ -482,8 +482,8 @@ def test_a_bad_event_and_a_publish_of_a_signal_handler_are_refused(path, wait):
     with SSEServer(port=0, history_file=str(path)) as server:
         with pytest.raises(ValueError):
             server.publish("x", event="a\nb", wait=wait)
-        with server._broadcast._mutex, pytest.raises(RuntimeError, match="signal handler"):
-            server._broadcast.publish("x", wait=True)
+        with server._hub._mutex, pytest.raises(RuntimeError, match="signal handler"):
+            server._hub.publish("x", wait=True)
         assert rows(path) == []
 
 
@@ -511,7 +511,7 @@ def test_a_drain_goes_on_at_once_when_all_is_read(path):
 def test_a_publish_that_waits_for_the_file_tries_ten_times_a_second(path, monkeypatch):
     tries = []
     with SSEServer(port=0, history_file=str(path)) as server, ThreadPoolExecutor(1) as pool:
-        stream = server._broadcast.stream
+        stream = server._hub.stream
         monkeypatch.setattr(stream, "publish", lambda drafts, publish=stream.publish: (
             tries.append(time.monotonic()), publish(drafts))[1])
         path.parent.rename(f"{path.parent}.away")
@@ -616,7 +616,7 @@ def test_an_id_from_before_the_file_was_lost_is_unknown(path):
     time.sleep(0.002)       # so that the new file begins in a later millisecond
     with serving_file(path) as server:
         server.publish("new")
-        wait_until(lambda: server._broadcast._log.next)
+        wait_until(lambda: server._hub._log.next)
         assert begin(server, old) == ["unknown", "new"]
 
 

@@ -131,7 +131,7 @@ def test_the_list_says_how_far_behind_a_client_is(bench):
     b.turn()
     b.now += 3.25049
     b.turn()
-    lagging, current = b.broadcast.describe_clients()
+    lagging, current = b.hub.describe_clients()
     assert lagging == {"peer": "", "since": 1000.25, "channels": 1, "lag_frames": 2,
                        "lag_seconds": 3.25}
     assert current == {"peer": "10.0.0.1:7", "since": 1000.25, "channels": 0, "lag_frames": 0,
@@ -189,10 +189,10 @@ def test_a_gap_carries_the_clients_own_id_if_it_can_be_one(bench, brought, carri
 
 def test_a_gap_for_everybody_carries_the_id_after_which_something_is_lost(bench):
     b = bench(history=64, shared=True)
-    b.broadcast.preload(iter([]), NOTHING)
+    b.hub.preload(iter([]), NOTHING)
     reader = b.peer()
-    b.broadcast.add(Event((7, 0), frames.encode("x"), None))
-    b.broadcast.tell_gap((9, 0))
+    b.hub.add(Event((7, 0), frames.encode("x"), None))
+    b.hub.tell_gap((9, 0))
     b.turn(2)
     gap = reader.take().events[-1]
     assert (gap.name, gap.id) == ("gap", "7-0") and json.loads(gap.data)["resumed"] == "9-0"

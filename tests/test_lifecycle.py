@@ -317,7 +317,7 @@ server = SSEServer(port=0).start()
 print(server.port, flush=True)
 held, forked = threading.Event(), threading.Event()
 def hold():
-    with server._broadcast._mutex, server._lifecycle:
+    with server._hub._mutex, server._lifecycle:
         held.set()
         forked.wait()
 threading.Thread(target=hold).start()
@@ -352,7 +352,7 @@ def test_a_fault_in_a_thread_is_logged_and_ends_the_server_and_stop_reports_it(
     with pytest.raises(RuntimeError) as raised:
         with SSEServer(port=0, publish_tokens=["T"], heartbeat=0.1) as server:
             connect(server.port).close()
-            wait_until(lambda: server._broadcast.fault)
+            wait_until(lambda: server._hub.fault)
             with pytest.raises(sse_server.NotRunning):
                 server.publish("x")
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
@@ -444,7 +444,7 @@ def test_a_fault_does_not_hide_the_exception_that_ends_a_with_block(monkeypatch)
     faulty(monkeypatch, "publisher")
     with pytest.raises(KeyError):
         with SSEServer(port=0, heartbeat=0.1) as server:
-            wait_until(lambda: server._broadcast.fault)
+            wait_until(lambda: server._hub.fault)
             raise KeyError("the program's own")
 
 

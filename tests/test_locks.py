@@ -11,7 +11,7 @@ import time
 import pytest
 
 from helpers import KEPT, PATIENCE, run_together
-from sse_core.engine.hub import Broadcast
+from sse_core.engine.hub import Hub
 from sse_core.engine.clients import Opening, Subscription
 from sse_core.stores.sqlite import FileStream
 from sse_core.engine.frames import Draft, parse_id
@@ -72,23 +72,23 @@ def sock(pair):
     return pair[0]
 
 
-BROADCAST = {
-    "publish": lambda broadcast, _: broadcast.publish("x"),
-    "drain": lambda broadcast, _: broadcast.drain(),
-    "register": lambda broadcast, client: broadcast.register(client.sock, OPENING),
-    "describe_clients": lambda broadcast, _: broadcast.describe_clients(),
-    "stop": lambda broadcast, _: broadcast.stop(),
-    "close": lambda broadcast, _: broadcast.close(),
-    "has_work": lambda broadcast, _: broadcast.has_work(),
-    "next_work": lambda broadcast, _: broadcast.next_work(),
-    "fanned_out_to": lambda broadcast, _: broadcast.fanned_out_to([]),
-    "next_batch": lambda broadcast, client: broadcast.next_batch(client),
-    "done": lambda broadcast, _: broadcast.done(),
-    "remove_joining": lambda broadcast, _: broadcast.clients.remove_joining(1),
-    "mark_lagging": lambda broadcast, client: broadcast.clients.mark_lagging(client, 1000.0),
-    "mark_current": lambda broadcast, client: broadcast.clients.mark_current(client, 1000.0),
-    "count_taken": lambda broadcast, client: broadcast.clients.count_taken(client, 1, 1000.0),
-    "remove": lambda broadcast, client: broadcast.clients.remove(client)}
+HUB = {
+    "publish": lambda hub, _: hub.publish("x"),
+    "drain": lambda hub, _: hub.drain(),
+    "register": lambda hub, client: hub.register(client.sock, OPENING),
+    "describe_clients": lambda hub, _: hub.describe_clients(),
+    "stop": lambda hub, _: hub.stop(),
+    "close": lambda hub, _: hub.close(),
+    "has_work": lambda hub, _: hub.has_work(),
+    "next_work": lambda hub, _: hub.next_work(),
+    "fanned_out_to": lambda hub, _: hub.fanned_out_to([]),
+    "next_batch": lambda hub, client: hub.next_batch(client),
+    "done": lambda hub, _: hub.done(),
+    "remove_joining": lambda hub, _: hub.clients.remove_joining(1),
+    "mark_lagging": lambda hub, client: hub.clients.mark_lagging(client, 1000.0),
+    "mark_current": lambda hub, client: hub.clients.mark_current(client, 1000.0),
+    "count_taken": lambda hub, client: hub.clients.count_taken(client, 1, 1000.0),
+    "remove": lambda hub, client: hub.clients.remove(client)}
 SHARED = {
     "preload": lambda shared: shared.preload(iter(()), (-1, 0)),
     "complete": lambda shared: shared.complete(1.0),
@@ -96,50 +96,50 @@ SHARED = {
 
 
 @pytest.mark.parametrize("first", ["publish", "describe_clients"])
-@pytest.mark.parametrize("second", BROADCAST)
+@pytest.mark.parametrize("second", HUB)
 def test_no_thread_is_in_the_hub_while_another_is(sock, first, second):
     """The first has read the newest id, or is going through the clients: it asks for the time."""
-    door = Door(lambda: BROADCAST[first](broadcast, client))
-    broadcast = Broadcast(**KEPT, clock=door, wall=lambda: 1000.0)
-    broadcast.register(sock, OPENING)
-    client, = broadcast.next_work()[0]
+    door = Door(lambda: HUB[first](hub, client))
+    hub = Hub(**KEPT, clock=door, wall=lambda: 1000.0)
+    hub.register(sock, OPENING)
+    client, = hub.next_work()[0]
     client.unsent = b""
-    broadcast.clients.mark_lagging(client, 1000.0)
+    hub.clients.mark_lagging(client, 1000.0)
     if (first, second) == ("publish", "drain"):
-        broadcast.fanned_out = 1        # nobody does it here
+        hub.fanned_out = 1        # nobody does it here
         client.cursor = 1
-    assert waits(door, lambda: BROADCAST[second](broadcast, client))
+    assert waits(door, lambda: HUB[second](hub, client))
 
 
 def test_two_that_publish_at_once_get_two_ids_in_the_order_of_the_log():
-    door = Door(lambda: ids.append(broadcast.publish("first")))
-    broadcast, ids = Broadcast(**KEPT, clock=door, wall=lambda: 1000.0), []
-    assert waits(door, lambda: ids.append(broadcast.publish("second")))
+    door = Door(lambda: ids.append(hub.publish("first")))
+    hub, ids = Hub(**KEPT, clock=door, wall=lambda: 1000.0), []
+    assert waits(door, lambda: ids.append(hub.publish("second")))
     assert len(set(ids)) == 2
-    assert [frame.id for frame in broadcast.next_work()[1]] == sorted(map(parse_id, ids))
+    assert [frame.id for frame in hub.next_work()[1]] == sorted(map(parse_id, ids))
 
 
 def test_many_that_publish_and_register_are_all_counted(sock):
-    broadcast = Broadcast(**{**KEPT, "history": 10000, "max_clients": 100})
+    hub = Hub(**{**KEPT, "history": 10000, "max_clients": 100})
     ids, taken = [], []
 
     def publish():
         for _ in range(200):
-            ids.append(broadcast.publish("x"))
+            ids.append(hub.publish("x"))
 
     def register():
         for _ in range(50):
-            taken.append(broadcast.register(sock, OPENING))
+            taken.append(hub.register(sock, OPENING))
     run_together(*[publish] * 4, *[register] * 4)
-    assert len(set(ids)) == broadcast.figures()["events"] == 800
-    assert taken.count(True) == len(broadcast.close()) == 100
+    assert len(set(ids)) == hub.figures()["events"] == 800
+    assert taken.count(True) == len(hub.close()) == 100
 
 
 def test_all_clients_are_removed_only_when_no_thread_goes_through_them():
-    door = Door(lambda: broadcast.describe_clients())
-    broadcast = Broadcast(**KEPT, clock=door)
-    broadcast.wakeup.wake = door.enter         # after the stop, which would have waited for it
-    assert waits(door, broadcast.close, enter=False)
+    door = Door(lambda: hub.describe_clients())
+    hub = Hub(**KEPT, clock=door)
+    hub.wakeup.wake = door.enter         # after the stop, which would have waited for it
+    assert waits(door, hub.close, enter=False)
 
 
 class Stream:

@@ -16,10 +16,10 @@ def test_without_patience_no_client_is_waited_for(bench, patience, awaited):
     b.turn()
     b.publish("x")
     b.turn()
-    clients = b.broadcast.clients
+    clients = b.hub.clients
     assert len(clients.lagging) == 1
-    with b.broadcast._mutex:
-        assert clients.oldest_needed(b.broadcast.fanned_out, b.now) == (0 if awaited else 1)
+    with b.hub._mutex:
+        assert clients.oldest_needed(b.hub.fanned_out, b.now) == (0 if awaited else 1)
         assert clients.all_have(1, b.now) != awaited
 
 
@@ -48,8 +48,8 @@ def test_a_resuming_client_is_waited_for_at_every_moment_of_its_greeting(bench, 
     floors = []
 
     def send(data):
-        with b.broadcast._mutex:
-            floors.append(b.broadcast.clients.oldest_needed(b.broadcast.fanned_out, b.now))
+        with b.hub._mutex:
+            floors.append(b.hub.clients.oldest_needed(b.hub.fanned_out, b.now))
         raise BlockingIOError
     monkeypatch.setattr(back.server_end, "send", send)
     b.turn(2)
@@ -57,7 +57,7 @@ def test_a_resuming_client_is_waited_for_at_every_moment_of_its_greeting(bench, 
     monkeypatch.undo()
     back.server_end.room = 1 << 20
     b.turn(3)
-    assert len(back.data()) == 63 and not b.broadcast.clients.joining
+    assert len(back.data()) == 63 and not b.hub.clients.joining
 
 
 def test_a_patient_publish_gives_up_a_client_that_does_not_read_after_one_pause(bench):
@@ -199,7 +199,7 @@ def test_drain_waits_for_a_client_that_keeps_the_pace_and_for_no_other(bench):
     b.publish(text)
     b.turn()
     began = b.now
-    draining = in_a_thread(b.broadcast.drain)
+    draining = in_a_thread(b.hub.drain)
     while draining.is_alive():
         narrow.server_end.room = 5000
         narrow.take()
@@ -225,7 +225,7 @@ def test_a_publish_that_waits_for_room_is_refused_when_the_server_stops(bench):
     b.watched = in_a_thread(publish)
     # It waits, because nothing is fanned out.
     assert b.looked.wait(5)
-    b.broadcast.stop()
+    b.hub.stop()
     b.watched.join(5)
     assert raised and b.publisher.figures()["events"] == 48
 
@@ -234,11 +234,11 @@ def test_a_stop_in_the_middle_of_many_events_publishes_them_all(bench):
     b = bench(history=64)
     ids = []
     drafts = [Draft(str(number)) for number in range(1000)]
-    thread = in_a_thread(lambda: ids.extend(b.broadcast.publish_all(drafts)))
+    thread = in_a_thread(lambda: ids.extend(b.hub.publish_all(drafts)))
     # It waits, because nothing is fanned out.
-    wait_until(lambda: b.broadcast._changed._waiters)
-    b.broadcast.stop()
+    wait_until(lambda: b.hub._changed._waiters)
+    b.hub.stop()
     thread.join()
     assert len(set(ids)) == b.publisher.figures()["events"] == 1000
     with pytest.raises(NotRunning):
-        b.broadcast.publish_all(drafts)
+        b.hub.publish_all(drafts)

@@ -11,7 +11,7 @@ import pytest
 from bench import HEAD, opening
 from helpers import KEPT, PATIENCE, in_a_thread, wait_until
 from publisher import Publisher
-from sse_core.engine.hub import Broadcast
+from sse_core.engine.hub import Hub
 from sse_core.errors import Unavailable
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import Event
@@ -27,16 +27,16 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
         b.publish(str(number))
     stopper = threading.Thread(target=b.stop)
     stopper.start()
-    wait_until(lambda: b.broadcast.stopping and b.broadcast.fanned_out == 100)
+    wait_until(lambda: b.hub.stopping and b.hub.fanned_out == 100)
     # The client that takes nothing keeps it waiting until the second is over.
     b.now += 2
-    b.broadcast.wakeup.wake()
+    b.hub.wakeup.wake()
     stopper.join(5)
     assert not stopper.is_alive()
     assert chunked.data() == plain.data() == [str(number) for number in range(100)]
     assert chunked.stream.ended and not plain.stream.ended
     assert not deaf.take().ended
-    assert not b.broadcast.register(deaf.server_end, opening())
+    assert not b.hub.register(deaf.server_end, opening())
 
 
 def test_a_stop_gives_a_slow_client_a_second_and_a_fault_gives_none(bench):
@@ -45,18 +45,18 @@ def test_a_stop_gives_a_slow_client_a_second_and_a_fault_gives_none(bench):
     b.turn()
     b.publish("x")
     b.turn()
-    b.broadcast.stop()
+    b.hub.stop()
     b.now += 0.99
-    assert not b.broadcast.done()
+    assert not b.hub.done()
     # Stopping again gives no more time.
-    b.broadcast.stop()
+    b.hub.stop()
     b.now += 0.01
-    assert b.broadcast.done()
+    assert b.hub.done()
     other = bench()
     other.peer(narrow=True)
     other.turn()
-    other.broadcast.fail(ZeroDivisionError())
-    assert other.broadcast.done()
+    other.hub.fail(ZeroDivisionError())
+    assert other.hub.done()
 
 
 @pytest.mark.parametrize("bad", [{"history": -1}, {"heartbeat": -1.0}, {"retry": -0.1},
@@ -64,7 +64,7 @@ def test_a_stop_gives_a_slow_client_a_second_and_a_fault_gives_none(bench):
                                  {"heartbeat": 2.0**31}, {"heartbeat": math.nan}])
 def test_options_that_are_negative_or_no_number_are_a_value_error(bad):
     with pytest.raises(ValueError):
-        Broadcast(**{**KEPT, **bad})
+        Hub(**{**KEPT, **bad})
 
 
 def test_a_logging_handler_may_publish(bench):
@@ -92,7 +92,7 @@ def test_a_logging_handler_may_publish(bench):
             wait_until(lambda: peer.take().head)
         for peer in peers[1:]:
             peer.sock.close()
-        wait_until(lambda: len(b.broadcast.clients) == 1)
+        wait_until(lambda: len(b.hub.clients) == 1)
         b.stop()
     finally:
         logger.removeHandler(handler)
@@ -104,8 +104,8 @@ def test_a_logging_handler_may_publish(bench):
 def test_a_signal_handler_amid_a_publish_is_refused_and_never_waits(bench, call):
     b = bench()
     b.publish("x")
-    with b.broadcast._mutex, pytest.raises(RuntimeError, match="signal handler"):
-        getattr(b.broadcast, call)()
+    with b.hub._mutex, pytest.raises(RuntimeError, match="signal handler"):
+        getattr(b.hub, call)()
 
 
 def test_a_publish_inside_a_publish_of_the_same_thread_is_refused_or_done(bench):
@@ -168,7 +168,7 @@ def test_figures_begin_at_zero_and_count_frames_and_bytes_however_they_are_sent(
 
 def test_figures_count_gaps_told_and_events_published(bench):
     b = bench(history=64, shared=True)
-    b.broadcast.preload(iter([Event((number, 0), b"data: old\n\n", None)
+    b.hub.preload(iter([Event((number, 0), b"data: old\n\n", None)
                          for number in range(1, 100)]), NOTHING)
     back = b.peer(last_id="1-0", narrow=True)
     for _ in range(50):
@@ -177,8 +177,8 @@ def test_figures_count_gaps_told_and_events_published(bench):
     assert b.publisher.figures()["gaps"] == 0
     back.server_end.room = 1 << 20
     b.turn(3)
-    b.broadcast.tell_gap(None)
-    b.broadcast.add(Event((200, 0), b"data: new\n\n", None))
+    b.hub.tell_gap(None)
+    b.hub.add(Event((200, 0), b"data: new\n\n", None))
     b.turn()
     figures = b.publisher.figures()
     assert (figures["gaps"], figures["events"]) == (1, 1)
@@ -194,13 +194,13 @@ def test_the_pipe_is_closed_when_nobody_writes_to_it_any_more():
 
     def wake():
         sys.setprofile(stop_before_the_system_call)
-        broadcast.wakeup.wake()
+        hub.wakeup.wake()
     arrived, closed = threading.Event(), threading.Event()
     # So that nothing left by earlier tests is closed meanwhile.
     gc.collect()
     before = os.listdir("/dev/fd")
-    broadcast = Broadcast(**KEPT)
-    publisher = Publisher(broadcast)
+    hub = Hub(**KEPT)
+    publisher = Publisher(hub)
     waker = in_a_thread(wake)
     assert arrived.wait(PATIENCE)
     publisher.close()

@@ -733,7 +733,7 @@ def fail(event: Event) -> None:
 def test_a_fault_in_the_follower_ends_the_server(store, monkeypatch, caplog):
     server = SSEServer(port=0, redis=store.url).start()
     try:
-        monkeypatch.setattr(server._broadcast, "add", fail)
+        monkeypatch.setattr(server._hub, "add", fail)
         with Client(server.port) as client:
             client.open()
             store.add(data="one")

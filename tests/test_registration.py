@@ -26,11 +26,11 @@ def test_no_client_is_taken_before_the_log_is_loaded(bench):
     b = bench(history=64, shared=True)
     ours, peer = socket.socketpair()
     with ours, peer:
-        assert not b.broadcast.loaded.is_set() and not b.broadcast.register(ours, opening())
-        b.broadcast.preload(iter([Event((1, 0), b"data: 1\n\n", None)]), NOTHING)
-        assert not b.broadcast.has_work()
+        assert not b.hub.loaded.is_set() and not b.hub.register(ours, opening())
+        b.hub.preload(iter([Event((1, 0), b"data: 1\n\n", None)]), NOTHING)
+        assert not b.hub.has_work()
     new = b.peer()
-    b.broadcast.add(Event((2, 0), b"data: 2\n\n", None))
+    b.hub.add(Event((2, 0), b"data: 2\n\n", None))
     b.turn(2)
     assert new.data()[-1:] == ["2"] and "1" not in new.data()
 
@@ -41,20 +41,20 @@ def test_no_client_is_taken_before_what_it_had_has_come_back_from_the_store(benc
 
     def add(*numbers):
         for number in numbers:
-            b.broadcast.add(Event((number, 0), b"data: %d\n\n" % number, None))
+            b.hub.add(Event((number, 0), b"data: %d\n\n" % number, None))
         b.turn(2)
-    b.broadcast.preload(iter([Event((1, 0), b"data: 1\n\n", None)]), NOTHING)
-    b.broadcast.complete(b.now)
+    b.hub.preload(iter([Event((1, 0), b"data: 1\n\n", None)]), NOTHING)
+    b.hub.complete(b.now)
     came_at = b.now
     b.now += 1
     ours, peer = socket.socketpair()
     with ours, peer:
         for id in ("3-0", "99-0"):
-            assert not b.broadcast.register(ours, opening(last_id=id, came_at=came_at))
+            assert not b.hub.register(ours, opening(last_id=id, came_at=came_at))
     add(2, 3)
     resumed = b.peer(last_id="3-0", came_at=came_at)
     # Now the log has all there was when the client came, and its id is not in it.
-    b.broadcast.complete(b.now)
+    b.hub.complete(b.now)
     nowhere = b.peer(last_id="99-0", came_at=came_at)
     add(4)
     assert resumed.data() == ["4"] and nowhere.take().events[0].name == "gap"

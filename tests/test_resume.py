@@ -136,7 +136,7 @@ def test_an_id_is_unknown_to_an_empty_log(server):
 def test_an_evicted_id_gives_a_gap_and_then_all_that_is_kept():
     with SSEServer(port=0, history=100) as server:
         ids = [server.publish(str(number)) for number in range(300)]
-        wait_until(lambda: server._broadcast.fanned_out == 300)
+        wait_until(lambda: server._hub.fanned_out == 300)
         events = first_events(server.port, 101, ids[50])
         assert json.loads(events[0].data) == {"after": ids[50], "resumed": ids[200],
                                               "reason": "evicted"}

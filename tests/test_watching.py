@@ -133,7 +133,7 @@ def test_they_are_under_the_same_token_rule(server):
 def test_health_asks_no_token_and_tells_why_nothing_is_taken(server):
     health = b"GET /-/health HTTP/1.1\r\nHost: x\r\n\r\n"
     assert ask(server.port, health).endswith(b"\r\n\r\nok\n")
-    server._broadcast.stop(PATIENCE)        # in the middle of a stop; publicly it is too short
+    server._hub.stop(PATIENCE)        # in the middle of a stop; publicly it is too short
     answer = ask(server.port, health)
     assert answer.startswith(b"HTTP/1.1 503 ") and b"the server is stopped." in answer
     with pytest.raises(requests.HTTPError, match="404"):

@@ -56,7 +56,7 @@ def lines(publish_all: Callable[..., object], stopping: threading.Event, descrip
     """Publish each line that comes from a file descriptor, until its end. Return how many.
 
     All lines that are there are published at once. Slow clients that keep the pace hold them back,
-    and so the program that writes to the pipe; see `Broadcast.publish_all`.
+    and so the program that writes to the pipe; see `Hub.publish_all`.
 
     descriptor: of the pipe, whose reads may block. parse: see Parse. Lines for which it raises
     ValueError are left out, and counted in a warning at the end; see LineSplitter.

@@ -45,7 +45,7 @@ WAITERS_SHARE = 0.75
 ID_LENGTH = 64
 
 
-class Broadcast:
+class Hub:
     """Hold the log and the clients, and say what there is to be sent.
 
     history, retry, max_clients, patience, heartbeat: as of SSEServer. Raises ValueError for one
@@ -277,7 +277,7 @@ class Broadcast:
     def check_running(self) -> None:
         """Raise NotRunning if nothing is taken any more."""
         if self.stopping:
-            raise NotRunning(Broadcast.trouble(self))
+            raise NotRunning(Hub.trouble(self))
 
     def refuse_inside(self) -> None:
         """Raise RuntimeError in a signal handler whose thread was in the middle of another call.

@@ -27,7 +27,7 @@ from typing import Any, Callable
 
 from sse_core.engine import frames
 from sse_core.engine.clients import Opening, Subscription
-from sse_core.engine.hub import Broadcast
+from sse_core.engine.hub import Hub
 from sse_core.errors import HTTPError, NotRunning, Unavailable
 from sse_core.http import http1, parameters
 from sse_core.http.access import Access, Grant
@@ -84,7 +84,7 @@ class Answers:
     status        Returns the same with the list of clients.
     """
 
-    def __init__(self, access: Access, hub: Broadcast, *, page: bytes | None, stream_type: str,
+    def __init__(self, access: Access, hub: Hub, *, page: bytes | None, stream_type: str,
                  figures: Callable[[], Figures], status: Callable[[], Figures]) -> None:
         # None of these changes, so that any thread may use them.
         self._access = access

@@ -30,7 +30,7 @@ from typing import Any, Callable, NamedTuple, TypeVar
 from sse_core.engine import frames
 from sse_core.engine.clients import Opening
 from sse_core.engine.frames import Draft, Id
-from sse_core.engine.hub import ID_LENGTH, POLL_INTERVAL, Broadcast
+from sse_core.engine.hub import ID_LENGTH, POLL_INTERVAL, Hub
 from sse_core.engine.log import FRAME_COST, MAX_BYTES, MIN_FRAMES, NOTHING, SCAN_LIMIT
 from sse_core.errors import Unavailable
 
@@ -359,8 +359,8 @@ class SharedLog(ABC):
         stopping.wait(seconds)
 
 
-class Shared(Broadcast):
-    """A Broadcast whose events, and their ids, come from a shared log. It has the same options."""
+class Shared(Hub):
+    """A Hub whose events, and their ids, come from a shared log. It has the same options."""
 
     def __init__(self, stream: SharedLog, *, history: int, **options: Any) -> None:
         super().__init__(history=history, began_with=(0, 0), **options)
@@ -385,7 +385,7 @@ class Shared(Broadcast):
         self._arrived = self.fanned_out_id
 
     def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
-        """Hand over a socket, see Broadcast.
+        """Hand over a socket, see Hub.
 
         Returns False, too, before the log is loaded, and when it cannot be said yet what the id is
         that the client brought. Another server may have given it out, and its event may be on the
@@ -397,7 +397,7 @@ class Shared(Broadcast):
         return self.loaded.is_set() and not may_come and super().register(sock, opening, peer)
 
     def drain(self) -> None:
-        """Wait for what has not come back from the store, for a while, then as Broadcast does."""
+        """Wait for what has not come back from the store, for a while, then as Hub does."""
         began = self.clock()
         until = began + max(1.0, self.clients.pace.longest)
         self.refuse_inside()
@@ -407,7 +407,7 @@ class Shared(Broadcast):
         super().drain()
 
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
-        """Publish to the shared log, all or none; see Broadcast. Raises Unavailable, too.
+        """Publish to the shared log, all or none; see Hub. Raises Unavailable, too.
 
         With `wait`, the events are published in pieces, and each piece is tried until the log takes
         it. If only the answer was lost, a piece is published twice.
