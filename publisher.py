@@ -323,10 +323,13 @@ class Publisher:
 
     def _beat(self, client: Client) -> None:
         """Send a current client a comment. If its socket does not take all, it lags from here."""
-        client.cursor = self._hub.fanned_out
-        client.delivered_id = self._hub.fanned_out_id
-        client.unsent = client.subscription.framed(frames.HEARTBEAT)
-        self._advance(client)
+        comment = client.subscription.framed(frames.HEARTBEAT)
+        sent = self._send(client, comment)
+        if 0 <= sent < len(comment):
+            client.cursor = self._hub.fanned_out
+            client.delivered_id = self._hub.fanned_out_id
+            client.unsent = memoryview(comment)[sent:]
+            self._watch(client)
 
     def _end(self, client: Client) -> bool:
         """End a stream in order, unless it is in the middle of a frame.

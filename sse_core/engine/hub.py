@@ -186,7 +186,6 @@ class Hub:
 
         Raises NotRunning after `stop`. With `is_begun`, it evicts then, and waits for nobody.
         """
-        self.clients.assert_mutex_is_held()
         while not self._log.has_room(length, WAITERS_SHARE if wait else 1.0):
             if not is_begun:
                 self.check_running()
@@ -199,6 +198,7 @@ class Hub:
 
     def _may_evict(self, wait: bool) -> bool:
         """Return whether a publisher may evict the oldest frame. If not, it has to wait."""
+        self.clients.assert_mutex_is_held()
         log = self._log
         if not wait:
             # At most three quarters of the log may wait for the publisher thread.
