@@ -208,3 +208,12 @@ def test_the_pipe_is_closed_when_nobody_writes_to_it_any_more():
     closed.set()
     waker.join()
     assert os.listdir("/dev/fd") == before
+
+
+def test_what_needs_the_mutex_fails_without_it(bench):
+    b = bench()
+    clients = b.hub.clients
+    for call in (lambda: clients.oldest_needed(0, b.now), lambda: clients.all_have(0, b.now),
+                 lambda: clients.add(None), lambda: b.hub._may_evict(wait=False)):
+        with pytest.raises(AssertionError, match="hold the mutex"):
+            call()

@@ -167,6 +167,7 @@ class Client:
         It is made anew if the socket takes nothing of it.
         """
         channels, chunked = self.subscription
+        # Frames before the first one have been evicted.
         start = max(self.cursor, log.first)
         if start > self.cursor and not self.gap and log.has_lost(self.cursor, channels):
             own = self.delivered_id if log.has_ids and self.delivered_id > NOTHING else None
@@ -233,7 +234,8 @@ class Clients:
 
     def is_mutex_held(self) -> bool:
         """Return whether the calling thread holds the mutex."""
-        return self._mutex._is_owned()      # type: ignore[attr-defined, no-any-return]
+        # As threading.Condition itself asks.
+        return self._mutex._is_owned()  # type: ignore[attr-defined, no-any-return]
 
     def assert_mutex_is_held(self) -> None:
         """Fail if the calling thread does not hold the mutex."""

@@ -102,10 +102,13 @@ class Groups:
 
         Clients may leave meanwhile.
         """
+        # The frames on each channel, in order.
         by_channel: dict[str | None, list[Frame]] = {}
         for frame in run:
             by_channel.setdefault(frame.channel, []).append(frame)
         named = frozenset(channel for channel in by_channel if channel)
+
+        # By what is wanted of this run; and the memory that they take, in bytes.
         batches: dict[Subscription, Batch] = {}
         joined = 0
         for group in self.wanting(by_channel):
@@ -114,6 +117,7 @@ class Groups:
             if key not in batches:
                 if joined > MAX_JOINED:
                     batches, joined = {}, 0
+                # Sorted by their numbers, the frames are in the order of the log again.
                 wanted = [by_channel.get(channel, ()) for channel in (None, *channels)]
                 batches[key] = batch = Batch(sorted(chain.from_iterable(wanted)), key.chunked)
                 joined += len(batch.data) + BATCH_COST * (1 + len(batch.frames))

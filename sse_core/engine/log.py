@@ -213,10 +213,12 @@ class Log:
         epoch was evicted.
         """
         oldest = max(self.first, self._epoch)
+        # It is no id, or from the future: nobody knows what the client has had.
         if event_id is None or event_id > self.last_id:
             return oldest, "unknown"
         number = self._at(event_id)
         is_kept = number < self.next and self._frames[number].id == event_id
+        # A store had newer events than this one which are not in the log.
         if event_id < self._missing:
             return number + is_kept, "evicted"
         if is_kept:

@@ -70,6 +70,7 @@ class Stalls:
         """
         number = max(1, round(CHECKS_PER_SECOND * share))
         due = [*islice(self._round, number)]
+        # A round of all is over. The next one takes in whoever has come meanwhile.
         if not due:
             self._round = iter([*everyone()])
             due = [*islice(self._round, number)]
@@ -97,6 +98,7 @@ class Stalls:
             except OSError:
                 # It is closed, or no TCP socket.
                 pass
+        # Older kernels, and other systems, say less.
         if len(info) < _INFO.size:
             is_lagging = client in self._clients.lagging
             return (client.sent_at, client.sent_at) if is_lagging else None
