@@ -7,11 +7,13 @@ One mutex guards all of it: the log, the table of clients, and what each publish
 rules keep that short. The mutex is never held across a system call. And it is never held across a
 loop whose length a client chooses: scans of the log end after a fixed number of frames.
 
-Publishers meet a full log in two ways. One that does not wait (a POST, a program) evicts the oldest
-frame, whoever still needs it: a client that does is told a gap. It waits only for the publisher
-thread, if that has not sent most of the log yet. One that waits (a pipe) never evicts a frame that
-a client still needs which keeps the pace of pace.py, and leaves the last quarter of the log to
-those that do not wait.
+There are two kinds of publishers, and they meet a full log differently:
+
+    does not wait   A POST or a program evicts the oldest frame, even if a slow client needs it,
+                    which is then told a gap. It waits for the publisher thread alone, and only
+                    while that has not sent most of the log yet.
+    waits           A pipe never evicts a frame that a client worth waiting for still needs; pace.py
+                    says which clients are. It leaves the last quarter of the log to the others.
 
 Any thread may call any method, except those at the end, which are the publisher thread's. None may
 be called from a signal handler: set a flag there instead.
@@ -34,11 +36,11 @@ from sse_core.errors import NotRunning, WouldWait
 # Seconds that a stop gives clients to take what is in the log.
 STOP_TIME = 1.0
 
-# Seconds between two checks by a thread that waits. A client can lose the pace by time alone, and
-# then nobody wakes those that wait for it.
+# Seconds between two checks by a thread that waits. Nobody wakes it when time alone has made a
+# client too slow to be waited for.
 POLL_INTERVAL = 0.1
 
-# The share of the log that publishers which wait may fill.
+# The share of the log that a publisher may fill if it can wait.
 WAITERS_SHARE = 0.75
 
 # Bytes that an id adds to a frame, at most.
@@ -75,16 +77,17 @@ class Hub:
         self._log = Log(history, began_with or (int(wall() * 1000), 0))
         self.clients = Clients(self._mutex, patience)
 
-        # The number of the frame with which the fan-out goes on, and the newest id before it. Only
-        # the publisher thread changes them, and reads them without the mutex.
+        # The number of the frame with which the fan-out goes on, and the newest id before it. As
+        # soon as there are clients, only the publisher thread changes them, and so reads them
+        # without the mutex.
         self.fanned_out = 0
         self.fanned_out_id = self._log.last_id
 
-        # Every client that is waited for has all frames below this number. It is looked up again
-        # when the log has come to it.
+        # Every client that is waited for has all frames below this number. It is found anew only
+        # when these have been evicted.
         self._floor = 0
 
-        # When clients have had time enough, on `clock`. None while events and clients are taken.
+        # When a stop gives clients no more time, on `clock`. None while the hub takes anything.
         self._stop_by: float | None = None
 
         # Events that were published here.
@@ -101,7 +104,8 @@ class Hub:
         self.clock = clock
         self.wall = wall
 
-        # The publisher waits in it. While the flag is True, it looks for work without being woken.
+        # The publisher thread waits in it. While the flag is True, that thread is going to look for
+        # work anyway.
         self.wakeup = WakeUp()
         self._woken = False
 

@@ -24,6 +24,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Callable
 
@@ -93,11 +94,9 @@ class Stalls:
         """Return how much a client has acknowledged, and a time; None if it owes nothing."""
         info = b""
         if sys.platform == "linux":
-            try:
+            # It fails if the socket is closed, or is no TCP socket.
+            with suppress(OSError):
                 info = client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
-            except OSError:
-                # It is closed, or no TCP socket.
-                pass
         # Older kernels, and other systems, say less.
         if len(info) < _INFO.size:
             is_lagging = client in self._clients.lagging
