@@ -196,3 +196,21 @@ def test_a_gap_for_everybody_carries_the_id_after_which_something_is_lost(bench)
     b.turn(2)
     gap = reader.take().events[-1]
     assert (gap.name, gap.id) == ("gap", "7-0") and json.loads(gap.data)["resumed"] == "9-0"
+
+
+def test_a_client_that_has_had_nothing_yet_is_told_no_id_after_which_something_is_lost(bench):
+    b = bench(history=64)
+    b.publish("old")
+    b.turn()
+    back = b.peer(last_id="nonsense", narrow=True)
+    # That is the head, `retry:` and a part of the gap.
+    back.server_end.room = len(HEAD) + 50
+    b.turn()
+    for number in range(200):
+        b.publish(str(number))
+        b.turn()
+    back.server_end.room = 1 << 20
+    b.turn(3)
+    gaps = [json.loads(event.data) for event in back.take().events if event.name == "gap"]
+    assert [(gap["after"], gap["reason"]) for gap in gaps] == [("nonsense", "unknown"),
+                                                               (None, "lagging")]
