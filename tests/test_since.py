@@ -1,6 +1,5 @@
 """Where a stream begins without an id: `?since=`."""
 import json
-import math
 import time
 
 import pytest
@@ -186,10 +185,10 @@ def test_the_latest_is_the_newest_event_also_when_a_gap_was_told_after_it():
     log = Log(64)
     log.append(b"x", (1, 0), None, 0.0)
     log.append(b"gap", None, None, 0.0)
-    assert log.locate_time(math.inf, ()) == (0, None)
+    assert log.latest(())[1:] == (0, None)
     log.evict()
     log.evict()
-    assert log.locate_time(math.inf, ()) == (2, None)
+    assert log.latest(())[1:] == (2, None)
 
 
 def test_what_latest_copies_for_a_client_is_bounded_and_the_newest_is_no_copy(monkeypatch):
@@ -197,16 +196,16 @@ def test_what_latest_copies_for_a_client_is_bounded_and_the_newest_is_no_copy(mo
     log = Log(64)
     for number, channel in enumerate("abcd"):
         log.append(channel.encode() * 60 + b"\n", (number + 1, 0), channel, 0.0)
-    latest = log.latest("abcd")
+    latest, *_ = log.latest("abcd")
     assert [b"b" * 60 in each for each in latest] == [True, False] and b"c" * 60 in latest[1]
-    assert log.locate_time(math.inf, "abcd") == (3, "evicted")      # one is left out
-    assert log.locate_time(math.inf, "abc") == (2, None)
-    assert log.latest("a") == [] and log.locate_time(math.inf, "a") == (0, None)
-    assert log.locate_time(math.inf, "x") == (4, None)
+    assert log.latest("abcd")[1:] == (3, "evicted")      # one is left out
+    assert log.latest("abc")[1:] == (2, None)
+    assert log.latest("a") == ([], 0, None)
+    assert log.latest("x")[1:] == (4, None)
     length = len(log.frame(1).chunk)
     for bound, kept in ((2 * length, "bc"), (2 * length - 1, "c")):
         monkeypatch.setattr(log_module, "MAX_LATEST", bound)
-        latest = log.latest("abcd")
+        latest, *_ = log.latest("abcd")
         assert len(latest) == len(kept)
         assert all(name.encode() * 60 in each for name, each in zip(kept, latest))
 

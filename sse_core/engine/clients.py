@@ -147,13 +147,15 @@ class Client:
 
         Returns frames that are sent before the one at the cursor.
         """
-        channels, own, latest = self.subscription.channels, None, []
+        channels, own = self.subscription.channels, None
+        latest: list[bytes] = []
         if opening.since is None:
             own = frames.parse_id(opening.last_id or "")
             self.cursor, reason = log.locate(own, channels)
+        elif opening.since == math.inf:
+            latest, self.cursor, reason = log.latest(channels)
         else:
             self.cursor, reason = log.locate_time(opening.since, channels)
-            latest = log.latest(channels) if opening.since == math.inf else []
         self.delivered_id = own or NOTHING
         self.gap = Gap(opening.last_id, reason, own) if reason else None
         return latest

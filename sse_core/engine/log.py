@@ -29,7 +29,6 @@ No socket, no thread, no clock and no lock in here: hold the mutex of the hub.
 """
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -53,7 +52,7 @@ MIN_FRAMES = 64
 # been quiet longest share one memory. They may be told a gap that was none, never the reverse.
 MAX_CHANNELS = 10_000
 
-# Bytes that `latest` returns, at most. Each client that asks has them to itself.
+# Bytes of chunks that `latest` returns, at most. Each client that asks has them to itself.
 MAX_LATEST = BATCH
 
 # Frames that a scan looks at before it ends, so that a client which wants none of them holds up
@@ -231,13 +230,8 @@ class Log:
     def locate_time(self, milliseconds: float, channels: Iterable[str]) -> tuple[int, str | None]:
         """Return the number of the first frame from a time on, and the reason of a gap, or None.
 
-        milliseconds: since 1970; 0 for all there ever was. Infinity: the newest frames, of which
-        the cursor stands at the last and `latest` returns the others.
+        milliseconds: since 1970; 0 for all there ever was.
         """
-        if milliseconds == math.inf:
-            found = self._newest_of(channels)
-            is_cut = len(self.latest(channels)) < len(found) - 1
-            return (found[-1].number if found else self.next), "evicted" if is_cut else None
         begin = int(milliseconds), 0
         number = self._at(begin)
         # A gap that was told to everybody says what is missing before the frame that follows it.
@@ -245,18 +239,21 @@ class Log:
             number -= 1
         return number, "evicted" if self._newest_gone(channels) >= begin else None
 
-    def latest(self, channels: Iterable[str]) -> list[bytes]:
-        """Return the newest frame of each of these channels, and of none, as chunks in order.
+    def latest(self, channels: Iterable[str]) -> tuple[list[bytes], int, str | None]:
+        """Return where a client goes on that wants the newest event of each channel, and of none.
 
-        The last of them is left out, because the cursor stands there. If the others have more than
-        MAX_LATEST bytes, the oldest are left out, too.
+        That is all of these events but the last one, as chunks in order; the number of the last
+        one; and the reason of a gap, or None. If the chunks have more than MAX_LATEST bytes, the
+        oldest are left out, which is a gap.
         """
+        newest = sorted(self._newest[each] for each in (None, *channels) if each in self._newest)
         kept: list[bytes] = []
-        for frame in self._newest_of(channels)[-2::-1]:
+        for frame in newest[-2::-1]:
             if sum(map(len, kept)) + len(frame.chunk) > MAX_LATEST:
                 break
             kept.insert(0, frame.chunk)
-        return kept
+        reason = "evicted" if len(kept) < len(newest) - 1 else None
+        return kept, newest[-1].number if newest else self.next, reason
 
     def has_lost(self, cursor: int, channels: Iterable[str]) -> bool:
         """Return whether a frame that a client at this cursor wanted has left the log."""
@@ -272,9 +269,6 @@ class Log:
             else:
                 high = middle
         return low
-
-    def _newest_of(self, channels: Iterable[str]) -> list[Frame]:
-        return sorted(self._newest[each] for each in (None, *channels) if each in self._newest)
 
     def _newest_gone(self, channels: Iterable[str]) -> tuple[int, ...]:
         """Return the newest id of this epoch that was evicted, or missing, on these channels."""
