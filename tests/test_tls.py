@@ -109,7 +109,7 @@ def test_handshakes_that_stop_in_the_middle_hold_up_nobody(secure, stage):
     began = time.monotonic()
     with SecureClient(secure.port) as client:
         assert client.open().stream.status == 200
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     for client in stalled:
         client.close()
 
