@@ -214,3 +214,16 @@ def test_a_client_that_has_had_nothing_yet_is_told_no_id_after_which_something_i
     gaps = [json.loads(event.data) for event in back.take().events if event.name == "gap"]
     assert [(gap["after"], gap["reason"]) for gap in gaps] == [("nonsense", "unknown"),
                                                                (None, "lagging")]
+
+
+def test_a_gap_for_which_there_was_no_room_is_told_before_the_next_event(bench):
+    b = bench(history=64)
+    back = b.peer(last_id="nonsense", narrow=True)
+    # That is the head and `retry:`, and not a byte more.
+    back.server_end.room = len(HEAD) + len(frames.retry_line(3.0))
+    b.turn()
+    assert not back.server_end.room
+    back.server_end.room = 1 << 20
+    b.publish("next")
+    b.turn(2)
+    assert [event.name for event in back.take().events] == ["gap", "message"]
