@@ -4,7 +4,7 @@ import time
 import pytest
 
 from bench import piped
-from helpers import in_a_thread, wait_until
+from helpers import PATIENCE, in_a_thread, wait_until
 from sse_core.errors import NotRunning
 from sse_core.engine.frames import Draft
 
@@ -242,3 +242,26 @@ def test_a_stop_in_the_middle_of_many_events_publishes_them_all(bench):
     assert len(set(ids)) == b.publisher.figures()["events"] == 1000
     with pytest.raises(NotRunning):
         b.hub.publish_all(drafts)
+
+
+def test_what_the_publisher_thread_takes_is_charged_to_no_client(bench):
+    b = bench(history=64)
+    slow = b.peer(narrow=True)
+    slow.server_end.room = 1000
+    b.turn()
+    for _ in range(48):
+        b.publish("x")
+    b.watched = in_a_thread(b.publish, "late", wait=True)
+    # It waits, because nothing has been fanned out. It checks at least once after that.
+    for seconds in (20, 0):
+        b.looked.clear()
+        assert b.looked.wait(PATIENCE)
+        b.now += seconds
+    slow.server_end.room = 0
+    while b.watched.is_alive() and not b.hub.clients.lagging:
+        b.turn()
+    with b.hub._mutex:
+        assert b.hub.clients.oldest_needed(b.hub.fanned_out, b.now) == 0
+    slow.server_end.room = 1 << 20
+    while b.watched.is_alive():
+        b.turn()
