@@ -9,7 +9,7 @@ from functools import partial
 
 from helpers import KEPT, in_a_thread
 from publisher import Publisher
-from sse_core.engine.clients import Opening, Subscription
+from sse_core.engine.clients import StreamRequest, Subscription
 from sse_core.engine.hub import Hub
 from sse_core.stores.store import Shared
 from wire import Decoder
@@ -35,9 +35,9 @@ class Narrow:
         return sent
 
 
-def opening(chunked: bool = True, channels=(), last_id: str = None, since: float = None,
-            ends_at: float = math.inf, came_at: float = 0.0) -> Opening:
-    return Opening(HEAD, Subscription(frozenset(channels), chunked), last_id, since, ends_at,
+def stream_request(chunked: bool = True, channels=(), last_id: str = None, since: float = None,
+            ends_at: float = math.inf, came_at: float = 0.0) -> StreamRequest:
+    return StreamRequest(HEAD, Subscription(frozenset(channels), chunked), last_id, since, ends_at,
                    came_at)
 
 
@@ -53,7 +53,7 @@ class Peer:
         self.stream = Decoder(options.get("chunked", True), options.get("last_id") or "",
                               original=not hub._log.has_ids)
         self.raw = bytearray()
-        assert hub.register(self.server_end, opening(**options), peer)
+        assert hub.register(self.server_end, stream_request(**options), peer)
 
     def take(self) -> Decoder:
         """Receive all that is there now."""

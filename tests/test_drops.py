@@ -8,7 +8,7 @@ import time
 import pytest
 
 import publisher
-from bench import HEAD, opening
+from bench import HEAD, stream_request
 from helpers import wait_until
 from sse_core.engine import stalls
 from sse_core.engine.stalls import STALL_TIMEOUT
@@ -35,7 +35,7 @@ def stops_reading(b, events: int) -> float:
     with ours, theirs:
         ours.setblocking(False)
         theirs.settimeout(5)
-        assert b.hub.register(ours, opening())
+        assert b.hub.register(ours, stream_request())
         for _ in range(events):
             b.publish("x" * 1000)
             b.turn()
@@ -87,7 +87,7 @@ def test_a_reader_with_a_small_buffer_is_not_dropped_as_long_as_it_takes_a_byte(
     with ours, theirs:
         ours.setblocking(False)
         theirs.settimeout(5)
-        assert b.hub.register(ours, opening())
+        assert b.hub.register(ours, stream_request())
         for _ in range(40):
             b.publish("x" * 10_000)
             b.turn()
@@ -209,10 +209,10 @@ def test_no_more_than_max_clients_are_taken_until_one_leaves(bench):
     b.peer(), b.peer()
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert not b.hub.register(ours, opening())
+        assert not b.hub.register(ours, stream_request())
         b.turn()
         first.sock.close()
         b.turn()
-        assert b.hub.register(ours, opening())
+        assert b.hub.register(ours, stream_request())
         b.turn()
         assert theirs.recv(100) == HEAD

@@ -11,7 +11,7 @@ from zlib import crc32
 
 import pytest
 
-from bench import Bench, Peer, opening, piped
+from bench import Bench, Peer, stream_request, piped
 from helpers import in_a_thread
 from model import ID_ROOM, WIDE, Id, Reader, Story, parsed, spelled, with_one_end
 from sse_core.engine import frames
@@ -156,7 +156,7 @@ class Driver:
         """What it had before it came may come yet."""
         ours, peer = socket.socketpair()
         with ours, peer:
-            assert not self.hub.register(ours, opening(last_id=last_id, came_at=came_at))
+            assert not self.hub.register(ours, stream_request(last_id=last_id, came_at=came_at))
 
     def give_room(self) -> None:
         for reader in self.draw.sample(self.readers, min(2, len(self.readers))):

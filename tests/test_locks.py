@@ -12,7 +12,7 @@ import pytest
 
 from helpers import KEPT, PATIENCE, run_together
 from sse_core.engine.hub import Hub
-from sse_core.engine.clients import Opening, Subscription
+from sse_core.engine.clients import StreamRequest, Subscription
 from sse_core.stores.sqlite import FileStream
 from sse_core.engine.frames import Draft, parse_id
 from sse_core.http.pool import Pool
@@ -20,7 +20,7 @@ from sse_core.stores.store import Shared
 from sse_server import SSEServer
 
 MOMENT = 0.02
-OPENING = Opening(b"HEAD", Subscription(frozenset(), True))
+STREAM_REQUEST = StreamRequest(b"HEAD", Subscription(frozenset(), True))
 
 
 class Door:
@@ -75,7 +75,7 @@ def sock(pair):
 HUB = {
     "publish": lambda hub, _: hub.publish("x"),
     "drain": lambda hub, _: hub.drain(),
-    "register": lambda hub, client: hub.register(client.sock, OPENING),
+    "register": lambda hub, client: hub.register(client.sock, STREAM_REQUEST),
     "describe_clients": lambda hub, _: hub.describe_clients(),
     "stop": lambda hub, _: hub.stop(),
     "close": lambda hub, _: hub.close(),
@@ -101,7 +101,7 @@ def test_no_thread_is_in_the_hub_while_another_is(sock, first, second):
     """The first has read the newest id, or is going through the clients: it asks for the time."""
     door = Door(lambda: HUB[first](hub, client))
     hub = Hub(**KEPT, clock=door, wall=lambda: 1000.0)
-    hub.register(sock, OPENING)
+    hub.register(sock, STREAM_REQUEST)
     client, = hub.next_work()[0]
     client.unsent = b""
     hub.clients.mark_lagging(client, 1000.0)
@@ -129,7 +129,7 @@ def test_many_that_publish_and_register_are_all_counted(sock):
 
     def register():
         for _ in range(50):
-            taken.append(hub.register(sock, OPENING))
+            taken.append(hub.register(sock, STREAM_REQUEST))
     run_together(*[publish] * 4, *[register] * 4)
     assert len(set(ids)) == hub.figures()["events"] == 800
     assert taken.count(True) == len(hub.close()) == 100

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from bench import HEAD, opening
+from bench import HEAD, stream_request
 from helpers import KEPT, PATIENCE, in_a_thread, wait_until
 from publisher import Publisher
 from sse_core.engine.hub import Hub
@@ -36,7 +36,7 @@ def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
     assert chunked.data() == plain.data() == [str(number) for number in range(100)]
     assert chunked.stream.ended and not plain.stream.ended
     assert not deaf.take().ended
-    assert not b.hub.register(deaf.server_end, opening())
+    assert not b.hub.register(deaf.server_end, stream_request())
 
 
 def test_a_stop_gives_a_slow_client_a_second_and_a_fault_gives_none(bench):

@@ -1,7 +1,7 @@
 """A client is taken once it can be said what it has had, and is told first where it stands."""
 import socket
 
-from bench import opening
+from bench import stream_request
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import Event
 
@@ -26,7 +26,7 @@ def test_no_client_is_taken_before_the_log_is_loaded(bench):
     b = bench(history=64, shared=True)
     ours, peer = socket.socketpair()
     with ours, peer:
-        assert not b.hub.loaded.is_set() and not b.hub.register(ours, opening())
+        assert not b.hub.loaded.is_set() and not b.hub.register(ours, stream_request())
         b.hub.preload(iter([Event((1, 0), b"data: 1\n\n", None)]), NOTHING)
         assert not b.hub.has_work()
     new = b.peer()
@@ -50,7 +50,7 @@ def test_no_client_is_taken_before_what_it_had_has_come_back_from_the_store(benc
     ours, peer = socket.socketpair()
     with ours, peer:
         for id in ("3-0", "99-0"):
-            assert not b.hub.register(ours, opening(last_id=id, came_at=came_at))
+            assert not b.hub.register(ours, stream_request(last_id=id, came_at=came_at))
     add(2, 3)
     resumed = b.peer(last_id="3-0", came_at=came_at)
     # Now the log has all there was when the client came, and its id is not in it.

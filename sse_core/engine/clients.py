@@ -50,7 +50,7 @@ class Subscription(NamedTuple):
         return chunk if self.chunked else bytes(frames.unchunk(chunk))
 
 
-class Opening(NamedTuple):
+class StreamRequest(NamedTuple):
     """A stream that is to be opened: its head, the subscription, and where it begins."""
 
     # The head of the HTTP answer.
@@ -93,14 +93,14 @@ class Client:
     __slots__ = ("sock", "peer", "subscription", "registered_at", "cursor", "unsent",
                  "delivered_id", "gap", "ends_at", "sent_at", "received")
 
-    def __init__(self, sock: socket.socket, peer: str, opening: Opening,
+    def __init__(self, sock: socket.socket, peer: str, stream_request: StreamRequest,
                  registered_at: float = 0.0) -> None:
         self.sock = sock
 
         # Its address, for the log. A socket that was reset does not know it any more.
         self.peer = peer
 
-        self.subscription = opening.subscription
+        self.subscription = stream_request.subscription
 
         # On the monotonic clock.
         self.registered_at = registered_at
@@ -109,7 +109,7 @@ class Client:
         self.cursor = 0
 
         # Bytes that are due before that frame: the head of the answer, the rest of a frame.
-        self.unsent: Bytes = opening.head
+        self.unsent: Bytes = stream_request.head
 
         # It has had everything up to this id. NOTHING if that is not known.
         self.delivered_id = NOTHING
@@ -118,7 +118,7 @@ class Client:
         self.gap: Gap | None = None
 
         # On the wall clock; infinite without a token that expires.
-        self.ends_at = opening.ends_at
+        self.ends_at = stream_request.ends_at
 
         # When its socket last took a byte, or would not take all. Not kept up while it is current:
         # then `Group.sent_at` counts, too.
@@ -129,7 +129,8 @@ class Client:
 
     # With the mutex of the log held
 
-    def begin(self, log: Log, opening: Opening, retry: float, heartbeat: float) -> None:
+    def begin(self, log: Log, stream_request: StreamRequest, retry: float,
+              heartbeat: float) -> None:
         """Set where the stream begins, and what is sent before the frames from there on.
 
         retry, heartbeat: seconds, which the client is told.
@@ -138,26 +139,26 @@ class Client:
         if not log.has_ids:
             return
         begin = [frames.welcome(log.last_id, retry, heartbeat)]
-        if opening.last_id is not None:
-            begin = [frames.retry_line(retry), *self._locate(log, opening)]
+        if stream_request.last_id is not None:
+            begin = [frames.retry_line(retry), *self._locate(log, stream_request)]
         self.unsent = b"".join([self.unsent, *map(self.subscription.framed, begin)])
 
-    def _locate(self, log: Log, opening: Opening) -> list[bytes]:
+    def _locate(self, log: Log, stream_request: StreamRequest) -> list[bytes]:
         """Set the cursor behind the id or the time that the client brought, and its gap, if any.
 
         Returns frames that are sent before the one at the cursor.
         """
         channels, own = self.subscription.channels, None
         latest: list[bytes] = []
-        if opening.since is None:
-            own = frames.parse_id(opening.last_id or "")
+        if stream_request.since is None:
+            own = frames.parse_id(stream_request.last_id or "")
             self.cursor, reason = log.locate(own, channels)
-        elif opening.since == math.inf:
+        elif stream_request.since == math.inf:
             latest, self.cursor, reason = log.latest(channels)
         else:
-            self.cursor, reason = log.locate_time(opening.since, channels)
+            self.cursor, reason = log.locate_time(stream_request.since, channels)
         self.delivered_id = own or NOTHING
-        self.gap = Gap(opening.last_id, reason, own) if reason else None
+        self.gap = Gap(stream_request.last_id, reason, own) if reason else None
         return latest
 
     def next_batch(self, log: Log, fanned_out: int) -> tuple[Batch, int, bool]:

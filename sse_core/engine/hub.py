@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any, Callable
 
 from sse_core.engine import frames
-from sse_core.engine.clients import CLIENTS_PER_TURN, Client, Clients, Opening
+from sse_core.engine.clients import CLIENTS_PER_TURN, Client, Clients, StreamRequest
 from sse_core.engine.frames import Draft, Id
 from sse_core.engine.log import Batch, Frame, Log
 from sse_core.engine.wakeup import WakeUp
@@ -217,18 +217,18 @@ class Hub:
 
     # Clients
 
-    def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
+    def register(self, sock: socket.socket, stream_request: StreamRequest, peer: str = "") -> bool:
         """Hand over a non-blocking socket, to which the publisher sends the stream.
 
         Returns False, and leaves the socket to the caller, if there are `max_clients`, or the
         server is stopping. Where the stream begins is decided in the hold of the mutex in which the
         client is added. So it misses no frame, and gets none twice.
         """
-        client = Client(sock, peer, opening, self.clock())
+        client = Client(sock, peer, stream_request, self.clock())
         with self._mutex:
             if self.stopping or len(self.clients) >= self._max_clients:
                 return False
-            client.begin(self._log, opening, self.retry, self.heartbeat)
+            client.begin(self._log, stream_request, self.retry, self.heartbeat)
             self._floor = min(self._floor, client.cursor)
             self.clients.add(client)
         self._wake()

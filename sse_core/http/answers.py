@@ -7,7 +7,7 @@
     GET / from a browser         everybody                the page
     GET /-/metrics, /-/status    subscribers              what is counted
     GET /TOKEN from a browser    subscribers              the page
-    GET of anything else         subscribers              an Opening, with which a stream begins
+    GET of anything else         subscribers              a StreamRequest, to become a client
     POST                         publishers               the ids of what was published
 
 `respond` decides in this order. So a program's `authorize`, which may take its time, is asked only
@@ -26,7 +26,7 @@ from http import HTTPStatus
 from typing import Any, Callable
 
 from sse_core.engine import frames
-from sse_core.engine.clients import Opening, Subscription
+from sse_core.engine.clients import StreamRequest, Subscription
 from sse_core.engine.hub import Hub
 from sse_core.errors import HTTPError, NotRunning, Unavailable
 from sse_core.http import http1, parameters
@@ -105,7 +105,7 @@ class Answers:
         """Return whether `respond` asks a program's `authorize` and may block. Raises HTTPError."""
         return self._access.takes_time and self._answer_to_all(request) is None
 
-    def respond(self, request: Request) -> bytes | Opening:
+    def respond(self, request: Request) -> bytes | StreamRequest:
         """Return the answer to a request without a body, or what is to be registered.
 
         Raises HTTPError, for `refuse` to answer, and whatever a program's `authorize` raises.
@@ -149,7 +149,7 @@ class Answers:
         is_wanted = request.accepts("text/html") and not request.accepts("text/event-stream")
         return _whole(request, self._page, HTML, PAGE_FIELDS) if self._page and is_wanted else None
 
-    def _open(self, request: Request, grant: Grant) -> bytes | Opening:
+    def _open(self, request: Request, grant: Grant) -> bytes | StreamRequest:
         """Return a stream's opening; of a HEAD request, only the head of the stream.
 
         Raises HTTPError for parameters that mean nothing.
@@ -157,8 +157,9 @@ class Answers:
         asked = Subscription(parameters.channels(request), request.chunked)
         start = parameters.start(request, time.time())
         # The time is for a store that has not read up to the client's id yet.
-        opening = Opening(self._stream_head(request), asked, *start, grant.until, time.monotonic())
-        return opening.head if request.method == "HEAD" else opening
+        stream_request = StreamRequest(self._stream_head(request), asked, *start, grant.until,
+                                       time.monotonic())
+        return stream_request.head if request.method == "HEAD" else stream_request
 
     def _stream_head(self, request: Request) -> bytes:
         """Return the head of a stream: the four lines of the original, and then those for proxies.

@@ -22,7 +22,8 @@ What a connection does is a generator. It yields what it waits for, and goes on 
     TURN        All others that are ready have had their turn. So nobody owns the thread by sending
                 many requests at once.
     a Future    Another thread has done what may block: a program's `authorize`, or publishing.
-    an Opening  There is a place among the clients. The code goes on only if there is none; a moment
+    a StreamRequest
+                There is a place among the clients. The code goes on only if there is none; a moment
                 later (PAUSE) if there is a store, whose events may be on their way.
 
 It has one deadline, which is raised as TimeUp where it waits, before any input that is there. A job
@@ -51,7 +52,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Callable, TypeVar, Union
 
-from sse_core.engine.clients import Opening
+from sse_core.engine.clients import StreamRequest
 from sse_core.engine.frames import Draft
 from sse_core.engine.wakeup import WakeUp
 from sse_core.errors import HTTPError, NotRunning, Unavailable, WouldWait
@@ -107,9 +108,10 @@ LOOK_INTERVAL = 0.05
 
 READABLE, WRITABLE, TURN, PAUSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 0, -1
 
-Wait = Union[int, "Future[Any]", Opening]
+Wait = Union[int, "Future[Any]", StreamRequest]
 T = TypeVar("T")
 Code = Generator[Wait, None, T]
+Register = Callable[[socket.socket, StreamRequest, str], bool]
 Submit = Callable[[Sequence[Draft]], "Future[list[str]]"]
 
 logger = logging.getLogger("sse_server")
@@ -129,7 +131,7 @@ class Connections:
     context: gives the newest one for TLS, for each handshake; None: no TLS.
     """
 
-    def __init__(self, answers: Answers, register: Callable[[socket.socket, Opening, str], bool],
+    def __init__(self, answers: Answers, register: Register,
                  submit: Submit | None, context: Callable[[], ssl.SSLContext] | None
                  ) -> None:
         self.answers = answers
@@ -202,7 +204,7 @@ class Connections:
             request, _ = http1.parse(received) or (None, 0)
             if request and request.method == "GET" and not self.answers.is_slow(request):
                 answer = self.answers.respond(request)
-                if isinstance(answer, Opening) and self._register(sock, answer, peer):
+                if isinstance(answer, StreamRequest) and self._register(sock, answer, peer):
                     return None
         return received
 
@@ -323,7 +325,7 @@ class Connections:
         connection.wait = wait
         if isinstance(wait, Future):
             wait.add_done_callback(partial(self._job_done, connection))
-        elif isinstance(wait, Opening):
+        elif isinstance(wait, StreamRequest):
             self._hand_over(connection, wait)
         elif wait == TURN:
             self._in_turn.append(connection)
@@ -337,10 +339,10 @@ class Connections:
         self._done.append((connection, job))
         self._wakeup.wake()
 
-    def _hand_over(self, connection: Connection, opening: Opening) -> None:
+    def _hand_over(self, connection: Connection, stream_request: StreamRequest) -> None:
         """Make a connection a client, or have it go on a turn later."""
         self._watch(connection, TURN)
-        if self._register(connection.sock, opening, connection.peer):
+        if self._register(connection.sock, stream_request, connection.peer):
             self._forget(connection)
         else:
             self._wait_for(connection, PAUSE if self.submit else TURN)
@@ -497,7 +499,7 @@ class Connection:
             answer = yield from self._work(self._others.authorizing, respond)
         else:
             answer = respond()
-        if isinstance(answer, Opening):
+        if isinstance(answer, StreamRequest):
             until = time.monotonic() + (STORE_TIME if self._others.submit else 0.0)
             yield answer
             while time.monotonic() < until:

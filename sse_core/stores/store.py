@@ -28,7 +28,7 @@ from itertools import islice
 from typing import Any, Callable, NamedTuple, TypeVar
 
 from sse_core.engine import frames
-from sse_core.engine.clients import Opening
+from sse_core.engine.clients import StreamRequest
 from sse_core.engine.frames import Draft, Id
 from sse_core.engine.hub import ID_LENGTH, POLL_INTERVAL, Hub
 from sse_core.engine.log import FRAME_COST, MAX_BYTES, MIN_FRAMES, NOTHING, SCAN_LIMIT
@@ -384,17 +384,18 @@ class Shared(Hub):
         # The id that came back last.
         self._arrived = self.fanned_out_id
 
-    def register(self, sock: socket.socket, opening: Opening, peer: str = "") -> bool:
+    def register(self, sock: socket.socket, stream_request: StreamRequest, peer: str = "") -> bool:
         """Hand over a socket, see Hub.
 
         Returns False, too, before the log is loaded, and when it cannot be said yet what the id is
         that the client brought. Another server may have given it out, and its event may be on the
         way here, until the log has all that the store had when the client came.
         """
-        brought = frames.parse_id(opening.last_id or "") if self._log.has_ids else None
+        brought = frames.parse_id(stream_request.last_id or "") if self._log.has_ids else None
         may_come = (brought and brought > self._log.last_id
-                    and self._complete_at <= opening.came_at)
-        return self.loaded.is_set() and not may_come and super().register(sock, opening, peer)
+                    and self._complete_at <= stream_request.came_at)
+        is_ready = self.loaded.is_set() and not may_come
+        return is_ready and super().register(sock, stream_request, peer)
 
     def drain(self) -> None:
         """Wait for what has not come back from the store, for a while, then as Hub does."""
