@@ -50,9 +50,9 @@ from sse_core.http.answers import Answers
 from sse_core.http.connections import Connections
 from sse_core.http.http1 import Request
 from sse_core.http.tls import Certificate, Password
-from sse_core.stores.redis import RedisStream
-from sse_core.stores.sqlite import FileStream
-from sse_core.stores.store import Shared
+from sse_core.stores.redis import RedisStore
+from sse_core.stores.sqlite import SQLiteStore
+from sse_core.stores.store import StoreHub
 
 # Connections that the kernel holds ready to be accepted. The system may allow fewer (somaxconn).
 BACKLOG = 1024
@@ -332,27 +332,27 @@ class SSEServer(_Listener, metaclass=_Documented):
         kept: dict[str, Any] = {"history": history, "retry": retry, "patience": patience,
                                 "max_clients": min(max_clients, descriptors.for_clients()),
                                 "heartbeat": heartbeat}
-        store = (RedisStream(redis, stream or "sse", history) if redis else
-                 FileStream(history_file, history, sync) if history_file else None)
+        store = (RedisStore(redis, stream or "sse", history) if redis else
+                 SQLiteStore(history_file, history, sync) if history_file else None)
 
         # The hub takes events and clients from any thread. If there is a store, events come back
-        # from it; then `_shared` is the same object, else None.
-        self._shared = Shared(store, **kept) if store else None
-        self._hub = self._shared or Hub(**kept)
+        # from it; then `_store_hub` is the same object, else None.
+        self._store_hub = StoreHub(store, **kept) if store else None
+        self._hub = self._store_hub or Hub(**kept)
 
         self._publisher = Publisher(self._hub)
         answers = Answers(access, self._hub, page=PAGE.read_bytes() if PAGE else None,
                           stream_type=STREAM_TYPE if history else ORIGINAL_STREAM_TYPE,
                           figures=self.figures, status=self.status)
-        submit_all = self._shared.submit_all if self._shared else None
+        submit_all = self._store_hub.submit_all if self._store_hub else None
         connections = Connections(answers, self._hub.register, submit_all, context)
         stopping = threading.Event()
         self._acceptor = self._thread("accept", self._accept)
         self._serving = self._thread("connections", self._serve)
         self._sender = self._thread("publisher", self._publisher.run)
         self._store_threads = [
-            self._thread("source", partial(store.follow, self._shared, stopping)),
-            self._thread("store", store.write)] if store and self._shared else []
+            self._thread("source", partial(store.follow, self._store_hub, stopping)),
+            self._thread("store", store.write)] if store and self._store_hub else []
 
         # Last, because from here on peers can connect. If it cannot bind, socketserver calls
         # `server_close`, which is `stop`, and so all is closed again.
@@ -413,8 +413,8 @@ class SSEServer(_Listener, metaclass=_Documented):
         self._sender.start()
         for thread in self._store_threads:
             thread.start()
-        if self._shared:
-            self._shared.loaded.wait(LOAD_TIME)
+        if self._store_hub:
+            self._store_hub.loaded.wait(LOAD_TIME)
         self._serving.start()
         self._acceptor.start()
 
@@ -466,14 +466,14 @@ class SSEServer(_Listener, metaclass=_Documented):
         super().server_close()
 
         # What was published before is still committed, if the store takes it in time.
-        if self._shared:
-            self._shared.stream.end()
+        if self._store_hub:
+            self._store_hub.store.end()
         until = time.monotonic() + STORE_TIME
         for thread in self._store_threads:
             if thread.is_alive():
                 thread.join(max(0.0, until - time.monotonic()))
-        if self._shared and not any(thread.is_alive() for thread in self._store_threads):
-            self._shared.stream.close()
+        if self._store_hub and not any(thread.is_alive() for thread in self._store_threads):
+            self._store_hub.store.close()
 
         # Last, because here a logging handler that raises leaves nothing undone.
         if self._started:

@@ -11,7 +11,7 @@ from helpers import KEPT, in_a_thread
 from publisher import Publisher
 from sse_core.engine.clients import StreamRequest, Subscription
 from sse_core.engine.hub import Hub
-from sse_core.stores.store import Shared
+from sse_core.stores.store import StoreHub
 from wire import Decoder
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -80,7 +80,7 @@ class Bench:
         self.thread = None
         self.watched = None                     # a thread of which it is told when it looks
         self.looked = threading.Event()         # at the clock, as who waits does at each turn
-        make = partial(Shared, None) if options.pop("shared", False) else Hub
+        make = partial(StoreHub, None) if options.pop("shared", False) else Hub
         self.hub = make(clock=self.clock, wall=lambda: self.now,
                               **{**KEPT, **options, "heartbeat": heartbeat})
         self.publisher = Publisher(self.hub)

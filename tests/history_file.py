@@ -9,16 +9,16 @@ from contextlib import closing, contextmanager
 import requests
 
 from helpers import KEPT, PATIENCE, PUBLISH_TOKEN, TOP, Client, Server, in_a_thread
-from sse_core.stores.sqlite import FileStream
-from sse_core.stores.store import Shared
+from sse_core.stores.sqlite import SQLiteStore
+from sse_core.stores.store import StoreHub
 
 PUBLISHER = f"""if True:
     import sys
     sys.path.insert(0, {str(TOP)!r})
     import threading
-    from sse_core.stores.sqlite import FileStream
+    from sse_core.stores.sqlite import SQLiteStore
     from sse_core.stores.store import Draft
-    stream, name = FileStream(sys.argv[1], 100000, False), sys.argv[2]
+    stream, name = SQLiteStore(sys.argv[1], 100000, False), sys.argv[2]
     stream._open()
     threading.Thread(target=stream.write, daemon=True).start()
     for number in range(int(sys.argv[3])):
@@ -49,7 +49,7 @@ def on_file(path, number: int = 1, *arguments: str, before: str = ""):
 @contextmanager
 def publishing(path, history: int = 64, sync: bool = False):
     """Yield a stream that has loaded its rows and takes orders, and close it."""
-    stream = FileStream(path, history, sync)
+    stream = SQLiteStore(path, history, sync)
     turned(stream)
     writer = in_a_thread(stream.write)
     try:
@@ -97,16 +97,16 @@ def add_rows(path, number: int) -> None:
                 ") insert into event select 1, n, null, null, 'x' from count", number)
 
 
-def turned(stream: FileStream) -> Shared:
+def turned(stream: SQLiteStore) -> StoreHub:
     """Return what a stream has loaded its rows into, and is turned by hand for."""
-    shared = Shared(stream, **{**KEPT, "history": 64})
+    shared = StoreHub(stream, **{**KEPT, "history": 64})
     turn(shared)
     return shared
 
 
-def turn(shared: Shared) -> float:
+def turn(shared: StoreHub) -> float:
     """Let the stream read on, and return the seconds until the next turn."""
-    return shared.stream.turn(shared, threading.Event())
+    return shared.store.turn(shared, threading.Event())
 
 
 def texts(client: Client) -> list:

@@ -18,7 +18,7 @@ from history_file import (IMPATIENT, gaps, key, on_file, post, publishing, query
                           texts, turn, turned)
 from sse_core.errors import Unavailable
 from sse_core.stores import sqlite
-from sse_core.stores.sqlite import FileStream
+from sse_core.stores.sqlite import SQLiteStore
 from sse_core.stores.store import Draft
 
 NOBODY = 65534
@@ -127,7 +127,7 @@ def test_a_locked_file_at_the_start_is_one_line_in_time(path, monkeypatch):
         other.execute("begin immediate")
         began = time.monotonic()
         with pytest.raises(ValueError, match="locked: end the process"):
-            FileStream(path, 64, False)
+            SQLiteStore(path, 64, False)
         assert 0.5 <= time.monotonic() - began < 2.5
         other.rollback()
 
@@ -136,10 +136,10 @@ AS_NOBODY = f"""if True:
     import os, sys, fcntl, sqlite3
     sys.path.insert(0, {str(TOP)!r})
     import sse_server
-    from sse_core.stores.sqlite import FileStream
+    from sse_core.stores.sqlite import SQLiteStore
     os.getuid() or os.setuid({NOBODY})
     try:
-        FileStream(sys.argv[1], 64, False)
+        SQLiteStore(sys.argv[1], 64, False)
     except ValueError as error:
         sys.exit(str(error))
     """

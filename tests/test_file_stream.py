@@ -22,9 +22,9 @@ from history_file import (add_rows, count, gaps, key, on_file, post, publisher, 
                           resume, rows, texts, turn, turned)
 from sse_core.stores import sqlite as file_stream
 from sse_core.errors import NotRunning, Unavailable
-from sse_core.stores.sqlite import FileStream
+from sse_core.stores.sqlite import SQLiteStore
 from sse_core.engine.log import NOTHING
-from sse_core.stores.store import Draft, Event, Shared
+from sse_core.stores.store import Draft, Event, StoreHub
 from sse_server import SSEServer
 
 
@@ -186,7 +186,7 @@ def test_a_stop_waits_for_what_was_published_before_and_refuses_the_rest(path):
 
 
 def test_a_fault_of_our_own_while_committing_refuses_all_that_wait(path, monkeypatch):
-    stream = FileStream(path, 64, False)
+    stream = SQLiteStore(path, 64, False)
     orders = [stream.submit([Draft(str(number))]) for number in range(3)]
     monkeypatch.setattr(stream, "_commit", lambda drafts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -413,12 +413,12 @@ def test_loading_rows_and_telling_a_gap_keep_the_log_in_its_bounds(path):
     with publishing(path) as stream:
         events = [Event((number, 0), b"data: x\n\n", None) for number in range(1, 100)]
         for size in range(500, 1500, 7):
-            shared = Shared(stream, **{**KEPT, "history": 64})
+            shared = StoreHub(stream, **{**KEPT, "history": 64})
             shared._log._size = size
             shared.preload(iter(events), NOTHING)
             assert shared._log._bytes <= size
             assert shared._log.last_id == shared.fanned_out_id == (99, 0)
-        shared = Shared(stream, **{**KEPT, "history": 64})
+        shared = StoreHub(stream, **{**KEPT, "history": 64})
         shared.preload(iter(events), NOTHING)
         assert (shared._log.first, shared._log.next, shared.fanned_out) == (35, 99, 99)
         woken = []
@@ -511,7 +511,7 @@ def test_a_drain_goes_on_at_once_when_all_is_read(path):
 def test_a_publish_that_waits_for_the_file_tries_ten_times_a_second(path, monkeypatch):
     tries = []
     with SSEServer(port=0, history_file=str(path)) as server, ThreadPoolExecutor(1) as pool:
-        stream = server._hub.stream
+        stream = server._hub.store
         monkeypatch.setattr(stream, "publish", lambda drafts, publish=stream.publish: (
             tries.append(time.monotonic()), publish(drafts))[1])
         path.parent.rename(f"{path.parent}.away")
@@ -717,13 +717,13 @@ def test_servers_that_start_at_once_on_a_long_history_hold_up_nobody(path, numbe
 
 def test_a_start_on_a_long_history_can_be_stopped_and_tells_that_it_is_not_ready(
         path, monkeypatch):
-    page, row = file_stream.FileStream._page, (1, 1, None, None, b"x")
+    page, row = file_stream.SQLiteStore._page, (1, 1, None, None, b"x")
 
     def endless(self, before):
         page(self, before)
         time.sleep(0.02)
         return [row]
-    monkeypatch.setattr(file_stream.FileStream, "_page", endless)
+    monkeypatch.setattr(file_stream.SQLiteStore, "_page", endless)
     monkeypatch.setattr(sse_server, "LOAD_TIME", 0.2)
     began = time.monotonic()
     with serving_file(path, history=100_000) as server:
@@ -738,7 +738,7 @@ def test_another_process_may_write_between_two_pages_of_a_load(path, monkeypatch
     with publishing(path) as stream:
         for _ in range(5):
             stream.publish([Draft("x")] * 500)
-    page, pages = file_stream.FileStream._page, []
+    page, pages = file_stream.SQLiteStore._page, []
 
     def write_and_read(self, before):
         pages.append(before)
@@ -746,7 +746,7 @@ def test_another_process_may_write_between_two_pages_of_a_load(path, monkeypatch
             other.execute("insert into event values (900000000000000, ?, null, null, 'new')",
                           (len(pages),))
         return page(self, before)
-    monkeypatch.setattr(file_stream.FileStream, "_page", write_and_read)
+    monkeypatch.setattr(file_stream.SQLiteStore, "_page", write_and_read)
     with serving_file(path, history=2000) as server:
         got = begin(server, "all")
         assert len(pages) > 3 and got[0] == "evicted" and got.count("x") == 1999

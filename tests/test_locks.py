@@ -13,10 +13,10 @@ import pytest
 from helpers import KEPT, PATIENCE, run_together
 from sse_core.engine.hub import Hub
 from sse_core.engine.clients import StreamRequest, Subscription
-from sse_core.stores.sqlite import FileStream
+from sse_core.stores.sqlite import SQLiteStore
 from sse_core.engine.frames import Draft, parse_id
 from sse_core.http.pool import Pool
-from sse_core.stores.store import Shared
+from sse_core.stores.store import StoreHub
 from sse_server import SSEServer
 
 MOMENT = 0.02
@@ -157,19 +157,19 @@ class Stream:
 @pytest.mark.parametrize("second", SHARED)
 def test_no_thread_changes_the_log_of_a_store_hub_while_another_is_in_it(second):
     door = Door(lambda: shared.describe_clients())
-    shared = Shared(Stream(), **KEPT, clock=door)
+    shared = StoreHub(Stream(), **KEPT, clock=door)
     assert waits(door, lambda: SHARED[second](shared))
 
 
 def test_a_publish_that_waits_for_clients_looks_alone_whether_there_is_room():
     door, came = Door(lambda: shared.describe_clients()), []
-    shared = Shared(Stream(lambda: came.append(door.opened.is_set())), **KEPT, clock=door)
+    shared = StoreHub(Stream(lambda: came.append(door.opened.is_set())), **KEPT, clock=door)
     assert waits(door, lambda: shared.publish("x", wait=True)) and came == [True]
 
 
 def test_a_publish_that_has_come_back_and_waits_says_so_alone():
     door = Door(lambda: shared.describe_clients())
-    shared = Shared(Stream(door.enter), **KEPT, clock=door)
+    shared = StoreHub(Stream(door.enter), **KEPT, clock=door)
     assert waits(door, lambda: shared.publish("x", wait=True), enter=False)
 
 
@@ -195,7 +195,7 @@ def test_no_thread_changes_the_queue_of_a_pool_while_another_does(second):
 
 
 def test_no_thread_queues_an_order_while_another_ends_the_queue(tmp_path):
-    stream = FileStream(tmp_path / "events.db", 10, False)
+    stream = SQLiteStore(tmp_path / "events.db", 10, False)
     other = threading.Thread(target=stream.submit, args=([Draft("x")],))
     with stream._mutex:
         other.start()

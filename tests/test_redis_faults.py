@@ -20,8 +20,8 @@ from redis_server import store      # noqa: F401
 from redis_server import POST, Forwarder, Redis, add_many, check_told, data, following, post, resume
 from sse_core.stores import store as shared_module
 from sse_core.errors import NotRunning
-from sse_core.stores.redis import RedisStream
-from sse_core.stores.store import Draft, Event, Shared
+from sse_core.stores.redis import RedisStore
+from sse_core.stores.store import Draft, Event, StoreHub
 from sse_server import SSEServer
 
 
@@ -299,7 +299,7 @@ def test_a_stream_restored_older_again_and_again_is_told_as_a_gap_each_time(stor
 @contextmanager
 def publishing(store):
     """Yield a stream that nobody follows and that takes orders, and close it."""
-    stream = RedisStream(store.url, "sse", 64)
+    stream = RedisStore(store.url, "sse", 64)
     writer = in_a_thread(stream.write)
     try:
         yield stream
@@ -463,8 +463,8 @@ def test_health_says_so_as_long_as_redis_is_read_and_takes_no_event(store, setti
 @contextmanager
 def at_the_second_page(store, monkeypatch, action):
     """Yield what follows the stream, loaded; when it reads newest entries, action comes between."""
-    stream = RedisStream(store.url, "sse", 64)
-    shared, page = Shared(stream, **{**KEPT, "history": 64}), stream._redis.xrevrange
+    stream = RedisStore(store.url, "sse", 64)
+    shared, page = StoreHub(stream, **{**KEPT, "history": 64}), stream._redis.xrevrange
 
     def act_and_read(*values, **options):
         monkeypatch.undo()
@@ -487,10 +487,10 @@ def test_a_fault_while_a_gap_is_looked_into_loses_no_gap(store, monkeypatch):
         for number in range(50):
             pipe.xadd("sse", {"data": str(number)})
         pipe.xtrim("sse", maxlen=30, approximate=False).execute()
-        shared.stream.turn(shared, threading.Event())
-        assert shared.stream.trouble and not frames()
+        shared.store.turn(shared, threading.Event())
+        assert shared.store.trouble and not frames()
         store.client.config_set("requirepass", "")
-        wait_until(lambda: shared.stream.turn(shared, threading.Event()) == 0
+        wait_until(lambda: shared.store.turn(shared, threading.Event()) == 0
                    and b"data: 49" in frames()[-1].chunk)
         assert b"event: gap" in frames()[0].chunk and len(frames()) == 31
 
@@ -508,7 +508,7 @@ def test_a_stream_that_is_made_anew_between_two_pages_is_not_mixed_with_the_old_
             pipe.xadd("sse", {"data": str(number)}, id=f"5-{number}")
         pipe.xtrim("sse", maxlen=30, approximate=False).execute()
         for _ in range(3):
-            shared.stream.turn(shared, threading.Event())
+            shared.store.turn(shared, threading.Event())
         assert [frame.id for frame in frames()] == [
             None, *((5, number) for number in range(26, 50)), None, (4, 0)]
 
@@ -753,7 +753,7 @@ def test_a_fault_in_the_follower_ends_the_process(store):
         import sys
         sys.path.insert(0, {str(TOP)!r})
         import sse_server
-        sse_server.Shared.add = lambda self, event: 1 / 0
+        sse_server.StoreHub.add = lambda self, event: 1 / 0
         sys.exit(sse_server.main(["--port", "0", "--redis", {store.url!r}]))"""
     process = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from sse_core.engine.frames import Draft, Id, format_id, parse_id
 from sse_core.engine.log import NOTHING
-from sse_core.stores.store import Row, SharedLog
+from sse_core.stores.store import EventStore, Row
 
 # Milliseconds that Redis waits for new entries before it answers that there are none.
 BLOCK = 250
@@ -32,11 +32,11 @@ FIELDS = (b"channel", b"event", b"data")
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 
-class RedisStream(SharedLog):
-    """A Redis stream. See SharedLog for who may call what.
+class RedisStore(EventStore):
+    """A Redis stream. See EventStore for who may call what.
 
-    url: redis://HOST:PORT/DB. key: the key of the stream. history: see SharedLog. Raises ValueError
-    without the package `redis`, and for a URL that cannot be used.
+    url: redis://HOST:PORT/DB. key: the key of the stream. history: see EventStore. Raises
+    ValueError without the package `redis`, and for a URL that cannot be used.
     """
     _away, _back = "%s; trying again until it is back", "Redis is back"
     _skips, _refuses = "entries of the Redis stream", "Redis"
@@ -105,7 +105,7 @@ class RedisStream(SharedLog):
     # For the thread that follows
 
     def _read(self) -> tuple[list[Row] | None, bool]:
-        """Wait a moment for entries that follow the last one; see SharedLog.
+        """Wait a moment for entries that follow the last one; see EventStore.
 
         The last entry is asked for after the read, because a burst could trim it in between. If the
         stream was empty before, nothing is lost as long as no entry is gone since, and there are no
@@ -141,7 +141,7 @@ class RedisStream(SharedLog):
         return rows
 
     def _removed(self) -> Id:
-        """Return the newest id of all entries that were removed; see SharedLog.
+        """Return the newest id of all entries that were removed; see EventStore.
 
         Redis 7 says which entry was deleted last, but of trimmed entries only how many there were;
         before 7, it does not say that either. Then everything before the oldest entry counts as

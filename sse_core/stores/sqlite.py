@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 from sse_core.engine.frames import MAX_EVENT, MAX_NAME, Draft, Id
 from sse_core.engine.log import NOTHING
-from sse_core.stores.store import MIN_KEPT, READING, Row, SharedLog
+from sse_core.stores.store import MIN_KEPT, READING, EventStore, Row
 
 if TYPE_CHECKING:       # a server without such a file does not import it
     import sqlite3
@@ -104,10 +104,10 @@ class WrongWal(Unusable):
     """The -wal was made for another file, or another process is about to say that it was not."""
 
 
-class FileStream(SharedLog):
-    """An SQLite file. See SharedLog for who may call what.
+class SQLiteStore(EventStore):
+    """An SQLite file. See EventStore for who may call what.
 
-    history: see SharedLog. sync: what is published survives a power failure, too. Raises
+    history: see EventStore. sync: what is published survives a power failure, too. Raises
     ValueError for a file that is not ours or cannot be used; the text is one line that says what to
     do, and the file is left as it was.
     """
@@ -177,7 +177,7 @@ class FileStream(SharedLog):
         return self._reader
 
     def _read(self) -> tuple[list[Row] | None, bool]:
-        """Read the rows that follow the last one, if there may be any; see SharedLog."""
+        """Read the rows that follow the last one, if there may be any; see EventStore."""
         connection, last = self._open(), self._last or NOTHING
         self._poll = min(SLOWER * self._poll, IDLE_POLL)
         seen = connection.execute("pragma data_version").fetchone()
@@ -251,7 +251,7 @@ class FileStream(SharedLog):
         return ids
 
     def _tidy(self) -> float:
-        """Delete some of the oldest rows if there are more than are kept; see SharedLog."""
+        """Delete some of the oldest rows if there are more than are kept; see EventStore."""
         if not self._writer:
             return COUNT_EVERY
         connection, number = self._writing(), TRIM_ROWS + 2 * self._fresh

@@ -1,11 +1,11 @@
 """Take events from a log that servers share, in place of this server's own.
 
-What is published goes to the shared log, and what comes back from it is sent. So every server sends
-the same events, in one order. SharedLog is all that is known of such a log here.
+What is published goes to the store, and what comes back from it is sent. So every server sends
+the same events, in one order. EventStore is all that this server knows of a store.
 
 Two threads work on it, and neither waits for the other:
 
-    source    follows the log: it loads the newest rows, then adds those that come
+    source    follows the store: it loads the newest rows, then adds those that come
     store     takes what is published from a queue, and commits all that waits there at once
 
 Until the newest rows are loaded, the server takes no client: nobody could say which events came
@@ -39,7 +39,7 @@ MIN_KEPT = 10000        # rows that are kept at least
 # Seconds between two tries while the log cannot be used. The pause doubles from one to the other.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 
-# Places in SharedLog._troubles.
+# Places in EventStore._troubles.
 READING, WRITING = 0, 1
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ logger = logging.getLogger("sse_server")
 
 
 class Event(NamedTuple):
-    """An encoded event, with the id that the shared log gave it."""
+    """An encoded event, with the id that the store gave it."""
     id: Id
     payload: bytes
     channel: str | None
@@ -61,7 +61,7 @@ class Order(NamedTuple):
     future: Future[list[str]]
 
 
-class SharedLog(ABC):
+class EventStore(ABC):
     """A log that servers share, and how it is followed and written to. Each kind is a subclass.
 
     history: how many rows are loaded at the start; ten times as many are kept. Any thread may call
@@ -237,47 +237,47 @@ class SharedLog(ABC):
 
     # For the thread that follows
 
-    def follow(self, shared: Shared, stopping: threading.Event) -> None:
+    def follow(self, hub: StoreHub, stopping: threading.Event) -> None:
         """Load the newest rows, then add those that come, until the flag is set."""
         while not stopping.is_set():
-            self._rest(stopping, self.turn(shared, stopping))
+            self._rest(stopping, self.turn(hub, stopping))
 
-    def turn(self, shared: Shared, stopping: threading.Event) -> float:
+    def turn(self, hub: StoreHub, stopping: threading.Event) -> float:
         """Read on once, whatever is wrong with the log. Return the seconds until the next turn."""
         is_all, trouble = True, None
         try:
-            is_all = self._read_on(shared, stopping)
+            is_all = self._read_on(hub, stopping)
         except self._faults as fault:
             trouble = self._failed(fault)
         self._note(READING, trouble)
         self._pause = _longer(self._pause) if trouble else 0.0
         return (self._pause * random.uniform(0.5, 1.0) or self._poll) if is_all else 0.0
 
-    def _read_on(self, shared: Shared, stopping: threading.Event) -> bool:
+    def _read_on(self, hub: StoreHub, stopping: threading.Event) -> bool:
         """Add one batch of new events. Return whether there are no more."""
-        began = shared.clock()
-        rows, is_all = self._read() if shared.loaded.is_set() else (None, True)
+        began = hub.clock()
+        rows, is_all = self._read() if hub.loaded.is_set() else (None, True)
         if rows is None:
-            rows = self._begin(shared, stopping)
+            rows = self._begin(hub, stopping)
         for event in self._events(rows):
-            shared.add(event)
+            hub.add(event)
         if is_all:
-            shared.complete(began)
+            hub.complete(began)
         return is_all
 
-    def _begin(self, shared: Shared, stopping: threading.Event) -> list[Row]:
+    def _begin(self, hub: StoreHub, stopping: threading.Event) -> list[Row]:
         """Load the newest rows; or, if rows are lost, tell a gap and return the new rows."""
         newest, missing = self._collect(stopping)
         if stopping.is_set():
             return []
         rows = self._unread(newest)
-        if shared.loaded.is_set():
+        if hub.loaded.is_set():
             logger.warning("%s are gone that were not read: a gap is told", self._skips)
             first = next(self._events(reversed(rows)), None)
             # An event on a channel is not the first one for every client.
-            shared.tell_gap(first.id if first and first.channel is None else None)
+            hub.tell_gap(first.id if first and first.channel is None else None)
             return rows[::-1]
-        shared.preload(self._events(_taken_from(rows)), missing)
+        hub.preload(self._events(_taken_from(rows)), missing)
         return []
 
     def _collect(self, stopping: threading.Event) -> tuple[list[Row], Id]:
@@ -359,12 +359,12 @@ class SharedLog(ABC):
         stopping.wait(seconds)
 
 
-class Shared(Hub):
-    """A Hub whose events, and their ids, come from a shared log. It has the same options."""
+class StoreHub(Hub):
+    """A Hub whose events, and their ids, come from a store. It has the same options."""
 
-    def __init__(self, stream: SharedLog, *, history: int, **options: Any) -> None:
+    def __init__(self, store: EventStore, *, history: int, **options: Any) -> None:
         super().__init__(history=history, began_with=(0, 0), **options)
-        self.stream = stream
+        self.store = store
 
         # On `clock`: the log has all that the store had at this time.
         self._complete_at = -math.inf
@@ -408,7 +408,7 @@ class Shared(Hub):
         super().drain()
 
     def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
-        """Publish to the shared log, all or none; see Hub. Raises Unavailable, too.
+        """Publish to the store, all or none; see Hub. Raises Unavailable, too.
 
         With `wait`, the events are published in pieces, and each piece is tried until the log takes
         it. If only the answer was lost, a piece is published twice.
@@ -421,15 +421,15 @@ class Shared(Hub):
         return ids
 
     def submit_all(self, drafts: Sequence[Draft]) -> Future[list[str]]:
-        """Have events committed to the shared log, all or none; see SharedLog.submit.
+        """Have events committed to the store, all or none; see EventStore.submit.
 
         Raises NotRunning after `stop`.
         """
         self.check_running()
-        return self.stream.submit(drafts)
+        return self.store.submit(drafts)
 
     def _publish_piece(self, drafts: Sequence[Draft]) -> list[str]:
-        """Publish as soon as slow clients leave room for it and the shared log takes it."""
+        """Publish as soon as slow clients leave room for it and the store takes it."""
         self.refuse_inside()
         while True:
             with self._mutex:
@@ -440,7 +440,7 @@ class Shared(Hub):
                 self._make_room(1, wait=True)
                 self.check_running()
             try:
-                ids = self.stream.publish(drafts)
+                ids = self.store.publish(drafts)
             except Unavailable:
                 time.sleep(POLL_INTERVAL)
             else:
@@ -452,15 +452,15 @@ class Shared(Hub):
     def trouble(self) -> str | None:
         """Return why no event is taken now, or None."""
         loading = None if self.loaded.is_set() else "events from before the start are being read"
-        return super().trouble() or self.stream.trouble or loading
+        return super().trouble() or self.store.trouble or loading
 
     def add(self, event: Event) -> None:
-        """Append an event of the shared log. Raises NotRunning after `stop`."""
+        """Append an event of the store. Raises NotRunning after `stop`."""
         self._publish(event.payload, event.channel, event.id)
         self._arrived = event.id
 
     def preload(self, events: Iterator[Event], missing: Id) -> None:
-        """Fill the log with the newest events of the shared one, as far as they fit.
+        """Fill the log with the newest events of the store, as far as they fit.
 
         Only before there are clients. missing: see Log.begin.
         """
@@ -480,7 +480,7 @@ class Shared(Hub):
         self.loaded.set()
 
     def complete(self, at: float) -> None:
-        """Note that the log has all that was in the shared one at that time, on `clock`."""
+        """Note that the log has all that was in the store at that time, on `clock`."""
         with self._mutex:
             self._complete_at = at
             self._changed.notify_all()
