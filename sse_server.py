@@ -687,7 +687,7 @@ def _run_source(server: SSEServer, options: argparse.Namespace, wake: Callable[[
         while server.clients < options.wait_clients and not server._stopping.wait(WAIT_CHECK):
             pass
         number = sources.lines(server._hub.publish_all, server._stopping, sys.stdin.fileno(),
-                               frames.parse_draft if options.json else frames.Draft)
+                               frames.parse_event if options.json else frames.Event)
         clients, stopped = server.clients, server._stopping.is_set()
         server.drain()
         # A server that was told to stop has not seen the end.

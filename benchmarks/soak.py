@@ -239,12 +239,12 @@ class Publisher:
 
     def _post(self, connection: HTTPConnection) -> None:
         size = self._draw.choice((1, 1, 1, 2, 3, 7))
-        drafts = [self._draft(size - 1 - index, size) for index in range(size)]
-        query = "&".join(f"{key}={drafts[0][key]}" for key in drafts[0] if key != "data")
-        lines = "\n".join(map(json.dumps, drafts)).encode()
+        events = [self._event(size - 1 - index, size) for index in range(size)]
+        query = "&".join(f"{key}={events[0][key]}" for key in events[0] if key != "data")
+        lines = "\n".join(map(json.dumps, events)).encode()
         try:
             if size == 1:
-                connection.request("POST", f"/{TOKEN}?{query}", drafts[0]["data"].encode())
+                connection.request("POST", f"/{TOKEN}?{query}", events[0]["data"].encode())
             else:
                 kind = {"Content-Type": "application/x-ndjson"}
                 connection.request("POST", f"/{TOKEN}", lines, kind)
@@ -253,28 +253,28 @@ class Publisher:
         except (OSError, HTTPException) as error:
             status, answer = 0, repr(error).encode()
         if status == 200:
-            self._acknowledged(drafts, json.loads(answer))
+            self._acknowledged(events, json.loads(answer))
             return
         self._soak.report.count("unanswered", size)     # they may be published, or not
         connection.close()
         if self._server.is_resident or status not in (0, 503):      # the other may be stopping
             self._soak.report.fault(f"publisher {self._name}: {status} {answer!r}")
 
-    def _draft(self, follow: int, size: int) -> Dict[str, str]:
+    def _event(self, follow: int, size: int) -> Dict[str, str]:
         self._number += 1
         padding = "é" * self._draw.randrange(400)
-        draft = {"data": f"{self._name} {self._number} {follow} {size} {padding}"}
+        event = {"data": f"{self._name} {self._number} {follow} {size} {padding}"}
         if self._draw.random() < 0.5:
-            draft["channel"] = self._draw.choice(CHANNELS)
+            event["channel"] = self._draw.choice(CHANNELS)
         if self._draw.random() < 0.3:
-            draft["event"] = "custom"
-        return draft
+            event["event"] = "custom"
+        return event
 
-    def _acknowledged(self, drafts: List[Dict[str, str]], answer: dict) -> None:
-        self._soak.report.count("acknowledged", len(drafts))
-        for event_id, draft in zip(answer.get("ids") or [answer["id"]], drafts):
-            self._soak.acknowledged.put(Row(parse_id(event_id), draft.get("channel"),
-                                            draft.get("event"), draft["data"]))
+    def _acknowledged(self, events: List[Dict[str, str]], answer: dict) -> None:
+        self._soak.report.count("acknowledged", len(events))
+        for event_id, event in zip(answer.get("ids") or [answer["id"]], events):
+            self._soak.acknowledged.put(Row(parse_id(event_id), event.get("channel"),
+                                            event.get("event"), event["data"]))
 
 
 class Rough:

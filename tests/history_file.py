@@ -17,12 +17,12 @@ PUBLISHER = f"""if True:
     sys.path.insert(0, {str(TOP)!r})
     import threading
     from sse_core.stores.sqlite import SQLiteStore
-    from sse_core.stores.store import Draft
+    from sse_core.stores.store import Event
     stream, name = SQLiteStore(sys.argv[1], 100000, False), sys.argv[2]
     stream._open()
     threading.Thread(target=stream.write, daemon=True).start()
     for number in range(int(sys.argv[3])):
-        ids = stream.publish([Draft(f"{{name}} {{number}}-{{each}}") for each in range(3)])
+        ids = stream.publish([Event(f"{{name}} {{number}}-{{each}}") for each in range(3)])
         print(number, *ids, flush=True)
     stream.end()
     """

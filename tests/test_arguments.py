@@ -24,7 +24,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Li
     ({"history": 1.5}, "whole number"), ({"history": -1}, "numbers from 0 on"),
     ({"authorize": "no"}, "not a function"), ({"host": ""}, "host is empty"),
     ({"stream": "x"}, "stream needs redis"), ({"sync": True}, "sync needs history_file"),
-    ({"redis": "redis://x", "history_file": "x"}, "one store"),
+    ({"redis": "redis://x", "history_file": "x"}, "cannot be combined"),
     ({"jwt_key": "short"}, "32 bytes"), ({"heartbeat": -1}, "heartbeat"),
     ({"allowed_hosts": ["a/b"]}, "write a in place of 'a/b'"),
     ({"jwt_key": ""}, "jwt_key is empty: was a variable not set"), ({"cert": ""}, "cert is empty"),

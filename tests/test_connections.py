@@ -593,7 +593,7 @@ def test_posts_wait_for_a_file_without_a_thread_each(tmp_path):
     path = tmp_path / "events.db"
     with SSEServer(port=0, history_file=path, publish_tokens=[PUBLISH_TOKEN]) as server, \
             closing(sqlite3.connect(path, isolation_level=None)) as holder:
-        wait_until(lambda: server._shared.loaded.is_set())
+        wait_until(lambda: server._store_hub.loaded.is_set())
         holder.execute("begin immediate")
         crowd = send_many(server, 20, POST + b"hello")
         wait_until(lambda: unfinished(server) == 20)
@@ -611,8 +611,8 @@ def behind(tmp_path):
     """A server on a history file that never says it has all of it; its file, and an id to come."""
     path, ms = tmp_path / "events.db", int(time.time() * 1000) + 60_000
     with SSEServer(port=0, history_file=path) as server:
-        wait_until(lambda: server._shared.loaded.is_set())
-        server._shared.complete = lambda at: None
+        wait_until(lambda: server._store_hub.loaded.is_set())
+        server._store_hub.complete = lambda at: None
         yield server, path, ms
 
 

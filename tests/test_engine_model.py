@@ -16,7 +16,7 @@ from helpers import in_a_thread
 from model import ID_ROOM, WIDE, Id, Reader, Story, parsed, spelled, with_one_end
 from sse_core.engine import frames
 from sse_core.engine.log import NOTHING
-from sse_core.stores.store import Event as Coming
+from sse_core.stores.store import StoredEvent as Coming
 from wire import Decoder, Event
 
 STALL = 30.0

@@ -19,7 +19,7 @@ from history_file import (IMPATIENT, gaps, key, on_file, post, publishing, query
 from sse_core.errors import Unavailable
 from sse_core.stores import sqlite
 from sse_core.stores.sqlite import SQLiteStore
-from sse_core.stores.store import Draft
+from sse_core.stores.store import Event
 
 NOBODY = 65534
 
@@ -80,7 +80,7 @@ def database(path, *statements: str) -> None:
 
 def ours(path, *statements: str) -> None:
     with publishing(path) as stream:
-        stream.publish([Draft("x" * 3000)] * 300)
+        stream.publish([Event("x" * 3000)] * 300)
     database(path, *statements)
 
 
@@ -123,7 +123,7 @@ def test_a_bad_file_at_the_start_is_one_line_and_left_as_it_is(tmp_path, name):
 def test_a_locked_file_at_the_start_is_one_line_in_time(path, monkeypatch):
     monkeypatch.setattr(sqlite, "BUSY_TIME", 0.5)
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
-        stream.publish([Draft("x")])
+        stream.publish([Event("x")])
         other.execute("begin immediate")
         began = time.monotonic()
         with pytest.raises(ValueError, match="locked: end the process"):
@@ -257,20 +257,20 @@ def test_a_server_that_cannot_write_still_reads_at_full_speed(path):
         began = time.monotonic()
         with publishing(path) as stream:
             for _ in range(16):
-                last = stream.publish([Draft("x")] * 500)[-1]
+                last = stream.publish([Event("x")] * 500)[-1]
             read_to_id(client, last)
         assert time.monotonic() - began < 5
         assert {gap["reason"] for gap in gaps(client)} <= {"lagging"}   # on a busy machine
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (-1, -1))
 
 
-def test_drafts_are_taken_all_or_none(path):
+def test_events_are_taken_all_or_none(path):
     with publishing(path) as stream:
-        stream.publish([Draft("one")])
+        stream.publish([Event("one")])
         stream._writer.execute("pragma max_page_count = 10")
         with pytest.raises(Unavailable, match="full: make room"):
-            stream.publish([Draft(str(number) * 1000) for number in range(1000)])
-        stream.publish([Draft("two")])
+            stream.publish([Event(str(number) * 1000) for number in range(1000)])
+        stream.publish([Event("two")])
         assert [data for _, data in rows(path)] == ["one", "two"]
 
 
@@ -344,9 +344,9 @@ def test_a_file_that_is_moved_away_and_back_is_the_same(nested):
 
 def test_an_event_committed_to_a_file_that_was_just_removed_is_not_acknowledged(path):
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
-        stream.publish([Draft("one")])
+        stream.publish([Event("one")])
         other.execute("begin immediate")
-        publish = stream.submit([Draft("two")])
+        publish = stream.submit([Event("two")])
         wait_until(publish.running)
         time.sleep(0.1)     # it has seen that the file is in place, and waits for the lock
         path.unlink()
@@ -382,9 +382,9 @@ def starts(path) -> tuple:
 @pytest.mark.parametrize("how", ["a copy of this file", "a copy of another", "none"])
 def test_no_file_is_opened_beside_the_wal_of_another(path, tmp_path, how):
     with publishing(tmp_path / "other") as stream:
-        stream.publish([Draft("x" * 3000)] * 100)
+        stream.publish([Event("x" * 3000)] * 100)
     with publishing(path) as stream:
-        stream.publish([Draft("first")])
+        stream.publish([Event("first")])
     copy(path if how == "a copy of this file" else tmp_path / "other", tmp_path / "copy")
     killed_server(path)
     wal = path.with_name(path.name + "-wal")
@@ -412,7 +412,7 @@ def test_a_file_and_its_own_wal_are_taken_after_kill_9_as_a_pair_that_was_checkp
 
 def test_four_servers_that_start_at_once_on_a_copy_all_start(path, tmp_path):
     with publishing(path) as stream:
-        stream.publish([Draft("first")])
+        stream.publish([Event("first")])
     copy(path, tmp_path / "copy.db")
     processes = [subprocess.Popen([sys.executable, TOP / "sse_server.py", "--port", "0", "--quiet",
                                    "--interval", "0", "--history-file", tmp_path / "copy.db"],
@@ -496,7 +496,7 @@ def test_reading_on_waits_for_no_other_process(path, monkeypatch):
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         shared = turned(stream)
         other.execute("begin immediate")
-        publish = stream.submit([Draft("x")])
+        publish = stream.submit([Event("x")])
         began = time.monotonic()
         turn(shared)
         assert time.monotonic() - began < 0.8 and not publish.done()

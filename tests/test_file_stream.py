@@ -24,7 +24,7 @@ from sse_core.stores import sqlite as file_stream
 from sse_core.errors import NotRunning, Unavailable
 from sse_core.stores.sqlite import SQLiteStore
 from sse_core.engine.log import NOTHING
-from sse_core.stores.store import Draft, Event, StoreHub
+from sse_core.stores.store import Event, StoredEvent, StoreHub
 from sse_server import SSEServer
 
 
@@ -72,7 +72,7 @@ def test_ids_grow_when_the_clock_is_set_back(path, monkeypatch):
     for ahead in (0, -3600, -7200, 5):
         monkeypatch.setattr(file_stream.time, "time", lambda now=time.time() + ahead: now)
         with publishing(path) as stream:
-            ids += [stream.publish([Draft("x")] * 2) for _ in range(3)]
+            ids += [stream.publish([Event("x")] * 2) for _ in range(3)]
     ids = [key(each) for pair in ids for each in pair]
     assert ids == sorted(set(ids)) and len(ids) == 24
 
@@ -92,7 +92,7 @@ def test_the_lowest_ids_are_ids(path):
 def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path, counting_often):
     with publishing(path, 100) as stream:
         for _ in range(40):
-            ids = stream.publish([Draft(str(number)) for number in range(500)])
+            ids = stream.publish([Event(str(number)) for number in range(500)])
         wait_until(lambda: count(path) == 10000)
     assert [each for each, _ in rows(path)[-500:]] == ids
     with SSEServer(port=0, history=100, history_file=str(path)) as server:
@@ -103,7 +103,7 @@ def test_a_server_begins_with_the_newest_rows_and_trims_the_oldest(path, countin
 def test_a_longer_history_is_kept_ten_times(path, counting_often):
     with publishing(path, 1200) as stream:
         for _ in range(30):
-            stream.publish([Draft("x")] * 500)
+            stream.publish([Event("x")] * 500)
         wait_until(lambda: count(path) == 12000)
 
 
@@ -112,7 +112,7 @@ def test_a_file_does_not_grow_on_while_it_is_written_to_all_the_time(path):
         add_rows(path, 12000)
         deadline = time.monotonic() + PATIENCE
         while count(path) > 10500:
-            stream.publish([Draft("x")] * 100)
+            stream.publish([Event("x")] * 100)
             assert time.monotonic() < deadline
         assert count(path) >= 10000
 
@@ -127,7 +127,7 @@ def test_an_empty_file_and_a_link_are_taken(path, tmp_path):
     path.write_bytes(b"")
     (tmp_path / "link").symlink_to(path)
     with publishing(tmp_path / "link") as stream:
-        stream.publish([Draft("x")])
+        stream.publish([Event("x")])
     assert count(path) == 1
 
 
@@ -148,7 +148,7 @@ def test_sync_is_what_sqlite_calls_full(path, sync, level):
 def test_all_that_wait_for_the_file_are_committed_together(path):
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
-        waiting = [stream.submit([Draft(str(n)), Draft(f"{n}+")]) for n in range(50)]
+        waiting = [stream.submit([Event(str(n)), Event(f"{n}+")]) for n in range(50)]
         other.rollback()
         ids = [each.result(PATIENCE) for each in waiting]
     found = dict(rows(path))
@@ -161,9 +161,9 @@ def test_all_that_wait_for_the_file_are_committed_together(path):
 def test_an_order_that_is_cancelled_in_time_is_not_committed(path):
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
-        first = stream.submit([Draft("0")])
+        first = stream.submit([Event("0")])
         wait_until(first.running)
-        second, third = (stream.submit([Draft(str(n))]) for n in (1, 2))
+        second, third = (stream.submit([Event(str(n))]) for n in (1, 2))
         assert second.cancel() and not first.cancel()
         other.rollback()
         third.result(PATIENCE)
@@ -173,10 +173,10 @@ def test_an_order_that_is_cancelled_in_time_is_not_committed(path):
 def test_a_stop_waits_for_what_was_published_before_and_refuses_the_rest(path):
     with publishing(path) as stream, closing(sqlite3.connect(path)) as other:
         other.execute("begin immediate")
-        waiting = [stream.submit([Draft(str(n))]) for n in range(3)]
+        waiting = [stream.submit([Event(str(n))]) for n in range(3)]
         stream.end()
         with pytest.raises(Unavailable, match="stopped"):
-            stream.publish([Draft("late")])
+            stream.publish([Event("late")])
         assert not any(each.done() for each in waiting)
         other.rollback()
         for each in waiting:
@@ -187,11 +187,11 @@ def test_a_stop_waits_for_what_was_published_before_and_refuses_the_rest(path):
 
 def test_a_fault_of_our_own_while_committing_refuses_all_that_wait(path, monkeypatch):
     stream = SQLiteStore(path, 64, False)
-    orders = [stream.submit([Draft(str(number))]) for number in range(3)]
-    monkeypatch.setattr(stream, "_commit", lambda drafts: 1 / 0)
+    orders = [stream.submit([Event(str(number))]) for number in range(3)]
+    monkeypatch.setattr(stream, "_commit", lambda events: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stream.write()
-    for order in [*orders, stream.submit([Draft("late")])]:
+    for order in [*orders, stream.submit([Event("late")])]:
         with pytest.raises(Unavailable):
             order.result(0)
 
@@ -210,7 +210,7 @@ def test_a_lock_is_tried_every_few_milliseconds_until_time_is_up():
 def test_a_publish_that_a_signal_handler_makes_amid_another_is_taken(path):
     with publishing(path) as stream:
         with stream._mutex:
-            assert len(stream.publish([Draft("x")])) == 1
+            assert len(stream.publish([Event("x")])) == 1
         assert stream.publish([]) == [] and count(path) == 1
 
 
@@ -326,7 +326,7 @@ def test_a_follower_that_was_trimmed_past_tells_a_gap(path, counting_often):
         halt(server.process)
         with publishing(path) as stream:
             for _ in range(30):
-                stream.publish([Draft(str(number)) for number in range(500)])
+                stream.publish([Event(str(number)) for number in range(500)])
             wait_until(lambda: count(path) == 10000)
         server.process.send_signal(signal.SIGCONT)
         client.read_until_data("499")
@@ -343,7 +343,7 @@ def test_a_gap_for_everybody_carries_the_id_of_an_event_and_not_of_a_row_that_is
         query(path, "insert into event select max(ms) + 1, 0, null, null, null from event")
         halt(server.process)
         with publishing(path) as stream:
-            stream.publish([Draft(str(number)) for number in range(100)])
+            stream.publish([Event(str(number)) for number in range(100)])
         trim_to(path, 10)
         server.process.send_signal(signal.SIGCONT)
         client.read_until_data("99")
@@ -360,9 +360,9 @@ def test_a_gap_for_everybody_does_not_name_an_event_of_another_channel(path):
         client.read_until_data("first")
         halt(server.process)
         with publishing(path) as stream:
-            stream.publish([Draft(str(number), channel="b") for number in range(20)])
+            stream.publish([Event(str(number), channel="b") for number in range(20)])
             trim_to(path, 10)
-            stream.publish([Draft("for everybody")])
+            stream.publish([Event("for everybody")])
         server.process.send_signal(signal.SIGCONT)
         client.read_until_data("for everybody")
         assert gaps(client) == [{"after": first, "resumed": None, "reason": "evicted"}]
@@ -398,12 +398,12 @@ def test_looks_are_10_ms_apart_while_others_write_and_50_ms_some_seconds_later(p
         stream._is_own = True       # what it has loaded is no news
         assert turn(shared) == 0.05
         stream._is_own = False
-        other.publish([Draft("x")])
+        other.publish([Event("x")])
         pauses = [turn(shared) for _ in range(200)]
         assert pauses[0] == 0.01 and pauses == sorted(pauses) and pauses[-1] == 0.05
         assert 3 < sum(pause for pause in pauses if pause < 0.05) < 5
         for publisher, pause in ((stream, 0.05), (other, 0.01)):    # its own, it knows of
-            publisher.publish([Draft("x")])
+            publisher.publish([Event("x")])
             stream._rest(threading.Event(), 0.0)
             assert turn(shared) == pause
         assert shared._log.next == 3
@@ -411,7 +411,7 @@ def test_looks_are_10_ms_apart_while_others_write_and_50_ms_some_seconds_later(p
 
 def test_loading_rows_and_telling_a_gap_keep_the_log_in_its_bounds(path):
     with publishing(path) as stream:
-        events = [Event((number, 0), b"data: x\n\n", None) for number in range(1, 100)]
+        events = [StoredEvent((number, 0), b"data: x\n\n", None) for number in range(1, 100)]
         for size in range(500, 1500, 7):
             shared = StoreHub(stream, **{**KEPT, "history": 64})
             shared._log._size = size
@@ -447,7 +447,7 @@ def test_rows_that_are_no_events_are_skipped_with_one_warning(path):
 
 
 def test_megabytes_are_read_in_small_batches(path, monkeypatch):
-    large, sizes = [Draft(str(number) + "x" * 1000000) for number in range(20)], []
+    large, sizes = [Event(str(number) + "x" * 1000000) for number in range(20)], []
     fetch = file_stream._fetch
     monkeypatch.setattr(file_stream, "_fetch", lambda *values: (
         lambda found: [sizes.append(sum(len(row[4]) for row in found[0])), found][1])(
@@ -457,11 +457,11 @@ def test_megabytes_are_read_in_small_batches(path, monkeypatch):
         with publishing(path) as other:
             other.publish(large)
         client.read_until_data(large[-1].data)
-        assert texts(client) == [draft.data for draft in large] and not gaps(client)
+        assert texts(client) == [event.data for event in large] and not gaps(client)
         assert max(sizes) < (1 << 20) + 1000100
         with publishing(path) as other:
             sizes.clear()
-            other.publish([Draft("x")] * 400 + [Draft("end")])
+            other.publish([Event("x")] * 400 + [Event("end")])
         client.read_until_data("end")
         assert len(sizes) < 10
 
@@ -512,8 +512,8 @@ def test_a_publish_that_waits_for_the_file_tries_ten_times_a_second(path, monkey
     tries = []
     with SSEServer(port=0, history_file=str(path)) as server, ThreadPoolExecutor(1) as pool:
         stream = server._hub.store
-        monkeypatch.setattr(stream, "publish", lambda drafts, publish=stream.publish: (
-            tries.append(time.monotonic()), publish(drafts))[1])
+        monkeypatch.setattr(stream, "publish", lambda events, publish=stream.publish: (
+            tries.append(time.monotonic()), publish(events))[1])
         path.parent.rename(f"{path.parent}.away")
         publish = pool.submit(server.publish, "x", wait=True)
         wait_until(lambda: len(tries) == 5)
@@ -564,7 +564,7 @@ def test_the_id_of_a_new_and_empty_file_is_no_gap_after_a_restart(path):
 def test_rows_that_a_start_leaves_in_the_file_are_a_gap(path, since):
     with publishing(path) as stream:
         for number in range(75):
-            stream.publish([Draft(str(number).ljust(1000000))])
+            stream.publish([Event(str(number).ljust(1000000))])
     with serving_file(path, history=1024) as server:
         got = begin(server, since)
         assert got[0] == "evicted" and len(got) == 68
@@ -573,7 +573,7 @@ def test_rows_that_a_start_leaves_in_the_file_are_a_gap(path, since):
 @pytest.mark.parametrize("history, reason", [(100, "evicted"), (151, None), (1000, None)])
 def test_all_is_a_gap_after_a_restart_only_if_something_is_missing(path, history, reason):
     with publishing(path) as stream:
-        stream.publish([Draft("x")] * 150)
+        stream.publish([Event("x")] * 150)
         query(path, "insert into event values (1, 0, null, null, null)")    # no event
     with serving_file(path, history=history) as server:
         got = begin(server, "all")
@@ -582,7 +582,7 @@ def test_all_is_a_gap_after_a_restart_only_if_something_is_missing(path, history
 
 def test_rows_removed_from_the_file_are_a_gap_also_with_a_larger_history(path):
     with publishing(path) as stream:
-        ids = stream.publish([Draft("x")] * 20)
+        ids = stream.publish([Event("x")] * 20)
         trim_to(path, 10)
     with serving_file(path, history=1000) as server:
         for since, gap in (("all", True), ("1h", True), ("0-0", True), (ids[8], True),
@@ -679,10 +679,10 @@ def test_the_wal_shrinks_again_after_a_reader_that_was_forgotten(path, monkeypat
             reader.execute("begin")
             reader.execute("select count(*) from event").fetchall()
             for _ in range(10):
-                stream.publish([Draft("x" * 1000000)])
+                stream.publish([Event("x" * 1000000)])
             assert wal.stat().st_size > 9 << 20
-        stream.publish([Draft("x" * 1000000)])      # it is copied, and the next begins anew
-        stream.publish([Draft("x")])
+        stream.publish([Event("x" * 1000000)])      # it is copied, and the next begins anew
+        stream.publish([Event("x")])
         assert wal.stat().st_size <= 1 << 20
 
 
@@ -693,7 +693,7 @@ def test_the_wal_shrinks_again_after_a_reader_that_was_forgotten(path, monkeypat
 @pytest.mark.parametrize("number", [pytest.param(300_000, marks=pytest.mark.long), 60_000])
 def test_servers_that_start_at_once_on_a_long_history_hold_up_nobody(path, number):
     with publishing(path) as stream:
-        stream.publish([Draft("x")])
+        stream.publish([Event("x")])
     add_rows(path, number)
     servers, answers = [], []
     with on_file(path, 1, "--history", "100000") as (running,):
@@ -737,7 +737,7 @@ def test_a_start_on_a_long_history_can_be_stopped_and_tells_that_it_is_not_ready
 def test_another_process_may_write_between_two_pages_of_a_load(path, monkeypatch):
     with publishing(path) as stream:
         for _ in range(5):
-            stream.publish([Draft("x")] * 500)
+            stream.publish([Event("x")] * 500)
     page, pages = file_stream.SQLiteStore._page, []
 
     def write_and_read(self, before):

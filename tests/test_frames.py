@@ -46,7 +46,7 @@ def test_an_event_is_encoded_as_fields_that_say_just_what_it_was(data, event, pa
     ("x" * (frames.MAX_EVENT + 1), None), ("é" * (frames.MAX_EVENT // 2 + 1), None)])
 def test_a_value_that_no_event_can_hold_is_a_value_error(data, event):
     with pytest.raises(ValueError):
-        frames.Draft(data, event)
+        frames.Event(data, event)
 
 
 def test_the_largest_event_fits():
@@ -101,7 +101,7 @@ def test_a_pause_is_a_number_that_every_client_can_keep():
 @pytest.mark.parametrize("name", ["welcome", "gap", "busy"])
 def test_the_names_of_the_servers_own_events_cannot_be_published(name):
     with pytest.raises(ValueError, match=f"{name} is the server's own"):
-        frames.Draft("x", name)
+        frames.Event("x", name)
 
 
 def fill(log: Log, *ids, size: int = 0) -> None:

@@ -7,7 +7,7 @@ import pytest
 from bench import HEAD
 from sse_core.engine import frames
 from sse_core.engine.log import NOTHING, SCAN_LIMIT
-from sse_core.stores.store import Event
+from sse_core.stores.store import StoredEvent
 
 
 def test_a_lagging_client_finishes_its_frame_and_is_told_the_gap(bench):
@@ -191,7 +191,7 @@ def test_a_gap_for_everybody_carries_the_id_after_which_something_is_lost(bench)
     b = bench(history=64, shared=True)
     b.hub.preload(iter([]), NOTHING)
     reader = b.peer()
-    b.hub.add(Event((7, 0), frames.encode("x"), None))
+    b.hub.add(StoredEvent((7, 0), frames.encode("x"), None))
     b.hub.tell_gap((9, 0))
     b.turn(2)
     gap = reader.take().events[-1]

@@ -14,7 +14,7 @@ from helpers import KEPT, PATIENCE, run_together
 from sse_core.engine.hub import Hub
 from sse_core.engine.clients import StreamRequest, Subscription
 from sse_core.stores.sqlite import SQLiteStore
-from sse_core.engine.frames import Draft, parse_id
+from sse_core.engine.frames import Event, parse_id
 from sse_core.http.pool import Pool
 from sse_core.stores.store import StoreHub
 from sse_server import SSEServer
@@ -149,9 +149,9 @@ class Stream:
     def __init__(self, do=lambda: None) -> None:
         self.do = do
 
-    def publish(self, drafts) -> list:
+    def publish(self, events) -> list:
         self.do()
-        return ["1-0"] * len(drafts)
+        return ["1-0"] * len(events)
 
 
 @pytest.mark.parametrize("second", SHARED)
@@ -196,7 +196,7 @@ def test_no_thread_changes_the_queue_of_a_pool_while_another_does(second):
 
 def test_no_thread_queues_an_order_while_another_ends_the_queue(tmp_path):
     stream = SQLiteStore(tmp_path / "events.db", 10, False)
-    other = threading.Thread(target=stream.submit, args=([Draft("x")],))
+    other = threading.Thread(target=stream.submit, args=([Event("x")],))
     with stream._mutex:
         other.start()
         other.join(MOMENT)

@@ -6,7 +6,7 @@ import pytest
 from bench import piped
 from helpers import PATIENCE, in_a_thread, wait_until
 from sse_core.errors import NotRunning
-from sse_core.engine.frames import Draft
+from sse_core.engine.frames import Event
 
 
 @pytest.mark.parametrize("patience, awaited", [(0, False), (5.0, True)])
@@ -233,8 +233,8 @@ def test_a_publish_that_waits_for_room_is_refused_when_the_server_stops(bench):
 def test_a_stop_in_the_middle_of_many_events_publishes_them_all(bench):
     b = bench(history=64)
     ids = []
-    drafts = [Draft(str(number)) for number in range(1000)]
-    thread = in_a_thread(lambda: ids.extend(b.hub.publish_all(drafts)))
+    events = [Event(str(number)) for number in range(1000)]
+    thread = in_a_thread(lambda: ids.extend(b.hub.publish_all(events)))
     # It waits, because nothing is fanned out.
     wait_until(lambda: b.hub._changed._waiters)
     b.hub.stop()

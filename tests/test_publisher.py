@@ -14,7 +14,7 @@ from publisher import Publisher
 from sse_core.engine.hub import Hub
 from sse_core.errors import Unavailable
 from sse_core.engine.log import NOTHING
-from sse_core.stores.store import Event
+from sse_core.stores.store import StoredEvent
 
 
 def test_stop_serves_what_is_in_the_log_and_ends_the_stream(bench):
@@ -168,7 +168,7 @@ def test_figures_begin_at_zero_and_count_frames_and_bytes_however_they_are_sent(
 
 def test_figures_count_gaps_told_and_events_published(bench):
     b = bench(history=64, shared=True)
-    b.hub.preload(iter([Event((number, 0), b"data: old\n\n", None)
+    b.hub.preload(iter([StoredEvent((number, 0), b"data: old\n\n", None)
                          for number in range(1, 100)]), NOTHING)
     back = b.peer(last_id="1-0", narrow=True)
     for _ in range(50):
@@ -178,7 +178,7 @@ def test_figures_count_gaps_told_and_events_published(bench):
     back.server_end.room = 1 << 20
     b.turn(3)
     b.hub.tell_gap(None)
-    b.hub.add(Event((200, 0), b"data: new\n\n", None))
+    b.hub.add(StoredEvent((200, 0), b"data: new\n\n", None))
     b.turn()
     figures = b.publisher.figures()
     assert (figures["gaps"], figures["events"]) == (1, 1)

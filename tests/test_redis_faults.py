@@ -21,7 +21,7 @@ from redis_server import POST, Forwarder, Redis, add_many, check_told, data, fol
 from sse_core.stores import store as shared_module
 from sse_core.errors import NotRunning
 from sse_core.stores.redis import RedisStore
-from sse_core.stores.store import Draft, Event, StoreHub
+from sse_core.stores.store import Event, StoredEvent, StoreHub
 from sse_server import SSEServer
 
 
@@ -316,9 +316,9 @@ def calls(store, command: str) -> int:
 
 def test_two_events_are_a_transaction_and_one_needs_none(store):
     with publishing(store) as stream:
-        stream.publish([Draft("one")])
+        stream.publish([Event("one")])
         assert calls(store, "multi") == 0
-        ids = stream.publish([Draft("two"), Draft("three")])
+        ids = stream.publish([Event("two"), Event("three")])
         assert calls(store, "multi") == 1
         assert [each.decode() for each, _ in store.client.xrange("sse")][1:] == ids
 
@@ -326,7 +326,7 @@ def test_two_events_are_a_transaction_and_one_needs_none(store):
 def test_ten_thousand_entries_are_kept_and_hardly_more(store):
     add_many(store.client, number=11000)
     with publishing(store) as stream:
-        stream.publish([Draft("x")])
+        stream.publish([Event("x")])
     assert 10000 <= store.client.xlen("sse") <= 10100      # whole nodes of 100 are let go of
 
 
@@ -342,9 +342,9 @@ def test_what_is_read_at_the_start_is_bounded_in_bytes(store, monkeypatch):
 def test_all_that_wait_for_redis_are_one_transaction_and_a_stop_lets_them(store):
     with publishing(store) as stream:
         store.client.client_pause(10000, all=False)
-        first = stream.submit([Draft("first")])
+        first = stream.submit([Event("first")])
         wait_until(first.running)
-        waiting = [stream.submit([Draft(str(number))]) for number in range(120)]
+        waiting = [stream.submit([Event(str(number))]) for number in range(120)]
         stream.end()
         assert not any(order.done() for order in waiting)
         store.client.client_unpause()

@@ -3,7 +3,7 @@ import socket
 
 from bench import stream_request
 from sse_core.engine.log import NOTHING
-from sse_core.stores.store import Event
+from sse_core.stores.store import StoredEvent
 
 
 def test_a_client_without_an_id_is_told_where_it_stands_before_anything_else(bench):
@@ -27,10 +27,10 @@ def test_no_client_is_taken_before_the_log_is_loaded(bench):
     ours, peer = socket.socketpair()
     with ours, peer:
         assert not b.hub.loaded.is_set() and not b.hub.register(ours, stream_request())
-        b.hub.preload(iter([Event((1, 0), b"data: 1\n\n", None)]), NOTHING)
+        b.hub.preload(iter([StoredEvent((1, 0), b"data: 1\n\n", None)]), NOTHING)
         assert not b.hub.has_work()
     new = b.peer()
-    b.hub.add(Event((2, 0), b"data: 2\n\n", None))
+    b.hub.add(StoredEvent((2, 0), b"data: 2\n\n", None))
     b.turn(2)
     assert new.data()[-1:] == ["2"] and "1" not in new.data()
 
@@ -41,9 +41,9 @@ def test_no_client_is_taken_before_what_it_had_has_come_back_from_the_store(benc
 
     def add(*numbers):
         for number in numbers:
-            b.hub.add(Event((number, 0), b"data: %d\n\n" % number, None))
+            b.hub.add(StoredEvent((number, 0), b"data: %d\n\n" % number, None))
         b.turn(2)
-    b.hub.preload(iter([Event((1, 0), b"data: 1\n\n", None)]), NOTHING)
+    b.hub.preload(iter([StoredEvent((1, 0), b"data: 1\n\n", None)]), NOTHING)
     b.hub.complete(b.now)
     came_at = b.now
     b.now += 1

@@ -15,9 +15,9 @@ from sse_core.engine import frames
 
 
 def split(*pieces: bytes) -> list:
-    splitter = sources.LineSplitter(frames.Draft)
-    drafts = [draft for piece in pieces for draft in splitter.feed(piece)]
-    return [draft.data for draft in drafts + splitter.end()]
+    splitter = sources.LineSplitter(frames.Event)
+    events = [event for piece in pieces for event in splitter.feed(piece)]
+    return [event.data for event in events + splitter.end()]
 
 
 @pytest.mark.parametrize("data, lines", [
@@ -65,7 +65,7 @@ def test_a_line_that_is_too_long_is_not_called_bad_utf_8_for_being_cut(caplog):
 
 
 def test_lines_over_1_mib_are_not_held_and_counted():
-    splitter = sources.LineSplitter(frames.Draft)
+    splitter = sources.LineSplitter(frames.Event)
     for _ in range(2):
         for _ in range(40):
             assert not splitter.feed(b"x" * 65536)
@@ -98,7 +98,7 @@ def test_lines_that_are_there_are_published_together(tmp_path):
     (tmp_path / "lines").write_bytes(b"x\n" * 30_000)
     batches = []
     with open(tmp_path / "lines", "rb") as file:
-        sources.lines(lambda drafts, wait: batches.append(len(drafts)), threading.Event(),
+        sources.lines(lambda events, wait: batches.append(len(events)), threading.Event(),
                       file.fileno())
     assert sum(batches) == 30_000 and len(batches) <= 3
 
@@ -116,7 +116,7 @@ def test_a_signal_stops_a_pipe_that_is_open():
 
 def test_a_source_that_cannot_be_read_is_at_its_end(caplog):
     descriptor = os.open(os.devnull, os.O_WRONLY)
-    assert sources.lines(lambda drafts, wait: None, threading.Event(), descriptor) == 0
+    assert sources.lines(lambda events, wait: None, threading.Event(), descriptor) == 0
     os.close(descriptor)
     assert [record.getMessage() for record in caplog.records] == [
         f"standard input: {os.strerror(errno.EBADF)}; taken for its end"]
@@ -127,7 +127,7 @@ def test_a_pipe_that_is_silent_costs_nothing():
     stopping, spent = threading.Event(), []
 
     def run():
-        sources.lines(lambda drafts, wait: None, stopping, read)
+        sources.lines(lambda events, wait: None, stopping, read)
         spent.append(time.thread_time())
     thread = threading.Thread(target=run)
     thread.start()

@@ -47,21 +47,21 @@ def server():
 
 @pytest.mark.parametrize("line, event", GOOD)
 def test_a_line_of_json_is_an_event(line, event):
-    parsed = frames.parse_draft(line)
-    assert (parsed.data, parsed.event, parsed.channel) == event
+    parsed = frames.parse_event(line)
+    assert (parsed.data, parsed.name, parsed.channel) == event
 
 
 @pytest.mark.parametrize("line, said", BAD, ids=range(len(BAD)))
 def test_a_bad_event_is_told_why_it_is_refused(line, said):
     with pytest.raises(ValueError, match=said):
-        frames.parse_draft(line)
+        frames.parse_event(line)
 
 
 @pytest.mark.parametrize("number", [
     "0.1234567890123456789", "12345678901234567890", "-0", "1E+2", "1e999", "9" * 5000])
 def test_a_number_keeps_its_digits(number):
-    assert frames.parse_draft(f'{{"data": {number}}}').data == number
-    assert frames.parse_draft(f'{{"data": {{"x":[{number}]}}}}').data == f'{{"x":[{number}]}}'
+    assert frames.parse_event(f'{{"data": {number}}}').data == number
+    assert frames.parse_event(f'{{"data": {{"x":[{number}]}}}}').data == f'{{"x":[{number}]}}'
 
 
 @pytest.mark.parametrize("line, quoted", [
@@ -69,13 +69,13 @@ def test_a_number_keeps_its_digits(number):
     ("x" * 1000, f"'{'x' * 80}...'")])
 def test_a_line_that_is_no_event_is_quoted_without_harm(line, quoted):
     with pytest.raises(ValueError) as raised:
-        frames.parse_draft(line)
+        frames.parse_event(line)
     assert str(raised.value).endswith(f": {quoted}")
 
 
 @pytest.mark.parametrize("line", ["", " ", "\t\r"])
 def test_a_blank_line_is_no_event_and_no_fault(line):
-    assert frames.parse_draft(line) is None
+    assert frames.parse_event(line) is None
 
 
 def post_lines(port: int, body: bytes, query: str = "") -> tuple:
@@ -151,10 +151,10 @@ def test_bad_lines_of_a_pipe_are_left_out_warned_of_once_and_counted(caplog):
     read, write = os.pipe()
     os.write(write, b'{"data": "1"}\n\nno\n \r\n{"data": "2"}\n{"data": 3, "x": 1}\n')
     os.close(write)
-    number = sources.lines(lambda drafts, wait: got.extend(drafts), threading.Event(), read,
-                           frames.parse_draft)
+    number = sources.lines(lambda events, wait: got.extend(events), threading.Event(), read,
+                           frames.parse_event)
     os.close(read)
-    assert (number, [draft.data for draft in got]) == (2, ["1", "2"])
+    assert (number, [event.data for event in got]) == (2, ["1", "2"])
     first, last = (record.getMessage() for record in caplog.records)
     assert first == ("standard input: lines that are no events are left out (first: line 3): "
                      "Expecting value in column 1: 'no'")

@@ -19,7 +19,7 @@ from codecs import BOM_UTF8
 from contextlib import suppress
 from typing import Callable
 
-from sse_core.engine.frames import MAX_EVENT, Draft
+from sse_core.engine.frames import MAX_EVENT, Event
 from sse_core.errors import Unavailable
 
 # Seconds between two checks of the stop flag while there is nothing to read.
@@ -29,7 +29,7 @@ STOP_CHECK = 0.25
 MAX_LINE = MAX_EVENT + 4
 
 # Makes an event of a line, or None of one to skip, or raises ValueError, which says what is wrong.
-Parse = Callable[[str], "Draft | None"]
+Parse = Callable[[str], "Event | None"]
 
 logger = logging.getLogger("sse_server")
 
@@ -52,7 +52,7 @@ def clock(publish: Callable[..., object], stopping: threading.Event, interval: f
 
 
 def lines(publish_all: Callable[..., object], stopping: threading.Event, descriptor: int,
-          parse: Parse = Draft) -> int:
+          parse: Parse = Event) -> int:
     """Publish each line that comes from a file descriptor, until its end. Return how many.
 
     All lines that are there are published at once. Slow clients that keep the pace hold them back,
@@ -107,7 +107,7 @@ class LineSplitter:
         # How many lines were left out. Blank ones that were skipped do not count.
         self.left_out = 0
 
-    def feed(self, data: bytes) -> list[Draft]:
+    def feed(self, data: bytes) -> list[Event]:
         """Return the events of the lines that end in `data`."""
         *ended, rest = data.split(b"\n")
         if ended:
@@ -117,12 +117,12 @@ class LineSplitter:
         del self._held[MAX_LINE + 1:]
         return [event for event in map(self._event, ended) if event is not None]
 
-    def end(self) -> list[Draft]:
+    def end(self) -> list[Event]:
         """Return the event of the last line, if it had no line end. A byte order mark is no line.
         """
         return self.feed(b"\n") if bytes(self._held) not in (b"", BOM_UTF8) else []
 
-    def _event(self, line: bytes) -> Draft | None:
+    def _event(self, line: bytes) -> Event | None:
         """Return the event of a whole line; None if it is skipped or left out."""
         self._number += 1
         if self._number == 1:

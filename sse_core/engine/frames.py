@@ -15,7 +15,7 @@ frame.
 Every line of an event ends in LF. WHATWG allows CRLF, too, but many clients split the stream at
 `\n\n` and find no event in a mix. Only `--history 0` keeps the line ends of the original.
 
-An event that cannot be sent cannot be made: `Draft` checks it, and nothing checks it again.
+An event that cannot be sent cannot be made: `Event` checks it, and nothing checks it again.
 
 No socket, no thread and no clock in here: time and order come from the caller, bytes go back to it.
 """
@@ -58,7 +58,7 @@ _ID = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
 _NOT_IN_A_NAME = re.compile("[\r\n\0\ud800-\udfff]")
 
 
-class Draft:
+class Event:
     """An event that can be sent, and has no id yet. The log or a store gives it one.
 
     data      Text of at most MAX_EVENT bytes. Its lines may end in CRLF, LF or CR.
@@ -79,7 +79,7 @@ class Draft:
         if channel is not None:
             check_name("channel", channel)
         self.data = data
-        self.event = event or None
+        self.name = event or None
         self.channel = channel
 
         # The event as fields of a stream, still without an id.
@@ -116,7 +116,7 @@ def encode(data: str, event: str | None = None) -> bytes:
     return b"".join((name, b"data: ", encoded.replace(b"\n", b"\ndata: "), b"\n\n"))
 
 
-def parse_draft(line: str) -> Draft | None:
+def parse_event(line: str) -> Event | None:
     """Return the event that `{"data": ..., "event": ..., "channel": ...}` describes.
 
     A blank line is None. Data that is not a string is sent as the JSON text that stands in the
@@ -138,7 +138,7 @@ def parse_draft(line: str) -> Draft | None:
     raise ValueError(f"{what}: {quoted!r}")
 
 
-def _parse_members(line: str) -> Draft:
+def _parse_members(line: str) -> Event:
     members = _JSON.decode(line)
     if not isinstance(members, dict) or "data" not in members:
         raise ValueError('it is not an object with "data"')
@@ -147,7 +147,7 @@ def _parse_members(line: str) -> Draft:
         raise ValueError(f"nothing is known of {min(unknown)!r}")
     if not isinstance(members["data"], str):
         members["data"] = _text_of_data(line)
-    return Draft(**members)
+    return Event(**members)
 
 
 def _text_of_data(line: str) -> str:

@@ -28,7 +28,7 @@ from typing import Any, Callable
 
 from sse_core.engine import frames
 from sse_core.engine.clients import CLIENTS_PER_TURN, Client, Clients, StreamRequest
-from sse_core.engine.frames import Draft, Id
+from sse_core.engine.frames import Event, Id
 from sse_core.engine.log import Batch, Frame, Log
 from sse_core.engine.wakeup import WakeUp
 from sse_core.errors import NotRunning, WouldWait
@@ -117,9 +117,9 @@ class Hub:
     def publish(self, data: str, event: str | None = None, channel: str | None = None,
                 wait: bool = False) -> str | None:
         """Publish one event and return its id, None with `history=0`. See `publish_all`."""
-        return self.publish_all([Draft(data, event, channel)], wait)[0]
+        return self.publish_all([Event(data, event, channel)], wait)[0]
 
-    def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
+    def publish_all(self, events: Sequence[Event], wait: bool = False) -> list[str | None]:
         """Append events to the log in order, and return their ids.
 
         wait: wait for every slow client that keeps the pace, while the log is full.
@@ -130,9 +130,9 @@ class Hub:
         handler that has interrupted another call: set a flag there instead.
         """
         self.refuse_inside()
-        return [self._publish(draft.payload, draft.channel, None, wait,
+        return [self._publish(event.payload, event.channel, None, wait,
                               is_begun=index > 0 and not wait)
-                for index, draft in enumerate(drafts)]
+                for index, event in enumerate(events)]
 
     def _publish(self, payload: bytes, channel: str | None, given: Id | None, wait: bool = False,
                  is_begun: bool = False) -> str | None:

@@ -205,7 +205,7 @@ class Answers:
         Raises HTTPError; NotRunning, and Unavailable, if nothing can be published now; of the
         latter, WouldWait in a thread that may not wait.
         """
-        ids = self._hub.publish_all(parameters.drafts(request, body, grant))
+        ids = self._hub.publish_all(parameters.events(request, body, grant))
         return self.posted(request, ids)
 
     def posted(self, request: Request, ids: Sequence[str | None]) -> bytes:

@@ -53,7 +53,7 @@ from functools import partial
 from typing import Any, Callable, TypeVar, Union
 
 from sse_core.engine.clients import StreamRequest
-from sse_core.engine.frames import Draft
+from sse_core.engine.frames import Event
 from sse_core.engine.wakeup import WakeUp
 from sse_core.errors import HTTPError, NotRunning, Unavailable, WouldWait
 from sse_core.http import http1, parameters
@@ -112,7 +112,7 @@ Wait = Union[int, "Future[Any]", StreamRequest]
 T = TypeVar("T")
 Code = Generator[Wait, None, T]
 Register = Callable[[socket.socket, StreamRequest, str], bool]
-Submit = Callable[[Sequence[Draft]], "Future[list[str]]"]
+Submit = Callable[[Sequence[Event]], "Future[list[str]]"]
 
 logger = logging.getLogger("sse_server")
 
@@ -518,7 +518,7 @@ class Connection:
             return (yield from self._work(self._others.publishing, publish))
         if self._others.submit:
             # The thread of a store publishes it.
-            job = self._others.submit(parameters.drafts(request, body, grant))
+            job = self._others.submit(parameters.events(request, body, grant))
             yield from self._wait(job)
             return self._answers.posted(request, job.result())
         try:

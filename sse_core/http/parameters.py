@@ -16,7 +16,7 @@ import re
 from difflib import get_close_matches
 
 from sse_core.engine import frames
-from sse_core.engine.frames import Draft
+from sse_core.engine.frames import Event
 from sse_core.errors import HTTPError
 from sse_core.http.access import Grant
 from sse_core.http.http1 import Request
@@ -70,7 +70,7 @@ def check_encoding(request: Request) -> None:
                              "Content-Type.")
 
 
-def drafts(request: Request, body: bytes, grant: Grant) -> list[Draft]:
+def events(request: Request, body: bytes, grant: Grant) -> list[Event]:
     """Return the events that a POST makes of its body: one, or those of its lines.
 
     Raises HTTPError if there is anything in it that is no event, or one on a channel that is not
@@ -81,12 +81,12 @@ def drafts(request: Request, body: bytes, grant: Grant) -> list[Draft]:
         text = body.decode("utf-8-sig" if is_list(request) else "utf-8")
     except UnicodeDecodeError:
         raise HTTPError(400, "The body is not UTF-8.") from None
-    drafts = _lines(request, text) if is_list(request) else [_one(request, text)]
-    grant.check(*(draft.channel for draft in drafts))
-    return drafts
+    events = _lines(request, text) if is_list(request) else [_one(request, text)]
+    grant.check(*(event.channel for event in events))
+    return events
 
 
-def _one(request: Request, text: str) -> Draft:
+def _one(request: Request, text: str) -> Event:
     """Return the event whose data is the body, with the name and the channel of the query.
 
     Raises HTTPError for a parameter that would have no effect, and for what no event can hold.
@@ -98,13 +98,13 @@ def _one(request: Request, text: str) -> Draft:
             raise HTTPError(400, f"An event has one {name}. To publish several events at once, "
                                  f"send them as lines of {NDJSON}.")
     try:
-        return Draft(text, request.parameter("event"), request.parameter("channel"))
+        return Event(text, request.parameter("event"), request.parameter("channel"))
     except ValueError as error:
         raise HTTPError(400, f"This event cannot be published: {error}.") from None
 
 
-def _lines(request: Request, text: str) -> list[Draft]:
-    """Return the events that the lines describe, as `parse_draft` reads them, without blank lines.
+def _lines(request: Request, text: str) -> list[Event]:
+    """Return the events that the lines describe, as `parse_event` reads them, without blank lines.
 
     Raises HTTPError, which names the line by its number, counted from 1 as editors do.
     """
@@ -114,11 +114,11 @@ def _lines(request: Request, text: str) -> list[Draft]:
     found = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            found.append(frames.parse_draft(line))
+            found.append(frames.parse_event(line))
         except ValueError as error:
             raise HTTPError(400, f"Line {number} is not an event, and none was published: {error}."
                             ) from None
-    return [draft for draft in found if draft]
+    return [event for event in found if event]
 
 
 def start(request: Request, now: float) -> tuple[str | None, float | None]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from sse_core.engine.frames import Draft, Id, format_id, parse_id
+from sse_core.engine.frames import Event, Id, format_id, parse_id
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import EventStore, Row
 
@@ -86,10 +86,10 @@ class RedisStore(EventStore):
 
     # For the thread that writes
 
-    def _commit(self, drafts: Sequence[Draft]) -> list[str]:
-        pipe = self._redis.pipeline(transaction=len(drafts) > 1)
-        for draft in drafts:
-            fields = {"data": draft.data, "event": draft.event, "channel": draft.channel}
+    def _commit(self, events: Sequence[Event]) -> list[str]:
+        pipe = self._redis.pipeline(transaction=len(events) > 1)
+        for event in events:
+            fields = {"data": event.data, "event": event.name, "channel": event.channel}
             given = {name: value for name, value in fields.items() if value is not None}
             pipe.xadd(self._key, given, maxlen=self._kept, approximate=True)
         return [new.decode() for new in pipe.execute()]

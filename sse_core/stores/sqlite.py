@@ -25,7 +25,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Callable
 from urllib.parse import quote
 
-from sse_core.engine.frames import MAX_EVENT, MAX_NAME, Draft, Id
+from sse_core.engine.frames import MAX_EVENT, MAX_NAME, Event, Id
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import MIN_KEPT, READING, EventStore, Row
 
@@ -226,14 +226,14 @@ class SQLiteStore(EventStore):
         self._check_in_place()
         return self._writer
 
-    def _commit(self, drafts: Sequence[Draft]) -> list[str]:
+    def _commit(self, events: Sequence[Event]) -> list[str]:
         connection = self._writing()
         with _transaction(connection, "begin immediate", BUSY_TIME):
-            ids = self._next_ids(connection, len(drafts))
+            ids = self._next_ids(connection, len(events))
             connection.executemany("insert into event values (?, ?, ?, ?, ?)", (
-                (*new, draft.channel, draft.event, draft.data)
-                for new, draft in zip(ids, drafts)))
-        self._fresh += len(drafts)
+                (*new, event.channel, event.name, event.data)
+                for new, event in zip(ids, events)))
+        self._fresh += len(events)
         # SQLite has committed to the file that it opened, wherever that is now.
         self._check_in_place()
         self._news.set()

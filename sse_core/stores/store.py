@@ -29,7 +29,7 @@ from typing import Any, Callable, NamedTuple, TypeVar
 
 from sse_core.engine import frames
 from sse_core.engine.clients import StreamRequest
-from sse_core.engine.frames import Draft, Id
+from sse_core.engine.frames import Event, Id
 from sse_core.engine.hub import ID_LENGTH, POLL_INTERVAL, Hub
 from sse_core.engine.log import FRAME_COST, MAX_BYTES, MIN_FRAMES, NOTHING, SCAN_LIMIT
 from sse_core.errors import Unavailable
@@ -48,7 +48,7 @@ Row = tuple[Any, ...]       # ms, n, and as bytes, or None: channel, event, data
 logger = logging.getLogger("sse_server")
 
 
-class Event(NamedTuple):
+class StoredEvent(NamedTuple):
     """An encoded event, with the id that the store gave it."""
     id: Id
     payload: bytes
@@ -57,7 +57,7 @@ class Event(NamedTuple):
 
 class Order(NamedTuple):
     """Events to be committed together. The future is given their ids, or Unavailable."""
-    drafts: Sequence[Draft]
+    events: Sequence[Event]
     future: Future[list[str]]
 
 
@@ -118,7 +118,7 @@ class EventStore(ABC):
         """Why events cannot be read or written now, or None."""
         return self._troubles[READING] or self._troubles[WRITING]
 
-    def submit(self, drafts: Sequence[Draft]) -> Future[list[str]]:
+    def submit(self, events: Sequence[Event]) -> Future[list[str]]:
         """Have events committed, all or none, and return a future of their ids at once.
 
         It raises Unavailable if they could not be committed. Its callbacks run in the thread that
@@ -128,18 +128,18 @@ class EventStore(ABC):
         future: Future[list[str]] = Future()
         with self._mutex:
             if not self._ended:
-                self._orders.put(Order(drafts, future))
+                self._orders.put(Order(events, future))
                 return future
         future.set_exception(self._unavailable("the server is stopped"))
         return future
 
-    def publish(self, drafts: Sequence[Draft]) -> list[str]:
+    def publish(self, events: Sequence[Event]) -> list[str]:
         """Commit events, all or none, and return their ids.
 
         Raises Unavailable while that cannot be. After that they may have been committed all the
         same, if only the answer was lost.
         """
-        return self.submit(drafts).result()
+        return self.submit(events).result()
 
     def end(self) -> None:
         """Take no more events. The thread that writes commits those that wait, and ends."""
@@ -197,14 +197,14 @@ class EventStore(ABC):
 
     def _serve(self, orders: Sequence[Order]) -> None:
         """Commit the events of all orders at once, and answer each order."""
-        drafts = [draft for order in orders for draft in order.drafts]
-        size = sum(1 + len(draft.data.encode()) for draft in drafts)
-        ids, trouble = self._tried(lambda: iter(self._commit(drafts)), size)
+        events = [event for order in orders for event in order.events]
+        size = sum(1 + len(event.data.encode()) for event in events)
+        ids, trouble = self._tried(lambda: iter(self._commit(events)), size)
         for order in orders:
             if ids is None:
                 order.future.set_exception(self._unavailable(str(trouble)))
             else:
-                order.future.set_result(list(islice(ids, len(order.drafts))))
+                order.future.set_result(list(islice(ids, len(order.events))))
 
     def _look_after(self) -> None:
         """After a refusal, try whether as much can be written again; otherwise tidy up."""
@@ -295,12 +295,12 @@ class EventStore(ABC):
         older = [*rows[self._history:], *page][:1]
         return rows[:self._history], max(self._removed(), *(row[:2] for row in older), NOTHING)
 
-    def _events(self, rows: Iterable[Row]) -> Iterator[Event]:
+    def _events(self, rows: Iterable[Row]) -> Iterator[StoredEvent]:
         """Yield the rows that are events; skip the others, with one warning."""
         for ms, n, *texts in rows:
             try:
                 channel, event, data = (text if text is None else text.decode() for text in texts)
-                payload = Draft(data or "", event, channel).payload
+                payload = Event(data or "", event, channel).payload
                 if data is None:
                     raise ValueError("there is no data")
             except ValueError:
@@ -309,7 +309,7 @@ class EventStore(ABC):
                                    "skipped", self._skips)
                 self._warned = True
             else:
-                yield Event((ms, n), payload, channel)
+                yield StoredEvent((ms, n), payload, channel)
 
     # For a subclass to implement. All but the last two raise one of `_faults` while the log cannot
     # be used.
@@ -332,7 +332,7 @@ class EventStore(ABC):
         """Return those of the newest rows that were not read before, and read on after them."""
 
     @abstractmethod
-    def _commit(self, drafts: Sequence[Draft]) -> list[str]:
+    def _commit(self, events: Sequence[Event]) -> list[str]:
         """Commit events, all or none, and return their ids. Called by the thread that writes."""
 
     @abstractmethod
@@ -407,28 +407,28 @@ class StoreHub(Hub):
                 self._wait()
         super().drain()
 
-    def publish_all(self, drafts: Sequence[Draft], wait: bool = False) -> list[str | None]:
+    def publish_all(self, events: Sequence[Event], wait: bool = False) -> list[str | None]:
         """Publish to the store, all or none; see Hub. Raises Unavailable, too.
 
         With `wait`, the events are published in pieces, and each piece is tried until the log takes
         it. If only the answer was lost, a piece is published twice.
         """
         if not wait:
-            return [*self.submit_all(drafts).result()]
+            return [*self.submit_all(events).result()]
         ids: list[str | None] = []
-        for start in range(0, len(drafts), self._piece):
-            ids += self._publish_piece(drafts[start:start + self._piece])
+        for start in range(0, len(events), self._piece):
+            ids += self._publish_piece(events[start:start + self._piece])
         return ids
 
-    def submit_all(self, drafts: Sequence[Draft]) -> Future[list[str]]:
+    def submit_all(self, events: Sequence[Event]) -> Future[list[str]]:
         """Have events committed to the store, all or none; see EventStore.submit.
 
         Raises NotRunning after `stop`.
         """
         self.check_running()
-        return self.store.submit(drafts)
+        return self.store.submit(events)
 
-    def _publish_piece(self, drafts: Sequence[Draft]) -> list[str]:
+    def _publish_piece(self, events: Sequence[Event]) -> list[str]:
         """Publish as soon as slow clients leave room for it and the store takes it."""
         self.refuse_inside()
         while True:
@@ -440,7 +440,7 @@ class StoreHub(Hub):
                 self._make_room(1, wait=True)
                 self.check_running()
             try:
-                ids = self.store.publish(drafts)
+                ids = self.store.publish(events)
             except Unavailable:
                 time.sleep(POLL_INTERVAL)
             else:
@@ -454,12 +454,12 @@ class StoreHub(Hub):
         loading = None if self.loaded.is_set() else "events from before the start are being read"
         return super().trouble() or self.store.trouble or loading
 
-    def add(self, event: Event) -> None:
+    def add(self, event: StoredEvent) -> None:
         """Append an event of the store. Raises NotRunning after `stop`."""
         self._publish(event.payload, event.channel, event.id)
         self._arrived = event.id
 
-    def preload(self, events: Iterator[Event], missing: Id) -> None:
+    def preload(self, events: Iterator[StoredEvent], missing: Id) -> None:
         """Fill the log with the newest events of the store, as far as they fit.
 
         Only before there are clients. missing: see Log.begin.
