@@ -241,7 +241,7 @@ def test_a_stop_in_the_middle_of_many_events_publishes_them_all(bench):
     thread.join()
     assert len(set(ids)) == b.publisher.figures()["events"] == 1000
     with pytest.raises(NotRunning):
-        b.hub.publish_all(drafts)
+        b.hub.publish_all(events)
 
 
 def test_what_the_publisher_thread_takes_is_charged_to_no_client(bench):
