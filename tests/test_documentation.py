@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -206,6 +207,18 @@ def test_every_link_leads_somewhere(name):
             heads = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
                      for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
             assert anchor in heads, target
+
+
+@pytest.mark.parametrize("unit", ["sse-server.service", "sse-server@.service"])
+def test_systemd_calls_the_exposure_of_the_units_ok(unit):
+    """`systemd-analyze security` rates from 0 to 10; below 5 is OK."""
+    analyze = shutil.which("systemd-analyze") or pytest.skip("systemd-analyze is not installed")
+    said = subprocess.run([analyze, "security", "--offline=yes", TOP / "examples" / unit],
+                          capture_output=True, text=True)
+    rating = re.search(r"Overall exposure level .*: ([0-9.]+) ", said.stdout)
+    if not rating:
+        pytest.skip("this systemd-analyze cannot rate a unit that is not installed")
+    assert float(rating[1]) < 5
 
 
 def test_the_readme_is_short():
