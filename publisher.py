@@ -95,13 +95,13 @@ class Publisher:
         self._selector = selectors.DefaultSelector()
         self._selector.register(hub.wakeup.open(), READ)
 
-    def figures(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, Any]:
         """Return all that is counted, for `/-/metrics`, `/-/status` and the status line.
 
         Any thread may call it.
         """
         counters = self.counters
-        return {**self._hub.figures(), **vars(counters), "drops": dict(counters.drops),
+        return {**self._hub.stats(), **vars(counters), "drops": dict(counters.drops),
                 "turn_seconds": round(counters.turn_seconds, 6)}
 
     # For the publisher thread

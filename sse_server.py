@@ -343,7 +343,7 @@ class SSEServer(_Listener, metaclass=_Documented):
         self._publisher = Publisher(self._hub)
         answers = Answers(access, self._hub, page=PAGE.read_bytes() if PAGE else None,
                           stream_type=STREAM_TYPE if history else ORIGINAL_STREAM_TYPE,
-                          figures=self.figures, status=self.status)
+                          stats=self.stats, status=self.status)
         submit_all = self._store_hub.submit_all if self._store_hub else None
         connections = Connections(answers, self._hub.register, submit_all, context)
         stopping = threading.Event()
@@ -559,19 +559,22 @@ class SSEServer(_Listener, metaclass=_Documented):
         """How many clients are registered."""
         return len(self._hub.clients)
 
-    def figures(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, Any]:
         """Return what `/-/status` shows: what was counted since the start.
 
         `turn_seconds` is the time that all the publisher's `turns` took.
         """
-        return {**self._publisher.figures(), "refused": self._connections.refusals}
+        return {**self._publisher.stats(), "refused": self._connections.refusals}
+
+    # What it was called in 1.1.0.
+    figures = stats
 
     def status(self) -> dict[str, Any]:
         """Return the figures, and a list of at most 1000 clients, as `/-/status?list` shows it.
 
         Times are in seconds.
         """
-        return {**self.figures(), "list": self._hub.describe_clients()}
+        return {**self.stats(), "list": self._hub.describe_clients()}
 
     def _refuse_fork(self) -> None:
         """Raise NotRunning in a child of the process in which the server was made.
@@ -624,7 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command_line.ask_about_input()
     command_line.say(*_first_lines(server, options))
     has_status = sys.stderr.isatty() and not options.quiet
-    status = command_line.status_lines(server.figures) if has_status else None
+    status = command_line.status_lines(server.stats) if has_status else None
     source = server._thread("source", lambda: _run_source(server, options, wake))
 
     # A fault was logged when it happened.

@@ -106,11 +106,11 @@ class Bench:
         """
         idle = 0
         while idle < 2 and self.watched.is_alive():
-            before = self.hub.figures()["events"]
+            before = self.hub.stats()["events"]
             self.looked.clear()
             self.turn()
             idle += self.looked.wait(0.02)
-            if self.hub.figures()["events"] != before or self.hub.has_work():
+            if self.hub.stats()["events"] != before or self.hub.has_work():
                 idle = 0
 
     def groups(self) -> int:

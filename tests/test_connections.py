@@ -280,7 +280,7 @@ def test_a_peer_that_does_not_take_its_answer_is_cut(open_server, monkeypatch):
     with Client(open_server.port, head + body, receive_buffer=4096):
         wait_until(lambda: unfinished(open_server))
         monkeypatch.setattr(connections, "REQUEST_TIME", 0.2)
-        wait_until(lambda: open_server.figures()["events"] == 60_000)
+        wait_until(lambda: open_server.stats()["events"] == 60_000)
         wait_until(lambda: not unfinished(open_server), timeout=connections.PLACE_TIME / 2)
 
 
@@ -354,7 +354,7 @@ def test_a_kept_connection_is_as_old_as_its_last_request(open_server, monkeypatc
             with connect(open_server.port):
                 assert half.recv(1) == b""
                 used.sendall(POST[10:] + b"hello")
-                wait_until(lambda: open_server.figures()["events"] == 3 + bool(more))
+                wait_until(lambda: open_server.stats()["events"] == 3 + bool(more))
 
 
 def test_no_connection_is_evicted_before_a_time_of_grace(server, monkeypatch):
@@ -501,7 +501,7 @@ def test_a_client_that_gets_no_thread_in_time_is_asked_to_come_back(gated, gate,
         assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
         sock.close()
     assert len(gate.asked) == 2
-    assert gated.figures()["refused"] == {"503": 2}
+    assert gated.stats()["refused"] == {"503": 2}
 
 
 def test_a_job_is_dropped_with_its_connection(gated, gate, monkeypatch):
@@ -565,7 +565,7 @@ def test_an_authorize_that_raises_costs_its_request_alone(caplog, error):
         with Client(server.port, EVENT_SOURCE) as client:
             assert client.read_to_end().status == 200 and client.stream.retries
         assert ask(server.port, get("/-/health")).endswith(b"ok\n")
-        assert server.figures()["refused"] == {"500": 4} and request_threads()
+        assert server.stats()["refused"] == {"500": 4} and request_threads()
     assert caplog.text.count("could not be answered") == 4 and type(error).__name__ in caplog.text
 
 
@@ -599,7 +599,7 @@ def test_posts_wait_for_a_file_without_a_thread_each(tmp_path):
         wait_until(lambda: unfinished(server) == 20)
         for _ in range(3):
             assert ask(server.port, get("/-/status")).startswith(b"HTTP/1.1 200 ")
-        assert not request_threads() and server.figures()["events"] == 0
+        assert not request_threads() and server.stats()["events"] == 0
         holder.execute("rollback")
         for sock in crowd:
             assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")

@@ -122,7 +122,7 @@ def vanish(network, certificate, secure: bool, heartbeat: float, slow_every: flo
                 time.sleep(0.01)
             assert time.monotonic() < began + 100
         took = time.monotonic() - began
-        assert server.figures()["drops"]["stalled"] == 1
+        assert server.stats()["drops"]["stalled"] == 1
         server.publish("still there")
         near.read_until_data("still there"), slow.read_until_data("still there")
         return took

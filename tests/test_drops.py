@@ -168,9 +168,9 @@ def test_a_client_that_the_system_cannot_watch_is_dropped_and_counted(bench, cap
         b.publish("x")
         b.turn()
     assert late.sock.recv(100) == b"" and first.data() == ["x"]
-    figures = b.publisher.figures()
-    assert figures["drops"]["unwatched"] == 1 and figures["clients"] == 1
-    assert figures["deliveries"] == 1
+    stats = b.publisher.stats()
+    assert stats["drops"]["unwatched"] == 1 and stats["clients"] == 1
+    assert stats["deliveries"] == 1
     assert [record.getMessage() for record in caplog.records] == ["10.0.0.1:7 dropped: unwatched"]
 
 

@@ -254,7 +254,7 @@ class Driver:
                 reader.sock.room = WIDE
             self.turn()
             self.take()
-            if not self.hub.has_work() and not self.hub.figures()["lagging"]:
+            if not self.hub.has_work() and not self.hub.stats()["lagging"]:
                 for reader in self.readers:
                     reader.sock.room = 0 if reader.narrow else WIDE
                 return
@@ -272,16 +272,16 @@ class Driver:
             assert again.events == reader.stream.events and again.ended == reader.stream.ended
 
     def check_figures(self) -> None:
-        everyone, figures = self.readers + self.left, self.publisher.figures()
+        everyone, stats = self.readers + self.left, self.publisher.stats()
         partial = sum(bool(reader.stream.partial) for reader in everyone)
         own = sum(entry.name == "gap" for entry in self.story.entries)
-        assert figures["events"] == len(self.story.entries) - self.preloaded - own
-        assert figures["clients"] == len(self.readers)
-        assert figures["bytes"] == sum(reader.bytes for reader in everyone)
+        assert stats["events"] == len(self.story.entries) - self.preloaded - own
+        assert stats["clients"] == len(self.readers)
+        assert stats["bytes"] == sum(reader.bytes for reader in everyone)
         for figure, told in (("deliveries", [each.whole for each in everyone]),
                              ("gaps", [each.gaps for each in everyone])):
-            assert 0 <= figures[figure] - sum(told) <= partial, figure
-        assert sum(figures["drops"].values()) == len(self.left)
+            assert 0 <= stats[figure] - sum(told) <= partial, figure
+        assert sum(stats["drops"].values()) == len(self.left)
         listed = {each["peer"]: each for each in self.hub.describe_clients()}
         assert listed.keys() == {reader.name for reader in self.readers}
         for reader in self.readers:

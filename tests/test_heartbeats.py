@@ -27,7 +27,7 @@ def test_a_client_that_took_a_whole_heartbeat_does_not_lag(bench):
     b.turn()
     b.now += 20
     b.turn()
-    assert peer.take().comments == 1 and b.publisher.figures()["lagging"] == 0
+    assert peer.take().comments == 1 and b.publisher.stats()["lagging"] == 0
 
 
 def test_a_heartbeat_over_http_1_0_is_a_comment_without_a_chunk(bench):

@@ -202,7 +202,8 @@ def test_help_shows_what_a_user_may_call_and_not_half_of_socketserver(kind):
     methods = set(re.findall(r"^ \|  (\w+)(?: = \w+)?\(self", shown, re.M))
     assert methods == {
         "__enter__", "__exit__", "__init__", "drain", "figures", "publish", "serve_forever",
-        "server_close", "shutdown", "start", "status", "stop", *(["more"] * (kind is Derived))}
+        "server_close", "shutdown", "start", "stats", "status", "stop",
+        *(["more"] * (kind is Derived))}
     assert issubclass(kind, socketserver.ThreadingTCPServer)
 
 

@@ -131,7 +131,7 @@ def test_many_that_publish_and_register_are_all_counted(sock):
         for _ in range(50):
             taken.append(hub.register(sock, STREAM_REQUEST))
     run_together(*[publish] * 4, *[register] * 4)
-    assert len(set(ids)) == hub.figures()["events"] == 800
+    assert len(set(ids)) == hub.stats()["events"] == 800
     assert taken.count(True) == len(hub.close()) == 100
 
 

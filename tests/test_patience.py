@@ -227,7 +227,7 @@ def test_a_publish_that_waits_for_room_is_refused_when_the_server_stops(bench):
     assert b.looked.wait(5)
     b.hub.stop()
     b.watched.join(5)
-    assert raised and b.publisher.figures()["events"] == 48
+    assert raised and b.publisher.stats()["events"] == 48
 
 
 def test_a_stop_in_the_middle_of_many_events_publishes_them_all(bench):
@@ -239,7 +239,7 @@ def test_a_stop_in_the_middle_of_many_events_publishes_them_all(bench):
     wait_until(lambda: b.hub._changed._waiters)
     b.hub.stop()
     thread.join()
-    assert len(set(ids)) == b.publisher.figures()["events"] == 1000
+    assert len(set(ids)) == b.publisher.stats()["events"] == 1000
     with pytest.raises(NotRunning):
         b.hub.publish_all(events)
 

@@ -145,9 +145,9 @@ def test_a_publish_inside_a_publish_of_the_same_thread_is_refused_or_done(bench)
 
 def test_figures_begin_at_zero_and_count_frames_and_bytes_however_they_are_sent(bench):
     b = bench(history=64)
-    figures = b.publisher.figures()
-    assert {figures[name] for name in vars(b.publisher.counters) if name != "drops"} == {0}
-    assert set(figures["drops"].values()) == {0}
+    stats = b.publisher.stats()
+    assert {stats[name] for name in vars(b.publisher.counters) if name != "drops"} == {0}
+    assert set(stats["drops"].values()) == {0}
     ids = [b.publish(str(number)) for number in range(3)]
     back, live, narrow = b.peer(last_id=ids[0]), b.peer(), b.peer(narrow=True)
     narrow.server_end.room = 1 << 20
@@ -158,12 +158,12 @@ def test_figures_begin_at_zero_and_count_frames_and_bytes_however_they_are_sent(
     narrow.server_end.room = 1 << 20
     b.turn(2)
     assert back.data() == ["1", "2", "live"] and live.data() == narrow.data() == ["live"]
-    figures = b.publisher.figures()
-    assert figures["deliveries"] == 5
-    assert figures["bytes"] == sum(len(peer.raw) for peer in b.peers)
-    assert figures["turns"] == 5 and figures["turn_seconds"] == 0
+    stats = b.publisher.stats()
+    assert stats["deliveries"] == 5
+    assert stats["bytes"] == sum(len(peer.raw) for peer in b.peers)
+    assert stats["turns"] == 5 and stats["turn_seconds"] == 0
     b.publisher.counters.turn_seconds = 0.1234567
-    assert b.publisher.figures()["turn_seconds"] == 0.123457
+    assert b.publisher.stats()["turn_seconds"] == 0.123457
 
 
 def test_figures_count_gaps_told_and_events_published(bench):
@@ -174,14 +174,14 @@ def test_figures_count_gaps_told_and_events_published(bench):
     for _ in range(50):
         b.turn()
     # The gap could not be told yet: its socket takes nothing.
-    assert b.publisher.figures()["gaps"] == 0
+    assert b.publisher.stats()["gaps"] == 0
     back.server_end.room = 1 << 20
     b.turn(3)
     b.hub.tell_gap(None)
     b.hub.add(StoredEvent((200, 0), b"data: new\n\n", None))
     b.turn()
-    figures = b.publisher.figures()
-    assert (figures["gaps"], figures["events"]) == (1, 1)
+    stats = b.publisher.stats()
+    assert (stats["gaps"], stats["events"]) == (1, 1)
     assert [event.name for event in back.take().events].count("gap") == 2
 
 

@@ -49,7 +49,7 @@ def test_a_stream_ends_in_order_when_its_token_expires_and_then_it_is_a_401(serv
         assert time.monotonic() - began < 3.5
         server.publish("after")
         assert [event.data for event in other.read_events(2)] == ["before", "after"]
-    assert server.figures()["drops"]["expired"] == 1
+    assert server.stats()["drops"]["expired"] == 1
     assert ask(server.port, get(f"/{short}")).startswith(b"HTTP/1.1 401 ")
 
 
@@ -60,10 +60,10 @@ def test_a_lagging_stream_ends_with_its_token_however_many_lag_before_it(server)
     last = Client(server.port, get(f"/{token(1.5, subscribe=['*'])}"), receive_buffer=4096).open()
     for _ in range(3):
         server.publish("x" * 1_000_000)
-    wait_until(lambda: server.figures()["lagging"] == CLIENTS_PER_TURN + 2
-               or server.figures()["drops"]["expired"])
+    wait_until(lambda: server.stats()["lagging"] == CLIENTS_PER_TURN + 2
+               or server.stats()["drops"]["expired"])
     last.receive(1)
-    wait_until(lambda: server.figures()["drops"]["expired"] == 1, timeout=6)
+    wait_until(lambda: server.stats()["drops"]["expired"] == 1, timeout=6)
     for client in [*stalled, last]:
         client.close()
 

@@ -66,7 +66,7 @@ def test_metrics_count_what_happened(server):
         one.read_events(11), two.read_events(11)
         ask(server.port, b"GET /wrong HTTP/1.1\r\nHost: x\r\n\r\n")
         ask(server.port, b"nonsense\r\n\r\n")
-        wait_until(lambda: server.figures()["deliveries"] == 22)
+        wait_until(lambda: server.stats()["deliveries"] == 22)
         answer = fetch(server, "/-/metrics")
         values = parse_metrics(answer.text)
         received = sum(len(part) for client in (one, two) for part in client.stream.payloads)
@@ -88,7 +88,7 @@ def test_the_bytes_are_those_that_were_sent(server):
         for number in range(200):
             server.publish("x" * number)
         client.read_events(200)
-        wait_until(lambda: server.figures()["deliveries"] == 200)
+        wait_until(lambda: server.stats()["deliveries"] == 200)
         head = len("\r\n".join(client.stream.head)) + 4
         total = head + sum(len(payload) + 12 for payload in client.stream.payloads)
         assert fetch(server, "/-/status").json()["bytes"] == total

@@ -232,14 +232,14 @@ def say(*lines: str) -> None:
         os.write(sys.stdout.fileno(), "".join(f"{line}\n" for line in lines).encode())
 
 
-def status_lines(figures: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
+def status_lines(stats: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for the bottom of a terminal, again and again.
 
     figures: see SSEServer.figures. The rate is that of the time since the last line.
     """
     deliveries, before = 0, time.monotonic()
     while True:
-        now, shown = time.monotonic(), figures()
+        now, shown = time.monotonic(), stats()
         # Two lines can come at one moment of a coarse clock.
         rate = (shown["deliveries"] - deliveries) / max(0.001, now - before)
         deliveries, before = shown["deliveries"], now

@@ -244,7 +244,7 @@ class Hub:
             self._woken = True
             self.wakeup.wake()
 
-    def figures(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, Any]:
         """Return what is counted in here."""
         return {"clients": len(self.clients), "lagging": len(self.clients.lagging),
                 "events": self._published}

@@ -70,7 +70,7 @@ FAMILIES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
      {"_sum": "turn_seconds", "_count": "turns"}))
 
 # What is counted, by name: numbers, and mappings of labels to numbers.
-Figures = Mapping[str, Any]
+Stats = Mapping[str, Any]
 
 
 class Answers:
@@ -85,13 +85,13 @@ class Answers:
     """
 
     def __init__(self, access: Access, hub: Hub, *, page: bytes | None, stream_type: str,
-                 figures: Callable[[], Figures], status: Callable[[], Figures]) -> None:
+                 stats: Callable[[], Stats], status: Callable[[], Stats]) -> None:
         # None of these changes, so that any thread may use them.
         self._access = access
         self._hub = hub
         self._page = page
         self._stream_type = stream_type
-        self._figures = figures
+        self._figures = stats
         self._status = status
 
     def is_slow(self, request: Request) -> bool:
@@ -292,12 +292,12 @@ def _date(second: int) -> str:
     return f"Date: {formatdate(second, usegmt=True)}"
 
 
-def _json(value: Figures) -> bytes:
+def _json(value: Stats) -> bytes:
     """Return a value as a line of JSON."""
     return json.dumps(value).encode() + b"\n"
 
 
-def metrics(figures: Figures) -> str:
+def metrics(stats: Stats) -> str:
     """Return the figures in the text format of Prometheus, version 0.0.4.
 
     A family of metrics is two lines that describe it, and a line for each of its samples.
@@ -307,7 +307,7 @@ def metrics(figures: Figures) -> str:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for suffix, key in samples.items():
             # A figure without labels is one sample.
-            numbers = figures[key] if "%s" in suffix else {"": figures[key]}
+            numbers = stats[key] if "%s" in suffix else {"": stats[key]}
             lines += [f"{name}{suffix.replace('%s', label)} {number}"
                       for label, number in numbers.items()]
     return "\n".join(lines) + "\n"
