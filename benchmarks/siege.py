@@ -176,10 +176,9 @@ def all_at_once(port: int, number: int, context: Optional[ssl.SSLContext],
             sock = socket.socket()
             sock.setblocking(False)
             sock.connect_ex(("127.0.0.1", port))
-            if context:
-                sock = context.wrap_socket(sock, do_handshake_on_connect=False)
             socks.append(sock)
-            poll.register(sock, selectors.EVENT_WRITE, join(sock, request))
+            poll.register(sock.fileno(), selectors.EVENT_WRITE,
+                          join(socks, len(socks) - 1, context, request))
         for key, _ in ready:
             try:
                 poll.modify(key.fd, next(key.data), key.data)
@@ -194,9 +193,13 @@ def all_at_once(port: int, number: int, context: Optional[ssl.SSLContext],
     return sorted(times), lost + len(poll.get_map())
 
 
-def join(sock: socket.socket, request: bytes) -> Iterator[int]:
+def join(socks: List[socket.socket], place: int, context: Optional[ssl.SSLContext],
+         request: bytes) -> Iterator[int]:
     """Go on with a client each time its socket is ready; yield what it waits for next."""
-    while isinstance(sock, ssl.SSLSocket):
+    if context:     # once it is connected
+        socks[place] = context.wrap_socket(socks[place], do_handshake_on_connect=False)
+    sock = socks[place]
+    while context:
         try:
             sock.do_handshake()
             break
