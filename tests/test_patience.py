@@ -39,6 +39,23 @@ def test_a_patient_publish_keeps_what_a_resuming_client_is_due(bench):
     waiting.join()
 
 
+def test_a_client_that_resumes_while_a_pipe_goes_on_is_waited_for_from_there(bench):
+    b = bench(history=64)
+    ids = [b.publish(str(number)) for number in range(64)]
+    b.turn()
+    b.publish("64", wait=True)
+    b.turn()
+    back = b.peer(last_id=ids[20], narrow=True)
+    waiting = in_a_thread(lambda: [b.publish(str(number), wait=True) for number in range(65, 80)])
+    b.pass_time(12)
+    assert waiting.is_alive()
+    back.server_end.room = 1 << 20
+    while waiting.is_alive():
+        b.turn()
+    b.turn(3)
+    assert back.data() == [*map(str, range(21, 80))]
+
+
 def test_a_resuming_client_is_waited_for_at_every_moment_of_its_greeting(bench, monkeypatch):
     """It once was neither among those who join nor among those who lag, for a moment."""
     b = bench(history=64)
@@ -228,6 +245,19 @@ def test_a_publish_that_waits_for_room_is_refused_when_the_server_stops(bench):
     b.hub.stop()
     b.watched.join(5)
     assert raised and b.publisher.stats()["events"] == 48
+
+
+def test_a_publish_that_a_stop_refuses_costs_clients_nothing(bench):
+    b = bench(history=64)
+    reader = b.peer()
+    texts = [str(number) for number in range(64)]
+    for text in texts:
+        b.publish(text)
+    b.hub.stop()
+    with pytest.raises(NotRunning):
+        b.publish("late")
+    b.turn()
+    assert reader.data() == texts
 
 
 def test_a_stop_in_the_middle_of_many_events_publishes_them_all(bench):
