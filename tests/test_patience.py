@@ -262,16 +262,26 @@ def test_a_publish_that_a_stop_refuses_costs_clients_nothing(bench):
 
 def test_a_stop_in_the_middle_of_many_events_publishes_them_all(bench):
     b = bench(history=64)
-    ids = []
-    events = [Event(str(number)) for number in range(1000)]
-    thread = in_a_thread(lambda: ids.extend(b.hub.publish_all(events)))
-    # It waits, because nothing is fanned out.
+    reader = b.peer()
+    b.turn()
+    texts, ids = [str(number) for number in range(1000)], []
+    thread = in_a_thread(lambda: ids.extend(b.hub.publish_all([Event(text) for text in texts])))
+    # The log is full, and nothing is fanned out.
     wait_until(lambda: b.hub._changed._waiters)
     b.hub.stop()
+    # It goes on waiting, because the publisher has all of the log still to send.
+    with b.hub._changed:
+        b.hub._changed.notify_all()
+    wait_until(lambda: b.hub._changed._waiters or not thread.is_alive())
+    b.start()
     thread.join()
+    b.stop()
     assert len(set(ids)) == b.publisher.stats()["events"] == 1000
+    # The stream may have ended before the last of them came, but none is left out.
+    data = reader.data()
+    assert len(data) >= 64 and data == texts[:len(data)] and reader.stream.ended
     with pytest.raises(NotRunning):
-        b.hub.publish_all(events)
+        b.hub.publish_all([Event("late")])
 
 
 def test_what_the_publisher_thread_takes_is_charged_to_no_client(bench):

@@ -90,6 +90,9 @@ class Hub:
         # When a stop gives clients no more time, on `clock`. None while the hub takes anything.
         self._stop_by: float | None = None
 
+        # The publisher has ended, so nobody needs the log any more.
+        self._closed = False
+
         # Events that were published here.
         self._published = 0
 
@@ -188,12 +191,12 @@ class Hub:
     def _make_room(self, length: int, wait: bool = False, is_begun: bool = False) -> None:
         """Evict until `length` bytes fit, and wait as `publish_all` says. Requires the mutex.
 
-        Raises NotRunning after `stop`. With `is_begun`, it evicts then, and waits for nobody.
+        Raises NotRunning after `stop`, but with `is_begun` it goes on until there is room.
         """
         while not self._log.has_room(length, WAITERS_SHARE if wait else 1.0):
             if not is_begun:
                 self.check_running()
-            if self.stopping or self._may_evict(wait):
+            if self._closed or self._may_evict(wait):
                 self._log.evict()
             else:
                 self._wait()
@@ -315,7 +318,7 @@ class Hub:
         with self._mutex:
             if run:
                 self.fanned_out, self.fanned_out_id = run[-1].number + 1, run[-1].newest_id
-            # It holds frames that the log may evict.
+            # The next turn has other batches, and these may hold 64 MiB that the log has evicted.
             self._log.batch.cache_clear()
             self._changed.notify_all()
 
@@ -345,4 +348,5 @@ class Hub:
         """Take nothing any more, and return all clients, whose sockets the caller closes."""
         self.stop(0.0)
         with self._mutex:
+            self._closed = True
             return self.clients.remove_all()

@@ -134,7 +134,7 @@ class Log:
         # The newest event that is kept, by channel.
         self._newest: dict[str | None, Frame] = {}
 
-        # Must be told when a frame is evicted, or the fan-out has gone on: `batch.cache_clear`.
+        # Call `batch.cache_clear` now and then, so that what it remembers does not stay in memory.
         self.batch = lru_cache(CACHED_BATCHES)(self._join)
 
     # What enters and leaves
