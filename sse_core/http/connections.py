@@ -13,7 +13,7 @@ in a selector, and for none of them alone.
             |           +----- idle <-----|--------+                 |--> client (of the publisher)
             +-----------------------------|--------------------------+
                                           v
-                                  threads `request-N` (pool.py)
+                                  threads `request-N` (pool.py), or `store`
 
 What a connection does is a generator. It yields what it waits for, and goes on when that is there:
 
