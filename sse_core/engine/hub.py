@@ -77,9 +77,8 @@ class Hub:
         self._log = Log(history, began_with or (int(wall() * 1000), 0))
         self.clients = Clients(self._mutex, patience)
 
-        # The number of the frame with which the fan-out goes on, and the newest id before it. As
-        # soon as there are clients, only the publisher thread changes them, and so reads them
-        # without the mutex.
+        # The number of the frame with which the fan-out goes on, and the newest id before it. Once
+        # there are clients, only the publisher thread changes them, and reads them without mutex.
         self.fanned_out = 0
         self.fanned_out_id = self._log.last_id
 
@@ -299,8 +298,7 @@ class Hub:
     # Called by the publisher thread
 
     def has_work(self) -> bool:
-        """Return whether there is work. If not, the next publish or register wakes the publisher.
-        """
+        """Return whether there is work. If not, whoever brings some wakes the publisher."""
         with self._mutex:
             self._woken = self.fanned_out < self._log.next or bool(self.clients.joining)
             return self._woken
