@@ -199,8 +199,9 @@ class Derived(SSEServer):
 @pytest.mark.parametrize("kind", [SSEServer, Derived])
 def test_help_shows_what_a_user_may_call_and_not_half_of_socketserver(kind):
     shown = pydoc.render_doc(kind, renderer=pydoc.plaintext)
-    methods = set(re.findall(r"^ \|  (\w+)(?: = \w+)?\(self", shown, re.M))
-    assert methods == {
+    # From Python 3.13 on, a long signature begins on the next line
+    methods = set(re.findall(r"^ \|  (\w+)(?: = \w+)?\((?:self|$)", shown, re.M))
+    assert methods - {kind.__name__, "SSEServer"} == {
         "__enter__", "__exit__", "__init__", "drain", "figures", "publish", "serve_forever",
         "server_close", "shutdown", "start", "stats", "status", "stop",
         *(["more"] * (kind is Derived))}
