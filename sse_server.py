@@ -67,11 +67,12 @@ ACCEPT_PAUSE = 0.1
 # Seconds without a failed accept after which the next one is worth a warning.
 RECOVERED = 10.0
 
-# Seconds that a stop waits: for the connection to itself, for requests that have begun, and for a
-# store to commit what was published. The publisher has a second, too (STOP_TIME in hub.py).
+# Seconds that a stop waits: for the connection to itself, for requests that have begun, and in all.
+# The publisher has a second, too (STOP_TIME in hub.py). The store has what is left: it commits what
+# was published.
 SELF_CONNECT_TIME = 1.0
 REQUESTS_TIME = 1.0
-STORE_TIME = 2.0
+TOTAL_STOP_TIME = 3.0
 
 # Seconds that a start waits for the newest events of a store. If that is not enough, or the store
 # is away, the server starts all the same, and refuses clients until it has them.
@@ -450,6 +451,9 @@ class SSEServer(_Listener, metaclass=_Documented):
                 raise Fault("a fault has ended the server") from self._hub.fault
 
     def _stop(self) -> None:
+        # Whatever the other steps leave of this time is for the store.
+        until = time.monotonic() + TOTAL_STOP_TIME
+
         # All clients are gone when this is logged.
         clients = self.clients
 
@@ -468,7 +472,6 @@ class SSEServer(_Listener, metaclass=_Documented):
         # What was published before is still committed, if the store takes it in time.
         if self._store_hub:
             self._store_hub.store.end()
-        until = time.monotonic() + STORE_TIME
         for thread in self._store_threads:
             if thread.is_alive():
                 thread.join(max(0.0, until - time.monotonic()))
@@ -570,7 +573,7 @@ class SSEServer(_Listener, metaclass=_Documented):
     figures = stats
 
     def status(self) -> dict[str, Any]:
-        """Return the figures, and a list of at most 1000 clients, as `/-/status?list` shows it.
+        """Return the stats, and a list of at most 1000 clients, as `/-/status?list` shows it.
 
         Times are in seconds.
         """

@@ -235,7 +235,7 @@ def say(*lines: str) -> None:
 def status_lines(stats: Callable[[], Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for the bottom of a terminal, again and again.
 
-    figures: see SSEServer.figures. The rate is that of the time since the last line.
+    stats: see SSEServer.stats. The rate is that of the time since the last line.
     """
     deliveries, before = 0, time.monotonic()
     while True:

@@ -56,7 +56,7 @@ PAGE_FIELDS = (
 COME_BACK = 10
 
 # Metrics: name, kind, what it is, and its samples. Of each sample: what follows the name on its
-# line, and its key among the figures. A figure that is told by a label is one number for each.
+# line, and its key among the stats. A number that is told by a label is one number for each.
 FAMILIES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("sse_clients", "gauge", "Clients that are connected.", {"": "clients"}),
     ("sse_lagging_clients", "gauge", "Clients whose socket would not take all.", {"": "lagging"}),
@@ -80,7 +80,7 @@ class Answers:
     hub           Publishes, and says why no event is taken now.
     page          What a browser is shown at `/` and `/TOKEN`, or None.
     stream_type   The Content-Type of a stream.
-    figures       Returns what /-/status shows.
+    stats         Returns what /-/status shows.
     status        Returns the same with the list of clients.
     """
 
@@ -91,7 +91,7 @@ class Answers:
         self._hub = hub
         self._page = page
         self._stream_type = stream_type
-        self._figures = stats
+        self._stats = stats
         self._status = status
 
     def is_slow(self, request: Request) -> bool:
@@ -233,9 +233,9 @@ class Answers:
         """Return the metrics, or the status."""
         fields = [NO_STORE, *self._access.cross_origin(request)]
         if request.path == "/-/metrics":
-            return _whole(request, metrics(self._figures()).encode(), METRICS, fields)
+            return _whole(request, metrics(self._stats()).encode(), METRICS, fields)
         if request.path == "/-/status":
-            return _whole(request, _json(self._figures()), JSON, fields)
+            return _whole(request, _json(self._stats()), JSON, fields)
         raise HTTPError(404, "Nothing is here. There are /-/health, /-/metrics and /-/status.")
 
     def _preflight(self, request: Request) -> list[str]:
@@ -298,7 +298,7 @@ def _json(value: Stats) -> bytes:
 
 
 def metrics(stats: Stats) -> str:
-    """Return the figures in the text format of Prometheus, version 0.0.4.
+    """Return the stats in the text format of Prometheus, version 0.0.4.
 
     A family of metrics is two lines that describe it, and a line for each of its samples.
     """
