@@ -9,7 +9,8 @@ The life of a client:
     lagging     Its socket did not take all. The selector tells when it takes more. Then the client
                 reads the next batch from its own cursor, until it is current again.
     dropped     It closed, was reset, acknowledged nothing for 30 s, sent too much, or cannot be
-                watched. Or its token has expired: then its stream is ended in order first.
+                watched. Or its token has expired: then its stream is ended in order first,
+                unless it is in the middle of a frame.
 
 A turn does a bounded amount of each kind of work: one batch of frames, and some hundreds of clients
 that join or lag. So a burst of events costs one send for each client, a slow client delays nobody,

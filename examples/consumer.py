@@ -54,7 +54,8 @@ def main(url, file):
 
 def read(url, last_id):
     """Yield each event that came whole, as a dict of its fields, until the stream ends."""
-    request = Request(url if last_id else f"{url}&since=all", headers={
+    beginning = f"{url}{'&' if '?' in url else '?'}since=all"
+    request = Request(url if last_id else beginning, headers={
         "Accept": "text/event-stream", **({"Last-Event-ID": last_id} if last_id else {})})
     with urlopen(request, timeout=READ_TIMEOUT) as stream:
         event, data = {}, []

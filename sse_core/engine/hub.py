@@ -156,7 +156,7 @@ class Hub:
         return frames.format_id(frame.id)
 
     def drain(self) -> None:
-        """Wait until clients have all that was published, except for those that lost the pace.
+        """Wait until clients have all that was published, except for those too slow to wait for.
 
         Returns at once after `stop`. Raises WouldWait and RuntimeError as `publish_all` does.
         """

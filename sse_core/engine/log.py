@@ -62,7 +62,7 @@ SCAN_LIMIT = 1024
 # Lagging clients with one subscription often stand at one place, and then share a batch.
 CACHED_BATCHES = 64
 
-# Older than every id. As what is missing: nothing is.
+# Sorts before every id. As the newest id that is missing, it means that nothing is missing.
 NOTHING: Id = (-1, 0)
 
 Bytes = Union[bytes, memoryview]
@@ -240,7 +240,7 @@ class Log:
         return number, "evicted" if self._newest_gone(channels) >= begin else None
 
     def latest(self, channels: Iterable[str]) -> tuple[list[bytes], int, str | None]:
-        """Return where a client goes on that wants the newest event of each channel, and of none.
+        """Return what `since=latest` gives: the newest event on each channel, and without one.
 
         That is all of these events but the last one, as chunks in order; the number of the last
         one; and the reason of a gap, or None. If the chunks have more than MAX_LATEST bytes, the

@@ -23,16 +23,17 @@ What a connection does is a generator. It yields what it waits for, and goes on 
                 many requests at once.
     a Future    Another thread has done what may block: a program's `authorize`, or publishing.
     a StreamRequest
-                There is a place among the clients. The code goes on only if there is none; a moment
-                later (PAUSE) if there is a store, whose events may be on their way.
+                It asks to become a client. If it does, the code is closed. If there is no place, it
+                goes on in the next turn; a moment later (PAUSE) if there is a store, whose events
+                may be on their way.
 
 It has one deadline, which is raised as TimeUp where it waits, before any input that is there. A job
 has none once a thread has begun it: then there is nothing to take back.
 
-The generator never closes its socket, nor has it watched. Its owner does, when the generator has
-ended, failed or been closed, so that each of these ends is the same. The first wait for a socket
-puts it into the selector. It leaves that before it is closed or becomes a client, and if it becomes
-readable during a job.
+The generator neither closes its socket nor registers it in the selector. Its owner does both, so
+that each way in which the generator can end is the same. The first wait for a socket registers it.
+The socket is taken out of the selector before it is closed or handed to the publisher, and when it
+becomes readable during a job.
 
 When there are too many connections, one more evicts one: the one that has been idle or lingering
 longest, else the one whose request began first, once it had its time of grace.
@@ -163,7 +164,8 @@ class Connections:
         # Connections that go on in the next turn.
         self._in_turn: list[Connection] = []
 
-        # When to look for deadlines that have passed, on time.monotonic. None is before.
+        # When to look for deadlines that have passed, on time.monotonic. No deadline is
+        # earlier than this.
         self._look_at = math.inf
 
         # Bytes of bodies that are under way.

@@ -64,10 +64,12 @@ class Order(NamedTuple):
 class EventStore(ABC):
     """A log that servers share, and how it is followed and written to. Each kind is a subclass.
 
-    history: how many rows are loaded at the start; ten times as many are kept. Any thread may call
-    `submit`, `publish` and `end`, and read `trouble`. All else belongs to the thread that runs
-    `follow`, or to the one that runs `write` where it says so. A subclass has the methods that
-    stand last.
+    history: how many of the newest rows are loaded, which is all that clients can get. The store
+    keeps ten times as many, MIN_KEPT at least.
+
+    Any thread may call `submit`, `publish` and `end`, and read `trouble`. All else belongs to the
+    thread that runs `follow`, or to the one that runs `write` where it says so. A subclass has the
+    methods that stand last.
     """
     # What a subclass raises while the log cannot be used.
     _faults: tuple[type[Exception], ...]
