@@ -172,7 +172,7 @@ class Clients:
             self._tails[fd] = data[end:]
             data = data[:end]
         if fd == self._witness:
-            self.ids += re.findall(rb"\nid: ([0-9]+-[0-9]+)\ndata: .{68}\r?\n", data)
+            self.ids += re.findall(rb"\ndata: .{68}\r?\nid: ([0-9]+-[0-9]+)\n", data)
         at = data.rfind(b"\ndata: ")
         if at >= 0 and data[at + 7:at + 8].isdigit():       # else it is `welcome`
             sent, number = int(data[at + 7:at + 26]), int(data[at + 27:at + 36])
