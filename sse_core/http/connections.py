@@ -109,6 +109,9 @@ LOOK_INTERVAL = 0.05
 
 READABLE, WRITABLE, TURN, PAUSE = selectors.EVENT_READ, selectors.EVENT_WRITE, 0, -1
 
+# What a socket is watched for when the selector does not have it.
+UNWATCHED = 0
+
 Wait = Union[int, "Future[Any]", StreamRequest]
 T = TypeVar("T")
 Code = Generator[Wait, None, T]
@@ -249,7 +252,7 @@ class Connections:
                 self._wakeup.clear()
             elif isinstance(key.data.wait, Future):
                 # Nobody reads this before the job is done.
-                self._watch(key.data, TURN)
+                self._watch(key.data, UNWATCHED)
             elif key.data.wait in (READABLE, WRITABLE):
                 self._step(key.data, key.data.wait, now)
                 # A turn of 2,000 handshakes takes a second: too many would wait by its end.
@@ -343,14 +346,14 @@ class Connections:
 
     def _hand_over(self, connection: Connection, stream_request: StreamRequest) -> None:
         """Make a connection a client, or have it go on a turn later."""
-        self._watch(connection, TURN)
+        self._watch(connection, UNWATCHED)
         if self._register(connection.sock, stream_request, connection.peer):
             self._forget(connection)
         else:
             self._wait_for(connection, PAUSE if self.submit else TURN)
 
     def _watch(self, connection: Connection, events: int) -> None:
-        """Watch a socket for these events. TURN: do not watch it."""
+        """Watch a socket for these events; UNWATCHED: stop watching it."""
         if events == connection.watched_for:
             return
         if not events:
@@ -372,7 +375,7 @@ class Connections:
         """Close a connection, whatever it is doing."""
         if isinstance(connection.wait, Future):
             connection.wait.cancel()
-        self._watch(connection, TURN)
+        self._watch(connection, UNWATCHED)
         self._forget(connection)
         connection.sock.close()
 
@@ -421,7 +424,7 @@ class Connection:
         self.sock = sock
         self.peer = peer
         self.descriptor = sock.fileno()
-        self.watched_for = TURN
+        self.watched_for = UNWATCHED
 
         # What it waits for. None: it is a connection no more.
         self.wait: Wait | None = TURN
