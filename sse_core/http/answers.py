@@ -1,4 +1,4 @@
-"""Turn a request into an answer: page, preflight, reports, POST, refusal, or a stream's opening.
+"""Turn a request into an answer: page, preflight, reports, POST, error, or a stream request.
 
     request                      who may send it          answer
     GET /-/health                everybody, to any Host   200, or 503 and the reason
@@ -150,7 +150,7 @@ class Answers:
         return _whole(request, self._page, HTML, PAGE_FIELDS) if self._page and is_wanted else None
 
     def _open(self, request: Request, grant: Grant) -> bytes | StreamRequest:
-        """Return a stream's opening; of a HEAD request, only the head of the stream.
+        """Return a stream request; of a HEAD request, only the head of the stream.
 
         Raises HTTPError for parameters that mean nothing.
         """

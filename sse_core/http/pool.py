@@ -99,7 +99,8 @@ class Pool:
         if future.set_running_or_notify_cancel():
             try:
                 result = call()
-            except BaseException as error:      # SystemExit, too: it costs this call alone
+            # SystemExit, too: it costs this call alone.
+            except BaseException as error:
                 future.set_exception(error)
             else:
                 future.set_result(result)

@@ -29,7 +29,8 @@ from sse_core.engine.frames import MAX_EVENT, MAX_NAME, Event, Id
 from sse_core.engine.log import NOTHING
 from sse_core.stores.store import MIN_KEPT, READING, EventStore, Row
 
-if TYPE_CHECKING:       # a server without such a file does not import it
+# A server without such a file does not import it.
+if TYPE_CHECKING:
     import sqlite3
 
 # The application id that marks a file as ours, and the version of its tables. Version 1 had no
@@ -41,7 +42,8 @@ APPLICATION, SCHEMA = 0x73736531, 2
 POLL, IDLE_POLL = 0.01, 0.05
 SLOWER = 1.01
 
-READ_COUNT, READ_BYTES = 512, 1 << 20       # rows, and bytes of data, that are read at once
+# Rows, and bytes of data, that are read at once.
+READ_COUNT, READ_BYTES = 512, 1 << 20
 
 # Seconds to wait for another process that writes, which may have been stopped in the middle; the
 # same when no event waits for it; and the longest pause between two tries, which is random.
@@ -83,11 +85,13 @@ _AFTER, _BEFORE = _ROWS.format(">", "", ""), _ROWS.format("<", "desc", "desc")
 _NEWEST_ID = "select ms, n from event order by ms desc, n desc limit 1 offset ?"
 _OLDEST_ID = "select ms, n from event order by ms, n limit 1 offset ?"
 _REMOVED = "select removed_ms, removed_n from meta"
-_END: Id = 1 << 62, 0       # newer than every row
+# Newer than every row.
+_END: Id = 1 << 62, 0
 
 _MOVED = ("it was removed or replaced: stop all servers that use it, put a file in its place "
           "without a -wal beside it, and start them")
-_ADVICE = (             # what to do, by a part of what SQLite or the system says
+# What to do, by a part of what SQLite or the system says.
+_ADVICE = (
     ("not a database", "name another file, or move it away"),
     ("malformed", "restore a copy, or move it away"),
     ("readonly", "let this user write to it and to its folder"),

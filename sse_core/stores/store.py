@@ -34,7 +34,8 @@ from sse_core.engine.hub import ID_LENGTH, POLL_INTERVAL, Hub
 from sse_core.engine.log import FRAME_COST, MAX_BYTES, MIN_FRAMES, NOTHING, SCAN_LIMIT
 from sse_core.errors import Unavailable
 
-MIN_KEPT = 10000        # rows that are kept at least
+# Rows that a store keeps at least.
+MIN_KEPT = 10000
 
 # Seconds between two tries while the log cannot be used. The pause doubles from one to the other.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
@@ -43,7 +44,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 READING, WRITING = 0, 1
 
 T = TypeVar("T")
-Row = tuple[Any, ...]       # ms, n, and as bytes, or None: channel, event, data
+# ms and n of the id, then channel, event name and data, each as bytes or None.
+Row = tuple[Any, ...]
 
 logger = logging.getLogger("sse_server")
 
@@ -79,10 +81,11 @@ class EventStore(ABC):
     _away, _back, _skips, _refuses = "%s", "", "", ""
 
     def __init__(self, history: int) -> None:
-        # Guards the next two. A signal handler may publish while its thread does, so it is
-        # reentrant.
+        # Guards the next two. It is reentrant, so that a signal handler that publishes, which none
+        # should (see hub.py), cannot deadlock.
         self._mutex = threading.RLock()
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()     # None: the end
+        # None is the end of the queue.
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._ended = False
 
         # Why the log cannot be read, and why it cannot be written to. Each is set by the thread
